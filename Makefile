@@ -1,0 +1,52 @@
+# make up     set up and run the platform on its embedded engine and SQLite
+# make test   set up and run all tests
+# make check  formatting, lint, types and import rules
+# make bench-gateway
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.tidemill-installed
+UV_VERSION := 0.13.9
+ARGS ?=
+
+.PHONY: up test check format demo bench-gateway lock clean
+
+up: $(STAMP)
+	@exec $(BIN)/tidemill up $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix -q . || true
+	$(BIN)/ruff format -q .
+
+demo: $(STAMP)
+	@exec $(BIN)/tidemill demo $(ARGS)
+
+bench-gateway: $(STAMP)
+	$(BIN)/python bench/gateway.py $(ARGS)
+
+# The lock names versions and hashes; which index they come from is pip's own configuration, so that a mirror or an
+# air-gapped site works as it is set up.
+$(STAMP): pyproject.toml uv.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Tidemill needs Python 3.11 or newer; run: make PYTHON=python3.11 ..."; exit 1; }
+	@test -x $(BIN)/python || { echo "· making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "· installing the locked dependencies (about 200 MB, most of it the embedded engine and its model)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --progress-bar off "uv==$(UV_VERSION)"
+	@$(BIN)/uv export -q --frozen --all-groups --all-extras --no-emit-project -o $(VENV)/requirements.txt >/dev/null
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes -r $(VENV)/requirements.txt
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $(STAMP)
+
+lock: $(STAMP)
+	$(BIN)/uv lock
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

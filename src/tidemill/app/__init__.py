@@ -1,0 +1,1 @@
+"""The composition root: reads the configuration, opens the store, starts and stops the parts."""

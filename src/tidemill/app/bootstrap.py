@@ -1,0 +1,76 @@
+"""The first start, and what each start sees to: schema, settings, prices, the first tenant and its key."""
+
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+from sqlalchemy import Connection, select
+
+from tidemill.app.config import Config
+from tidemill.errors import ConfigError
+from tidemill.ledger.money import parse_amount
+from tidemill.ledger.posting import credit_grant
+from tidemill.store.accounts import post
+from tidemill.store.engine import Store
+from tidemill.store.ids import new_id
+from tidemill.store.keys import create_key
+from tidemill.store.migrate import migrate
+from tidemill.store.prices import set_price
+from tidemill.store.revision import get_setting, set_setting
+from tidemill.store.schema import tenants
+from tidemill.store.tenants import create_tenant
+
+
+class FirstTenant(NamedTuple):
+    """What was made at the first start."""
+
+    name: str
+    key: str
+
+
+def prepare_store(store: Store, config: Config) -> FirstTenant | None:
+    """Bring the store up to date with the program and the configuration, in one transaction after the migration.
+
+    Returns the first tenant when it was made now. Raises ConfigError when the configuration contradicts the store.
+    """
+    migrate(store)
+    now = datetime.now(UTC)
+    with store.write() as connection:
+        _settle_currency(connection, config)
+        set_setting(connection, "zone", config.timezone)
+        set_setting(connection, "issuer", config.issuer)
+        for model, currencies in config.prices.items():
+            for currency, price in currencies.items():
+                set_price(connection, model=model, currency=currency, price=price.price(), now=now)
+        if connection.execute(select(tenants.c.tenant_id).limit(1)).first() is not None:
+            return None
+        return _first_tenant(connection, config, now)
+
+
+def _settle_currency(connection: Connection, config: Config) -> None:
+    known = get_setting(connection, "currency")
+    if known is not None and known != config.currency:
+        raise ConfigError(
+            f"currency: this installation was begun in {known}; it cannot become {config.currency}.",
+            hint=f'Write currency = "{known}", and give tenants their own with `tidemill tenant create --currency`.',
+        )
+    set_setting(connection, "currency", config.currency)
+
+
+def _first_tenant(connection: Connection, config: Config, now: datetime) -> FirstTenant:
+    first = config.first_tenant
+    tenant = create_tenant(connection, name=first.name, currency=config.currency, now=now)
+    credit = parse_amount(first.credit)
+    if credit > 0:
+        post(
+            connection,
+            credit_grant(
+                new_id("txn"),
+                tenant_id=tenant.tenant_id,
+                currency=tenant.currency,
+                amount=credit,
+                at=now,
+                memo="first credit",
+            ),
+        )
+    _, secret = create_key(connection, tenant_id=tenant.tenant_id, name="first key", now=now)
+    return FirstTenant(tenant.name, secret)

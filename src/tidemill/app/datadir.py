@@ -1,0 +1,106 @@
+"""The data directory: its lock, its secrets, and what says where the running platform is.
+
+DATA/lock           held by the supervisor while it runs
+DATA/runtime.json   where the running platform listens
+DATA/tidemill.db    the embedded store
+DATA/meter/         the usage logs of the gateway processes, one directory each
+DATA/logs/          what the engines and gateways say
+DATA/admin-token    the control plane's token (0600)
+DATA/first-key      the first tenant's key (0600)
+"""
+
+import fcntl
+import os
+import secrets
+from pathlib import Path
+
+import msgspec
+
+from tidemill.errors import ConfigError, Conflict
+
+LOG_BYTES = 16 * 1024 * 1024
+"""A log file longer than this is begun anew at the next start of its process."""
+
+
+class Runtime(msgspec.Struct, frozen=True):
+    """Where the running platform is: DATA/runtime.json."""
+
+    pid: int
+    url: str
+    control_url: str
+
+
+class DataDir:
+    """A data directory that this process may use."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: int | None = None
+
+    @property
+    def meter(self) -> Path:
+        return self.path / "meter"
+
+    def open(self) -> None:
+        """Make what is missing and take the lock. Raises Conflict when another platform runs on it."""
+        try:
+            for each in (self.path, self.meter, self.path / "logs"):
+                each.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise ConfigError(f"The data directory {self.path} cannot be used: {error.strerror}.") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            where = self._running_at()
+            raise Conflict(
+                f"Tidemill already runs on the data directory {self.path}{where}.",
+                hint="Stop it first, or give this one another --data.",
+            ) from error
+
+    def close(self) -> None:
+        """Give the lock back; the platform is stopped."""
+        (self.path / "runtime.json").unlink(missing_ok=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def announce(self, runtime: Runtime) -> None:
+        """Say where the platform listens."""
+        self.write("runtime.json", msgspec.json.format(msgspec.json.encode(runtime)).decode() + "\n")
+
+    def admin_token(self) -> str:
+        """The control plane's token: from TIDEMILL_ADMIN_TOKEN, else made at the first start and kept."""
+        given = os.environ.get("TIDEMILL_ADMIN_TOKEN", "").strip()
+        if given:
+            return given
+        path = self.path / "admin-token"
+        if not path.exists():
+            self.write("admin-token", f"tm-admin-{secrets.token_urlsafe(24)}\n")
+        return path.read_text().strip()
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file readable by its owner only, whole or not at all."""
+        path = self.path / name
+        temporary = path.with_name(f".{name}.new")
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(fd, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+
+    def log_file(self, name: str) -> int:
+        """Open a child's log for appending; gives its file descriptor."""
+        path = self.path / "logs" / f"{name.replace('/', '-')}.log"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        if path.exists() and path.stat().st_size > LOG_BYTES:
+            flags |= os.O_TRUNC
+        return os.open(path, flags, 0o600)
+
+    def _running_at(self) -> str:
+        try:
+            runtime = msgspec.json.decode((self.path / "runtime.json").read_bytes(), type=Runtime)
+        except (OSError, msgspec.DecodeError):
+            return ""
+        return f" (process {runtime.pid}, {runtime.url})"

@@ -1,0 +1,184 @@
+"""The gateway processes, as the supervisor keeps them: started, told what changes, restarted, drained."""
+
+import asyncio
+import itertools
+import secrets
+from collections.abc import Callable
+
+import msgspec
+import structlog
+
+from tidemill.app.children import Child, start_child
+from tidemill.app.config import Config
+from tidemill.app.datadir import DataDir
+from tidemill.app.worker import Command, Report, WorkerSpec
+from tidemill.errors import Conflict
+from tidemill.gateway.routing import ModelSpec
+
+ANNOUNCE_WITHIN_S = 2.0
+"""How long a change waits for the gateways to take it over; one that is busy takes it over a second later anyway."""
+RESTART_AFTER_S = 0.5
+
+log = structlog.get_logger()
+_decode_report = msgspec.json.Decoder(Report).decode
+
+
+class GatewayProcess:
+    """One gateway process, life after life."""
+
+    def __init__(self, index: int, owner: "Gateways") -> None:
+        self.index = index
+        self.listening = False
+        self.all_finished = True
+        self._owner = owner
+        self._child: Child | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._waiting: dict[int, asyncio.Future[None]] = {}
+        self.first_start: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def pid(self) -> int | None:
+        return self._child.pid if self._child is not None and self._child.alive else None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._keep_alive())
+
+    async def refresh(self, ticket: int) -> None:
+        """Have it take over the store's state; returns when it has."""
+        if self._child is None or not self.listening:
+            return
+        done = self._waiting[ticket] = asyncio.get_running_loop().create_future()
+        self.tell(Command(do="refresh", ticket=ticket))
+        try:
+            async with asyncio.timeout(ANNOUNCE_WITHIN_S):
+                await done
+        except TimeoutError:
+            log.warning("a gateway process is slow to take over a change", worker=self.index)
+        finally:
+            self._waiting.pop(ticket, None)
+
+    def tell(self, command: Command) -> None:
+        if self._child is not None:
+            self._child.tell(msgspec.json.encode(command))
+
+    async def stop(self, grace_s: float) -> None:
+        """Let its open requests finish for `grace_s` seconds, then end it."""
+        self._owner.stopping = True
+        self.tell(Command(do="stop", grace_s=grace_s))
+        if self._child is not None:
+            try:
+                async with asyncio.timeout(grace_s + 10.0):
+                    await self._child.wait()
+            except TimeoutError:
+                log.error("a gateway process does not stop; it is killed", worker=self.index)
+                self._child.kill()
+        if self._task is not None:
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _keep_alive(self) -> None:
+        while True:
+            code = await self._one_life()
+            self.listening = False
+            for waiting in self._waiting.values():
+                if not waiting.done():
+                    waiting.set_result(None)
+            self._owner.ended()
+            if self._owner.stopping:
+                return
+            log.error("a gateway process has died; it is started again", worker=self.index, code=code)
+            await asyncio.sleep(RESTART_AFTER_S)
+
+    async def _one_life(self) -> int:
+        spec = self._owner.worker_spec(self.index)
+        child = await start_child(
+            f"gateway-{self.index}", "tidemill.app.worker", [], self._owner.data.log_file(f"gateway-{self.index}")
+        )
+        self._child = child
+        child.tell(msgspec.json.encode(spec))
+        while line := await child.line():
+            self._hear(_decode_report(line))
+        return await child.wait()
+
+    def _hear(self, report: Report) -> None:
+        match report.say:
+            case "listening":
+                self.listening = True
+                self.tell(Command(do="models", models=self._owner.specs()))
+                if not self.first_start.done():
+                    self.first_start.set_result(None)
+            case "failed":
+                if not self.first_start.done():
+                    self.first_start.set_exception(
+                        Conflict(
+                            f"Port {self._owner.port} cannot be listened on: {report.message}.",
+                            hint="Another program uses it; choose another with --port.",
+                        )
+                    )
+            case "refreshed":
+                waiting = self._waiting.get(report.ticket)
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(None)
+            case "stopped":
+                self.all_finished = report.all_finished
+
+
+class Gateways:
+    """All gateway processes of this platform."""
+
+    def __init__(
+        self,
+        config: Config,
+        data: DataDir,
+        *,
+        port: int,
+        workers: int,
+        store_url: str,
+        specs: Callable[[], list[ModelSpec]],
+        ended: Callable[[], None],
+    ) -> None:
+        self.data = data
+        self.port = port
+        self.specs = specs
+        self.ended = ended
+        self.stopping = False
+        self._config = config
+        self._store_url = store_url
+        self._tickets = itertools.count(1)
+        self.processes = [GatewayProcess(index, self) for index in range(workers)]
+
+    def worker_spec(self, index: int) -> WorkerSpec:
+        """What a gateway process is told at its start; each life has an id and a meter directory of its own."""
+        gateway = self._config.gateway
+        return WorkerSpec(
+            worker_id=f"gw{index}-{secrets.token_hex(6)}",
+            meter_dir=str(self.data.meter.resolve()),
+            store_url=self._store_url,
+            host=self._config.host,
+            port=self.port,
+            reuse_port=len(self.processes) > 1,
+            max_body_bytes=gateway.max_body_mib * 1024 * 1024,
+            write_timeout_s=gateway.write_timeout_seconds,
+            models=self.specs(),
+        )
+
+    async def start(self) -> None:
+        """Start all; returns when they listen. Raises Conflict when the port is taken."""
+        for process in self.processes:
+            process.start()
+        await asyncio.gather(*(process.first_start for process in self.processes))
+
+    def announce_models(self) -> None:
+        command = Command(do="models", models=self.specs())
+        for process in self.processes:
+            if process.listening:
+                process.tell(command)
+
+    async def refresh(self) -> None:
+        ticket = next(self._tickets)
+        await asyncio.gather(*(process.refresh(ticket) for process in self.processes))
+
+    async def stop(self, grace_s: float) -> bool:
+        """Drain and end all; True when every open request finished."""
+        self.stopping = True
+        await asyncio.gather(*(process.stop(grace_s) for process in self.processes))
+        return all(process.all_finished for process in self.processes)

@@ -1,0 +1,366 @@
+"""The supervisor: `tidemill up`. It starts the parts in order, keeps them alive, and stops them in order."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+from granian.constants import Interfaces
+from granian.server.embed import Server as ControlServer
+
+from tidemill import __version__
+from tidemill.app.bootstrap import FirstTenant, prepare_store
+from tidemill.app.config import Config
+from tidemill.app.datadir import DataDir, Runtime
+from tidemill.app.engines import Fleet
+from tidemill.app.gateways import Gateways
+from tidemill.errors import Conflict, TidemillError, Unavailable
+from tidemill.ledger.money import Nanos, parse_amount
+from tidemill.meter.loader import Loader
+from tidemill.meter.reconcile import ReconcileReport, note_counters, reconcile
+from tidemill.store.engine import Store, open_store, store_url
+from tidemill.store.keys import digest_of
+
+LOAD_EVERY_S = 0.1
+SAMPLE_EVERY_S = 5.0
+
+log = structlog.get_logger()
+
+ControlApp = Callable[["Supervisor", str], Any]
+"""Makes the control plane's ASGI application from the platform and the SHA-256 of the admin token."""
+Progress = Callable[[str], None]
+
+
+class ModelState(msgspec.Struct, frozen=True):
+    """A model as the control plane shows it."""
+
+    name: str
+    engine: str
+    state: str
+    replicas_ready: int
+    replicas_total: int
+    endpoint: str | None
+    cost_per_hour: Nanos
+
+
+class PlatformState(msgspec.Struct, frozen=True):
+    """How the platform does."""
+
+    version: str
+    state: str
+    started_at: datetime
+    gateway_url: str
+    workers_ready: int
+    workers_total: int
+
+
+class Supervisor:
+    """The running platform; what the control plane knows as `control.platform.Platform`."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        config_dir: Path,
+        data_dir: Path,
+        port: int,
+        control_port: int,
+        workers: int,
+        control_app: ControlApp,
+        progress: Progress,
+    ) -> None:
+        self.config = config
+        self.data = DataDir(data_dir)
+        self.port = port
+        self.control_port = control_port
+        self._config_dir = config_dir
+        self._workers = workers
+        self._control_app = control_app
+        self._progress = progress
+        self._store: Store | None = None
+        self._loading = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._stop = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._state = "starting"
+        self._started_at = datetime.now(UTC)
+        self.first_tenant: FirstTenant | None = None
+
+    # What the control plane asks for
+
+    @property
+    def store(self) -> Store:
+        if self._store is None:
+            raise Unavailable("The platform is starting.")
+        return self._store
+
+    @property
+    def zone(self) -> str:
+        return self.config.timezone
+
+    @property
+    def currency(self) -> str:
+        return self.config.currency
+
+    @property
+    def issuer(self) -> str:
+        return self.config.issuer
+
+    @property
+    def url(self) -> str:
+        return f"http://{_reachable(self.config.host)}:{self.port}/v1"
+
+    @property
+    def control_url(self) -> str:
+        return f"http://{_reachable(self.config.host)}:{self.control_port}"
+
+    async def drain_usage(self) -> None:
+        """All that was settled until now is in the store afterwards."""
+        await asyncio.get_running_loop().run_in_executor(self._loading, self._loader.drain)
+
+    async def announce(self) -> None:
+        """The gateways have loaded what the store holds now."""
+        await self._gateways.refresh()
+
+    def models(self) -> list[ModelState]:
+        states = []
+        for spec in self._fleet.specs():
+            ready = sum(replica.ready for replica in spec.replicas)
+            states.append(
+                ModelState(
+                    name=spec.name,
+                    engine=spec.engine,
+                    state="ready" if ready else "starting",
+                    replicas_ready=ready,
+                    replicas_total=len(spec.replicas),
+                    endpoint=spec.replicas[0].base_url if ready else None,
+                    cost_per_hour=parse_amount(self.config.models[spec.name].cost_per_hour),
+                )
+            )
+        return states
+
+    def status(self) -> PlatformState:
+        processes = self._gateways.processes
+        return PlatformState(
+            version=__version__,
+            state=self._state,
+            started_at=self._started_at,
+            gateway_url=self.url,
+            workers_ready=sum(process.listening for process in processes),
+            workers_total=len(processes),
+        )
+
+    async def reconcile(self) -> ReconcileReport:
+        """Sample the engines' counters now and compare them with all records."""
+        await self._sample_counters()
+        await self.drain_usage()
+
+        def compare() -> ReconcileReport:
+            replicas = [replica.name for spec in self._fleet.specs() for replica in spec.replicas]
+            with self.store.read() as connection:
+                return reconcile(connection, replicas=replicas)
+
+        return await asyncio.to_thread(compare)
+
+    # Its life
+
+    async def run(self, ready: Callable[["Supervisor"], None]) -> bool:
+        """Start everything, call `ready`, run until a signal, stop in order. True when all open requests finished.
+
+        Raises TidemillError when it cannot start; then nothing is left running.
+        """
+        loop = asyncio.get_running_loop()
+        for each in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(each, self._on_signal)
+        self.data.open()
+        finished = True
+        try:
+            await self._start()
+            if not self._stop.is_set():
+                ready(self)
+                await self._stop.wait()
+        finally:
+            finished = await self._shut_down()
+        return finished
+
+    def _on_signal(self) -> None:
+        self._stop.set()
+
+    async def _start(self) -> None:
+        self._progress("opening the store")
+        url = store_url(self.config.store.url, self.data.path.resolve())
+        store = open_store(url)
+        self._store = store
+        self.first_tenant = await asyncio.to_thread(prepare_store, store, self.config)
+        if self.first_tenant is not None:
+            self.data.write("first-key", self.first_tenant.key + "\n")
+        self._loader = Loader(store, self.data.meter, zone=self.config.timezone)
+        drained = await asyncio.to_thread(self._loader.drain)
+        if drained.recovered or drained.records:
+            self._progress(
+                f"recovered {drained.records} usage records of an earlier run, {drained.recovered} unfinished"
+            )
+        if store.is_sqlite:
+            await asyncio.to_thread(self._loader.release_strays)
+        self._fleet = Fleet(self.config, self._config_dir, self.data, self._models_changed)
+        self._gateways = Gateways(
+            self.config,
+            self.data,
+            port=self.port,
+            workers=self._workers,
+            store_url=url.render_as_string(hide_password=False),
+            specs=self._fleet.specs,
+            ended=self._gateway_ended,
+        )
+        self._progress("starting the engines and the gateway")
+        self._fleet.start()
+        await self._start_control()
+        await self._gateways.start()
+        self.data.announce(Runtime(pid=os.getpid(), url=self.url, control_url=self.control_url))
+        self._tasks += [asyncio.create_task(self._keep_loading()), asyncio.create_task(self._keep_sampling())]
+        await self._await_engines()
+        self._state = "ready"
+
+    async def _await_engines(self) -> None:
+        """Wait for the engines of our own; one that cannot start does not hold up the others for ever."""
+        said = ""
+        while not self._stop.is_set():
+            waiting = [engine for engine in self._fleet.local.values() if not engine.ready]
+            if not waiting:
+                return
+            if all(engine.starts > 2 for engine in waiting):
+                names = ", ".join(engine.name for engine in waiting)
+                self._progress(f"these engines do not start, see {self.data.path / 'logs'}: {names}")
+                return
+            text = "loading " + ", ".join(engine.name.rpartition("/")[0] for engine in waiting)
+            if text != said:
+                self._progress(text)
+                said = text
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    await self._stop.wait()
+
+    async def _start_control(self) -> None:
+        app = self._control_app(self, digest_of(self.data.admin_token()))
+        self._control = ControlServer(
+            app,
+            address=self.config.host,
+            port=self.control_port,
+            interface=Interfaces.ASGI,
+            log_enabled=False,
+            websockets=False,
+        )
+        if not await _port_is_free(self.config.host, self.control_port):
+            raise Conflict(
+                f"Port {self.control_port} cannot be listened on: another program uses it.",
+                hint="Choose another with --control-port.",
+            )
+        self._control_task: asyncio.Task[None] = asyncio.create_task(self._control.serve())
+
+    async def _shut_down(self) -> bool:
+        self._state = "draining"
+        finished = True
+        if hasattr(self, "_gateways"):
+            self._progress("stopping: open requests may finish (Ctrl-C again cuts them off)")
+            self._stop.clear()
+            grace = self.config.gateway.drain_seconds
+            stopping = asyncio.create_task(self._gateways.stop(grace))
+            impatient = asyncio.create_task(self._stop.wait())
+            await asyncio.wait([stopping, impatient], return_when=asyncio.FIRST_COMPLETED)
+            if not stopping.done():
+                await self._gateways.stop(0.0)
+            impatient.cancel()
+            finished = await stopping
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if hasattr(self, "_fleet"):
+            with suppress(TidemillError):
+                await self._sample_counters()
+            await self._fleet.stop()
+        if hasattr(self, "_control_task"):
+            self._control.stop()  # type: ignore[no-untyped-call]
+            with suppress(TimeoutError):
+                async with asyncio.timeout(5.0):
+                    await asyncio.gather(self._control_task, return_exceptions=True)
+        if hasattr(self, "_loader"):
+            try:
+                await self.drain_usage()
+            except TidemillError as error:
+                log.error("the store does not answer; what is left is loaded at the next start", reason=str(error))
+        self._loading.shutdown(wait=True)
+        if self._store is not None:
+            self._store.close()
+        self.data.close()
+        return finished
+
+    def _models_changed(self) -> None:
+        if hasattr(self, "_gateways"):
+            self._gateways.announce_models()
+
+    def _gateway_ended(self) -> None:
+        """Nothing to do at once: the loader finds the directory of the dead process unlocked and finishes it."""
+
+    async def _keep_loading(self) -> None:
+        quiet_until = 0.0
+        while True:
+            await asyncio.sleep(LOAD_EVERY_S)
+            try:
+                await self.drain_usage()
+            except Unavailable as error:
+                if time.monotonic() > quiet_until:
+                    quiet_until = time.monotonic() + 10.0
+                    log.warning("the store does not answer; records wait in the logs", reason=str(error))
+                await asyncio.sleep(1.0)
+            except Exception:
+                log.exception("loading failed")
+                await asyncio.sleep(1.0)
+
+    async def _keep_sampling(self) -> None:
+        while True:
+            await asyncio.sleep(SAMPLE_EVERY_S)
+            try:
+                await self._sample_counters()
+            except Exception:
+                log.exception("sampling the engines' counters failed")
+
+    async def _sample_counters(self) -> None:
+        samples = await self._fleet.counters()
+        if not samples:
+            return
+        now = datetime.now(UTC)
+
+        def note() -> None:
+            with self.store.write() as connection:
+                for replica, life, counters in samples:
+                    note_counters(
+                        connection,
+                        replica=replica,
+                        life=life,
+                        prompt=counters.prompt,
+                        completion=counters.completion,
+                        now=now,
+                    )
+
+        await asyncio.to_thread(note)
+
+
+def _reachable(host: str) -> str:
+    return "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
+
+
+async def _port_is_free(host: str, port: int) -> bool:
+    try:
+        server = await asyncio.get_running_loop().create_server(asyncio.Protocol, host, port)
+    except OSError:
+        return False
+    server.close()
+    await server.wait_closed()
+    return True

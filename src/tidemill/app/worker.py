@@ -1,0 +1,180 @@
+"""A gateway process: `python -m tidemill.app.worker`, started and spoken to by the supervisor.
+
+The supervisor writes JSON lines to its standard input: first a `WorkerSpec`, then `Command`s. The end of standard
+input is the supervisor's death; the process then lets open requests finish for a moment and goes too.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import structlog
+import uvloop
+from sqlalchemy import make_url
+
+from tidemill.app.logs import configure_logs
+from tidemill.gateway.door import Door
+from tidemill.gateway.flight import Meter
+from tidemill.gateway.gateway import Gateway, RequestIds
+from tidemill.gateway.http import HttpServer
+from tidemill.gateway.routing import ModelSpec, Routes
+from tidemill.meter.leasing import Leasing
+from tidemill.meter.live import LiveTable
+from tidemill.meter.loader import LIVE_FILE, claim_directory
+from tidemill.meter.log import UsageLog
+from tidemill.store.engine import open_store
+
+SWEEP_S = 0.25
+ORPHAN_GRACE_S = 5.0
+"""How long open requests may go on after the supervisor was killed."""
+
+log = structlog.get_logger()
+
+
+class WorkerSpec(msgspec.Struct, kw_only=True):
+    """All that a gateway process is told when it starts."""
+
+    worker_id: str
+    meter_dir: str
+    store_url: str
+    host: str
+    port: int
+    reuse_port: bool
+    max_body_bytes: int
+    write_timeout_s: float
+    models: list[ModelSpec]
+
+
+class Command(msgspec.Struct, kw_only=True):
+    """What the supervisor asks for later on."""
+
+    do: Literal["models", "refresh", "stop"]
+    models: list[ModelSpec] = []
+    grace_s: float = 0.0
+    ticket: int = 0
+
+
+class Report(msgspec.Struct, kw_only=True):
+    """What the gateway process tells the supervisor."""
+
+    say: Literal["listening", "failed", "refreshed", "stopped"]
+    ticket: int = 0
+    message: str = ""
+    all_finished: bool = True
+
+
+_decode_command = msgspec.json.Decoder(Command).decode
+
+
+def tell(report: Report) -> None:
+    """Write a line to the supervisor. A supervisor that is gone is noticed elsewhere."""
+    with contextlib.suppress(OSError):
+        os.write(1, msgspec.json.encode(report) + b"\n")
+
+
+async def serve(spec: WorkerSpec, commands: asyncio.StreamReader) -> None:
+    """Run the data plane until the supervisor says stop or is gone."""
+    loop = asyncio.get_running_loop()
+    store = open_store(make_url(spec.store_url))
+    executor = ThreadPoolExecutor(2, thread_name_prefix="store")
+    directory, _lock = claim_directory(Path(spec.meter_dir), spec.worker_id)
+    meter = Meter(UsageLog(directory, loop), LiveTable(directory / LIVE_FILE), Leasing(store, spec.worker_id, executor))
+    door = Door(store, executor)
+    routes = Routes(loop)
+    routes.update(spec.models)
+    server = HttpServer(
+        Gateway(door, routes, meter, started_at=int(time.time())),
+        RequestIds(),
+        loop=loop,
+        max_body_bytes=spec.max_body_bytes,
+        write_timeout_s=spec.write_timeout_s,
+    )
+    await door.renew()
+    try:
+        await server.listen(spec.host, spec.port, reuse_port=spec.reuse_port)
+    except OSError as error:
+        tell(Report(say="failed", message=error.strerror or str(error)))
+        return
+    tell(Report(say="listening"))
+    chores = [asyncio.create_task(_sweep(routes)), asyncio.create_task(_housekeeping(door, meter))]
+    grace_s = await _obey(commands, door, routes, meter)
+    finished = await server.stop(grace_s)
+    if not finished:
+        await server.cut_off()
+    for chore in chores:
+        chore.cancel()
+    await meter.leasing.return_idle(all_of_it=True)
+    meter.log.close()
+    tell(Report(say="stopped", all_finished=finished))
+    executor.shutdown(wait=False)
+
+
+async def _obey(commands: asyncio.StreamReader, door: Door, routes: Routes, meter: Meter) -> float:
+    """Carry out the supervisor's commands; returns the grace period when it is time to stop."""
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    stopped = asyncio.create_task(stop.wait())
+    while True:
+        line_task = asyncio.create_task(commands.readline())
+        await asyncio.wait([line_task, stopped], return_when=asyncio.FIRST_COMPLETED)
+        if not line_task.done():
+            return ORPHAN_GRACE_S
+        line = line_task.result()
+        if not line:
+            return ORPHAN_GRACE_S
+        command = _decode_command(line)
+        match command.do:
+            case "models":
+                routes.update(command.models)
+            case "refresh":
+                meter.leasing.refresh()
+                await door.renew()
+                tell(Report(say="refreshed", ticket=command.ticket))
+            case "stop":
+                return command.grace_s
+
+
+async def _sweep(routes: Routes) -> None:
+    loop = asyncio.get_running_loop()
+    while True:
+        await asyncio.sleep(SWEEP_S)
+        routes.sweep(loop.time())
+
+
+async def _housekeeping(door: Door, meter: Meter) -> None:
+    """Once a second: news from the store, idle leases back to it, the live table to disk."""
+    while True:
+        await asyncio.sleep(1.0)
+        try:
+            await door.renew()
+            await meter.leasing.return_idle()
+            await asyncio.to_thread(meter.live.flush)
+        except Exception:
+            log.exception("housekeeping failed")
+
+
+async def _main() -> None:
+    loop = asyncio.get_running_loop()
+    commands = asyncio.StreamReader(limit=16 * 1024 * 1024)
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
+    first = await commands.readline()
+    if first:
+        await serve(msgspec.json.decode(first, type=WorkerSpec), commands)
+
+
+def main() -> None:
+    configure_logs()
+    sys.setswitchinterval(0.001)  # the log's thread must not wait 5 ms for a busy event loop
+    uvloop.run(_main())
+    os._exit(0)  # a thread that still waits for a store that does not answer must not keep the process
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The command `tidemill`: one file a noun, imported only when its command runs, so that `--help` is quick."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError, UnknownCommandError
+
+from tidemill import __version__
+from tidemill.cli.output import complain
+from tidemill.errors import TidemillError
+
+USAGE_ERROR = 2
+"""Exit code of a command that was not understood; 1: it was, and failed."""
+INTERRUPTED = 130
+
+app = App(
+    name="tidemill",
+    help="Turns a fleet of GPUs into a model cloud: serve, meter each token once, bill by contract.",
+    version=__version__,
+    suppress_keyboard_interrupt=False,
+    help_epilogue="Every command takes --help. With --json, a command prints exactly one JSON document.",
+)
+app.command("tidemill.cli.up:up", name="up", help="Start the platform in the foreground.")
+app.command("tidemill.cli.demo:demo", name="demo", help="The main job told in a minute, on the real model.")
+app.command("tidemill.cli.tenant:app", name="tenant", help="Tenants: who pays.")
+app.command("tidemill.cli.key:app", name="key", help="API keys of tenants.")
+app.command("tidemill.cli.credit:app", name="credit", help="Credits: prepaid balances.")
+app.command("tidemill.cli.usage:usage", name="usage", help="What a tenant has used, and what it cost.")
+app.command("tidemill.cli.invoice:invoice", name="invoice", help="A tenant's invoice of a month.")
+app.command("tidemill.cli.model:app", name="model", help="Models that are served.")
+app.command("tidemill.cli.meter:app", name="meter", help="The meter: is it right?")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code. A failure is one line on standard error, never a traceback.
+
+    TIDEMILL_DEBUG=1 lets the traceback of an unexpected error through.
+    """
+    tokens = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        _check_encoding(tokens)
+        result = app(
+            tokens,
+            exit_on_error=False,
+            print_error=False,
+            help_on_error=False,
+            result_action="return_value",
+        )
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except CycloptsError as error:
+        complain(_wording(error), hint="See --help.")
+        return USAGE_ERROR
+    except TidemillError as error:
+        complain(error.message, hint=error.hint)
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`| head`) has had enough. Python would complain once more when it closes the stream.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get("TIDEMILL_DEBUG"):
+            raise
+        complain(f"unexpected {type(error).__name__}: {error}", hint="TIDEMILL_DEBUG=1 shows where.")
+        return 1
+
+
+def _wording(error: CycloptsError) -> str:
+    if not isinstance(error, UnknownCommandError) or not error.unused_tokens or error.app is None:
+        return str(error)
+    # Its own wording imports all commands to look for hidden ones.
+    import difflib
+
+    name, known = error.unused_tokens[0], [each for each in error.app if not each.startswith("-")]
+    near = difflib.get_close_matches(name, known, n=1)
+    advice = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(sorted(known))}."
+    return f"There is no command {name!r}. {advice}"
+
+
+def _check_encoding(tokens: list[str]) -> None:
+    for token in tokens:
+        try:
+            token.encode()
+        except UnicodeEncodeError as error:
+            raise CycloptsError(msg=f"The argument {token!a} is not UTF-8.") from error

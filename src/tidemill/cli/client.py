@@ -1,0 +1,150 @@
+"""Talking to a running platform over its admin API."""
+
+import http.client
+import json
+from typing import Any
+from urllib.parse import urlencode, urlsplit
+
+from tidemill.errors import BadInput, TidemillError, Unavailable
+
+TIMEOUT_S = 120.0
+"""How long the platform may be silent; a big invoice takes a while."""
+PAGE = 10_000
+"""Usage records asked for at a time: the most that the API gives."""
+TRIES = 3
+"""How often usage of many pages is read until its parts agree."""
+API = "/api/v1"
+
+Json = dict[str, Any]
+
+
+class Refused(TidemillError):
+    """The platform's own error, as it worded it."""
+
+
+class Running:
+    """A running platform. Each method is one of the API's routes. Raises Unavailable when it does not answer."""
+
+    def __init__(self, url: str, token: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise BadInput(f"{url!r} is not the address of a control plane.", hint="Write http://HOST:PORT.")
+        if not token.isascii() or not token.isprintable() or not token:
+            raise BadInput("The admin token is not one: it has letters and digits only.")
+        self.url = url.rstrip("/")
+        self._parts = parts
+        self._token = token
+
+    def tenants(self) -> Json:
+        return self._json("GET", "/tenants")
+
+    def keys(self, tenant: str | None) -> Json:
+        return self._json("GET", "/keys", {"tenant": tenant})
+
+    def usage(self, tenant: str, month: str | None, *, records: bool) -> Json:
+        """The statement; with `records` all of them, page by page, as many as the statement counts."""
+        asked = {"tenant": tenant, "month": month}
+        if not records:
+            return self._json("GET", "/usage", asked)
+        for _ in range(TRIES):
+            pages = self._usage_pages(asked)
+            found: Json = {**pages[-1], "records": [record for page in pages for record in page["records"]]}
+            if found["requests"] == len(found["records"]):
+                return found
+            # A request that finished before the end of an earlier page was stored only after it had been read.
+        raise Unavailable("The usage changed faster than it could be read.", hint="Ask for one month, or try again.")
+
+    def _usage_pages(self, asked: dict[str, str | None]) -> list[Json]:
+        pages: list[Json] = []
+        after: str | None = None
+        while not pages or after:
+            pages.append(self._json("GET", "/usage", {**asked, "records": "true", "limit": str(PAGE), "after": after}))
+            after = pages[-1].pop("next", None)
+        return pages
+
+    def invoice(self, tenant: str, month: str) -> Json:
+        return self._json("GET", "/invoices", {"tenant": tenant, "month": month})
+
+    def invoice_text(self, tenant: str, month: str) -> str:
+        return self._ask("GET", "/invoices/text", {"tenant": tenant, "month": month}).decode()
+
+    def models(self) -> Json:
+        return self._json("GET", "/models")
+
+    def reconcile(self) -> Json:
+        return self._json("GET", "/meter/reconcile")
+
+    def reconcile_text(self) -> str:
+        return self._ask("GET", "/meter/reconcile/text").decode()
+
+    def create_tenant(self, name: str, currency: str | None) -> Json:
+        return self._json("POST", "/tenants", body={"name": name, "currency": currency})
+
+    def create_key(self, tenant: str, name: str) -> Json:
+        return self._json("POST", "/keys", body={"tenant": tenant, "name": name})
+
+    def revoke_key(self, key: str) -> Json:
+        return self._json("POST", "/keys/revoke", body={"key": key})
+
+    def grant_credit(self, tenant: str, amount: str, memo: str, idempotency_key: str | None) -> Json:
+        body = {"tenant": tenant, "amount": amount, "memo": memo, "idempotency_key": idempotency_key}
+        return self._json("POST", "/credits", body=body)
+
+    def _json(self, method: str, path: str, query: dict[str, str | None] | None = None, *, body: Any = None) -> Json:
+        raw = self._ask(method, path, query, body=body)
+        try:
+            document = json.loads(raw)
+        except ValueError:
+            document = None
+        if not isinstance(document, dict):
+            raise Unavailable(
+                f"{self.url} answers, but not as Tidemill's control plane does.", hint="Is the port right?"
+            )
+        return document
+
+    def _ask(self, method: str, path: str, query: dict[str, str | None] | None = None, *, body: Any = None) -> bytes:
+        given = {name: value for name, value in (query or {}).items() if value is not None}
+        target = self._parts.path.rstrip("/") + API + path + ("?" + urlencode(given) if given else "")
+        headers = {"Authorization": f"Bearer {self._token}", "Accept": "application/json, text/plain"}
+        payload = None
+        if body is not None:
+            payload = json.dumps(body).encode()
+            headers["Content-Type"] = "application/json"
+        connection = self._connection()
+        sent = False
+        try:
+            connection.connect()
+            sent = True
+            connection.request(method, target, payload, headers)
+            answer = connection.getresponse()
+            raw = answer.read()
+        except (OSError, http.client.HTTPException) as error:
+            hint = "Is it running?"
+            if sent:
+                hint = "It may have done it all the same: look before you repeat it." if method == "POST" else ""
+            raise Unavailable(f"The platform at {self.url} does not answer ({_reason(error)}).", hint=hint) from error
+        finally:
+            connection.close()
+        if answer.status >= 300:
+            raise self._refused(answer.status, raw)
+        return raw
+
+    def _connection(self) -> http.client.HTTPConnection:
+        # http.client takes no proxy from the environment, which must not see the token of a local platform.
+        kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
+        try:
+            return kind(self._parts.hostname or "", self._parts.port, timeout=TIMEOUT_S)
+        except ValueError as error:
+            raise BadInput(f"{self.url!r} is not the address of a control plane: {error}.") from error
+
+    def _refused(self, status: int, raw: bytes) -> TidemillError:
+        try:
+            error = json.loads(raw)["error"]
+            return Refused(str(error["message"]), hint=str(error["hint"] or ""), param=error["param"])
+        except (ValueError, KeyError, TypeError):
+            hint = "Is the port right?"
+            return Unavailable(f"{self.url} answers {status}, but not as Tidemill's control plane does.", hint=hint)
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error or type(error).__name__)

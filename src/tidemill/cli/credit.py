@@ -1,0 +1,44 @@
+"""`tidemill credit`"""
+
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from tidemill.cli.locate import running
+from tidemill.cli.output import grouped, print_json, print_text
+from tidemill.cli.place import HERE, Place
+
+app = App(name="credit")
+
+
+@app.command
+def grant(
+    *,
+    tenant: str,
+    amount: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    memo: str = "",
+    idempotency_key: str | None = None,
+    place: Place = HERE,
+) -> None:
+    """Grant a tenant credit to spend.
+
+    Parameters
+    ----------
+    tenant
+        The tenant's name or id.
+    amount
+        How much, in the tenant's currency, e.g. 100 or 0.25.
+    memo
+        Stands on the invoice.
+    idempotency_key
+        Of your choice: with it, the grant is made once, however often the command is run.
+    """
+    granted = running(place).grant_credit(tenant, amount, memo, idempotency_key)
+    if place.json:
+        print_json(granted)
+        return
+    said = "was granted before" if granted["replayed"] else "is granted"
+    print_text(
+        f"{grouped(granted['amount'])} {granted['currency']} {said} to {granted['tenant']}"
+        f" ({granted['transaction_id']}). Balance: {grouped(granted['balance'])} {granted['currency']}."
+    )

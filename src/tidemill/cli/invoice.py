@@ -1,0 +1,22 @@
+"""`tidemill invoice`"""
+
+from tidemill.cli.locate import source
+from tidemill.cli.output import print_json, print_text
+from tidemill.cli.place import HERE, Place
+
+
+def invoice(*, tenant: str, month: str, place: Place = HERE) -> None:
+    """A tenant's invoice of a month, as text; a draft while the month is not over.
+
+    Parameters
+    ----------
+    tenant
+        The tenant's name or id.
+    month
+        A billing month such as 2026-11.
+    """
+    found = source(place)
+    if place.json:
+        print_json(found.invoice(tenant, month))
+    else:
+        print_text(found.invoice_text(tenant, month))

@@ -1,0 +1,96 @@
+"""Reading the data of a platform that is stopped: the same answers, from the same queries, without changing anything."""
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, text
+from sqlalchemy.exc import SQLAlchemyError
+
+from tidemill.control import queries
+from tidemill.errors import Unavailable
+from tidemill.store.engine import open_store, store_url
+from tidemill.store.migrate import schema_head
+from tidemill.store.revision import get_setting
+
+T = TypeVar("T")
+Json = dict[str, Any]
+
+
+class Stopped:
+    """A stopped platform's data directory, read-only. The methods answer as those of `client.Running`."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def tenants(self) -> Json:
+        return self._read(queries.tenants)
+
+    def keys(self, tenant: str | None) -> Json:
+        return self._read(lambda connection: queries.keys(connection, tenant))
+
+    def usage(self, tenant: str, month: str | None, *, records: bool) -> Json:
+        """The statement; with `records` all of them."""
+
+        def query(connection: Connection) -> Json:
+            zone = _zone(connection)
+            limit = queries.MAX_PAGE_RECORDS
+            answer = queries.usage(connection, tenant, zone=zone, month=month, records=records, limit=limit)
+            after = answer.pop("next", None)
+            while after:
+                page = queries.usage(connection, tenant, zone=zone, month=month, records=True, after=after, limit=limit)
+                after = page.pop("next", None)
+                answer["records"] += page["records"]
+            return answer
+
+        return self._read(query)
+
+    def invoice(self, tenant: str, month: str) -> Json:
+        return self._read(
+            lambda connection: queries.invoice_json(connection, tenant, month, **_billing(connection), now=_now())
+        )
+
+    def invoice_text(self, tenant: str, month: str) -> str:
+        return self._read(
+            lambda connection: queries.invoice_text(connection, tenant, month, **_billing(connection), now=_now())
+        )
+
+    def models(self) -> Json:
+        return self._read(lambda connection: queries.models(connection, None, now=_now()))
+
+    def _read(self, query: Callable[[Connection], T]) -> T:
+        store = open_store(store_url(None, self._directory), read_only=True)
+        try:
+            with store.read() as connection:
+                self._check_schema(connection)
+                return query(connection)
+        except SQLAlchemyError as error:
+            raise Unavailable(f"The database in {self._directory} cannot be read: {error}.") from error
+        finally:
+            store.close()
+
+    def _check_schema(self, connection: Connection) -> None:
+        try:
+            found = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+        except SQLAlchemyError:
+            found = None
+        if found is None:
+            raise Unavailable(f"The database in {self._directory} is empty.", hint="Start the platform once.")
+        if found != schema_head():
+            raise Unavailable(
+                f"The data in {self._directory} is of another version of Tidemill (schema {found}).",
+                hint="Read it with that version, or start this one on it once.",
+            )
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _zone(connection: Connection) -> str:
+    return get_setting(connection, "zone") or "UTC"
+
+
+def _billing(connection: Connection) -> dict[str, str]:
+    return {"zone": _zone(connection), "issuer": get_setting(connection, "issuer") or ""}

@@ -1,0 +1,45 @@
+"""`tidemill tenant`"""
+
+from cyclopts import App
+
+from tidemill.cli.locate import running, source
+from tidemill.cli.output import complain, grouped, moment, print_json, print_table, print_text
+from tidemill.cli.place import HERE, Place
+
+app = App(name="tenant")
+
+
+@app.command
+def create(name: str, /, *, currency: str | None = None, place: Place = HERE) -> None:
+    """Make a tenant.
+
+    Parameters
+    ----------
+    name
+        1 to 128 printable characters, unlike any other tenant's.
+    currency
+        What the tenant pays in, e.g. CNY; the installation's currency when left out.
+    """
+    made = running(place).create_tenant(name, currency)
+    if place.json:
+        print_json(made)
+        return
+    print_text(f"Tenant {made['name']} is made ({made['id']}, {made['currency']}).")
+    if made["warning"]:
+        complain(made["warning"], kind="note")
+
+
+@app.command(name="list")
+def list_(*, place: Place = HERE) -> None:
+    """List the tenants and their balances."""
+    found = source(place).tenants()
+    if place.json:
+        print_json(found)
+        return
+    print_table(
+        [("Tenant", "left"), ("Balance", "right"), ("", "left"), ("Since (UTC)", "left"), ("Id", "left")],
+        [
+            (each["name"], grouped(each["balance"]), each["currency"], moment(each["created_at"]), each["id"])
+            for each in found["tenants"]
+        ],
+    )

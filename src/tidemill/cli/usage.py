@@ -1,0 +1,86 @@
+"""`tidemill usage`"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from tidemill.cli.locate import source
+from tidemill.cli.output import grouped, moment, print_json, print_table, print_text
+from tidemill.cli.place import HERE, Place
+
+
+def usage(
+    *,
+    tenant: str,
+    month: str | None = None,
+    records: Annotated[bool, Parameter(negative="")] = False,
+    place: Place = HERE,
+) -> None:
+    """What a tenant has used and what it cost: exact sums, and with --records each request.
+
+    Parameters
+    ----------
+    tenant
+        The tenant's name or id.
+    month
+        A billing month such as 2026-11; all time when left out.
+    records
+        Each request too.
+    """
+    found = source(place).usage(tenant, month, records=records)
+    if place.json:
+        print_json(found)
+        return
+    when = f"{found['month']}, {found['zone']}" if found["month"] else "all time"
+    print_text(f"Usage of {found['tenant']}, {when}\n")
+    rows = [(model, *_counts(sums)) for model, sums in found["models"].items()]
+    print_table(
+        [
+            ("Model", "left"),
+            ("Requests", "right"),
+            ("Prompt", "right"),
+            ("of it cached", "right"),
+            ("Completion", "right"),
+            (f"Charge {found['currency']}", "right"),
+        ],
+        [*rows, ("Total", *_counts(found))],
+        footer=True,
+    )
+    print_text(f"\nBalance: {grouped(found['balance'])} {found['currency']}")
+    if records:
+        print_text("")
+        _print_records(found)
+
+
+def _counts(sums: Mapping[str, Any]) -> tuple[str, ...]:
+    names = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "charge")
+    return tuple(grouped(sums[name]) for name in names)
+
+
+def _print_records(found: Mapping[str, Any]) -> None:
+    print_table(
+        [
+            ("Request", "left"),
+            ("Model", "left"),
+            ("Status", "left"),
+            ("Prompt", "right"),
+            ("Cached", "right"),
+            ("Completion", "right"),
+            (f"Charge {found['currency']}", "right"),
+            ("Finished (UTC)", "left"),
+        ],
+        [
+            (
+                record["request_id"],
+                record["model"],
+                record["status"] + (", estimated" if record["estimated"] else ""),
+                grouped(record["prompt_tokens"]),
+                grouped(record["cached_tokens"]),
+                grouped(record["completion_tokens"]),
+                grouped(record["charge"]),
+                moment(record["finished_at"]),
+            )
+            for record in found["records"]
+        ],
+    )

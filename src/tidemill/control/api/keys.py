@@ -1,0 +1,72 @@
+"""/api/v1/keys"""
+
+from datetime import UTC, datetime
+from typing import Annotated
+
+from litestar import get, post
+from litestar.params import FromQuery, JSONBody
+from msgspec import Meta, convert
+
+from tidemill.control import changes, queries
+from tidemill.control.api.access import Running, change, read
+from tidemill.control.api.schemas import FAILURES, Answer, Body, Instant, TenantRef
+
+
+class Key(Answer):
+    """An API key, as far as it can be known once it was handed out."""
+
+    id: str
+    tenant: Annotated[str, Meta(description="The tenant's name.")]
+    name: str
+    hint: Annotated[str, Meta(description="The few letters of it that may be shown.", examples=["sk-tm-...9f3a"])]
+    created_at: Instant
+    revoked_at: Annotated[str | None, Meta(description="ISO 8601, UTC; null while the key works.")]
+
+
+class Keys(Answer):
+    """Keys, oldest first, revoked ones included."""
+
+    keys: list[Key]
+
+
+class KeyRequest(Body):
+    """A key to be made."""
+
+    tenant: TenantRef
+    name: Annotated[str, Meta(description="To tell it from the tenant's other keys.")] = "default"
+
+
+class NewKey(Key):
+    """A key that was made."""
+
+    key: Annotated[str, Meta(description="The key itself. Only its digest is stored: it will not be shown again.")]
+
+
+class RevokeRequest(Body):
+    """A key to be revoked."""
+
+    key: Annotated[str, Meta(description="The key itself, or its id.")]
+
+
+@get("/keys", responses=FAILURES)
+async def list_keys(platform: Running, tenant: FromQuery[str | None] = None) -> Keys:
+    """List the API keys, oldest first; with `tenant` (a name or an id) only that tenant's."""
+    return convert(await read(platform, lambda connection: queries.keys(connection, tenant)), Keys)
+
+
+@post("/keys", responses=FAILURES)
+async def create_key(platform: Running, data: JSONBody[KeyRequest]) -> NewKey:
+    """Make an API key. It works at once, and this answer is the only place where it is ever seen."""
+    now = datetime.now(UTC)
+    made = await change(
+        platform, lambda connection: changes.create_key(connection, tenant=data.tenant, name=data.name, now=now)
+    )
+    return convert(made, NewKey)
+
+
+@post("/keys/revoke", status_code=200, responses=FAILURES)
+async def revoke_key(platform: Running, data: JSONBody[RevokeRequest]) -> Key:
+    """Revoke an API key: once this is answered, no gateway takes it any more. Doing it again changes nothing."""
+    now = datetime.now(UTC)
+    revoked = await change(platform, lambda connection: changes.revoke_key(connection, key=data.key, now=now))
+    return convert(revoked, Key)

@@ -1,0 +1,59 @@
+"""/api/v1/tenants"""
+
+from datetime import UTC, datetime
+from typing import Annotated
+
+from litestar import get, post
+from litestar.params import FromQuery, JSONBody
+from msgspec import Meta, convert
+
+from tidemill.control import changes, queries
+from tidemill.control.api.access import Running, change, read_drained
+from tidemill.control.api.schemas import CONFLICT, FAILURES, Amount, Answer, Body, Currency, Instant
+
+
+class Tenant(Answer):
+    """A customer with a balance and keys of their own."""
+
+    id: str
+    name: str
+    currency: Currency
+    balance: Amount
+    created_at: Instant
+
+
+class Tenants(Answer):
+    """Tenants, oldest first."""
+
+    tenants: list[Tenant]
+
+
+class TenantRequest(Body):
+    """A tenant to be made."""
+
+    name: Annotated[str, Meta(description="1 to 128 printable characters, unlike any other tenant's.")]
+    currency: Annotated[str | None, Meta(description="ISO 4217 code; the installation's when left out.")] = None
+
+
+class NewTenant(Tenant):
+    """A tenant that was made."""
+
+    warning: Annotated[str | None, Meta(description="Why it cannot be served yet, if so.")]
+
+
+@get("/tenants", responses=FAILURES)
+async def list_tenants(platform: Running, tenant: FromQuery[str | None] = None) -> Tenants:
+    """List the tenants with their balances, oldest first; with `tenant` (a name or an id) only that one."""
+    found = await read_drained(platform, lambda connection: queries.tenants(connection, tenant))
+    return convert(found, Tenants)
+
+
+@post("/tenants", responses=CONFLICT)
+async def create_tenant(platform: Running, data: JSONBody[TenantRequest]) -> NewTenant:
+    """Make a tenant."""
+    currency = platform.currency if data.currency is None else data.currency
+    now = datetime.now(UTC)
+    made = await change(
+        platform, lambda connection: changes.create_tenant(connection, name=data.name, currency=currency, now=now)
+    )
+    return convert(made, NewTenant)

@@ -1,0 +1,87 @@
+"""What the gateway needs to know of an engine: how to ask it, and how to read its counts out of its answers."""
+
+from typing import Protocol
+
+import msgspec
+
+
+class Counts(msgspec.Struct, frozen=True):
+    """Token counts as an engine reports them. `prompt` includes `cached`."""
+
+    prompt: int = 0
+    cached: int = 0
+    completion: int = 0
+
+
+class Counters(msgspec.Struct, frozen=True):
+    """An engine's own running totals since it started, in tokens; prompt tokens served from its cache included."""
+
+    prompt: int
+    completion: int
+
+
+class Ask(msgspec.Struct):
+    """A chat request on its way to an engine: the client's JSON object, its values still undecoded."""
+
+    fields: dict[str, msgspec.Raw]
+    stream: bool
+    wants_usage: bool
+    """The client asked for the usage chunk at the end of the stream."""
+    choices: int
+    """OpenAI's `n`: how many answers to one prompt."""
+    max_tokens_field: str
+    """`max_tokens` or `max_completion_tokens`, whichever the client used."""
+    max_tokens: int | None
+    """The client's limit for each choice, if it set one."""
+
+
+class Tap(Protocol):
+    """Reads a stream on its way through. It looks at each chunk only as far as metering needs."""
+
+    done: bool
+    """The engine has said that the stream is complete ([DONE])."""
+    failed: bool
+    """The engine has sent an error event in mid-stream."""
+    counts: Counts
+    exact: bool
+    """`counts` are the engine's own figures (so far), not an estimate."""
+
+    @property
+    def produced(self) -> int:
+        """Completion tokens so far, as well as they are known."""
+        ...
+
+    def feed(self, data: bytes) -> bytes:
+        """Take bytes from the engine; return whole events for the client, without the final [DONE]."""
+        ...
+
+    def estimate(self, prompt_bytes: int) -> Counts:
+        """The best count of what has passed, for a stream whose engine did not report."""
+        ...
+
+
+class Engine(Protocol):
+    """How to speak to one kind of engine."""
+
+    kind: str
+    owned: bool
+    """True: it is the operator's, and is aborted when the client leaves. False: it bills the operator, so it is
+    drained within a bound to learn what it bills."""
+    collects: bool
+    """True: also an answer that the client wants whole is asked for as a stream and put together by the gateway,
+    so that its tokens are counted while they are produced."""
+    chat_path: bytes
+    count_path: bytes | None
+    """Where the engine counts a prompt exactly, if it can."""
+
+    def body(self, ask: Ask, *, model: str, output_cap: int) -> bytes:
+        """The request body for the engine; each choice is limited to `output_cap` tokens."""
+        ...
+
+    def tap(self, ask: Ask) -> Tap:
+        """A reader for the stream that answers `ask`."""
+        ...
+
+    def counters(self, metrics: str) -> Counters | None:
+        """The engine's own totals, from its Prometheus page; None when they are not on it."""
+        ...

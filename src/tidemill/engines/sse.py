@@ -1,0 +1,172 @@
+"""Server-sent events of a chat stream: cutting them apart only where it must be, and reading usage in passing.
+
+Sources: WHATWG HTML, 9.2 (event stream format); OpenAI API reference, "Streaming" (chunk object, `[DONE]`,
+`stream_options.include_usage`).
+"""
+
+import msgspec
+
+from tidemill.engines.protocol import Counts
+
+MAX_EVENT_BYTES = 8 * 1024 * 1024
+"""An event that does not end within this many bytes is a broken stream."""
+BYTES_PER_TOKEN = 4
+"""The usual ratio for English text, used only where an engine reports nothing."""
+
+MAX_COUNT = 2**28
+"""Tokens; far beyond any context, and small enough that no price makes an absurd count overflow."""
+
+DONE_EVENT = b"data: [DONE]\n\n"
+
+
+def bounded(count: int) -> int:
+    """An engine's figure as a count that can be: not negative, and not beyond any context there is."""
+    return min(max(count, 0), MAX_COUNT)
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class Usage(msgspec.Struct):
+    """OpenAI's usage object, as far as metering needs it."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    prompt_tokens_details: _Details | None = None
+
+    def counts(self) -> Counts:
+        details = self.prompt_tokens_details
+        cached = (details.cached_tokens or 0) if details is not None else 0
+        prompt = bounded(self.prompt_tokens)
+        return Counts(prompt, min(bounded(cached), prompt), bounded(self.completion_tokens))
+
+
+class Chunk(msgspec.Struct):
+    """The parts of a chunk that decide what happens to it."""
+
+    choices: list[msgspec.Raw] | None = None
+    usage: Usage | None = None
+    error: msgspec.Raw | None = None
+
+
+_decode_chunk = msgspec.json.Decoder(Chunk).decode
+_decode_usage = msgspec.json.Decoder(Chunk).decode
+
+
+class BrokenStream(ValueError):
+    """The engine's event stream does not follow the format."""
+
+
+def usage_of(body: bytes) -> Counts | None:
+    """The usage that a whole (non-streamed) answer reports, or None."""
+    try:
+        usage = _decode_usage(body).usage
+    except msgspec.DecodeError:
+        return None
+    return usage.counts() if usage is not None else None
+
+
+def data_of(event: bytes) -> bytes:
+    """The payload of an event's data lines; b"" for a comment or another field."""
+    if event.startswith(b"data: ") and b"\n" not in event:
+        return event[6:]
+    lines = [line[5:].removeprefix(b" ") for line in event.split(b"\n") if line.startswith(b"data:")]
+    return b"\n".join(lines)
+
+
+class SseTap:
+    """Passes a chat stream through: counts events, notes usage, holds `[DONE]` back. The `Tap` of `openai`."""
+
+    def __init__(self, *, wants_usage: bool) -> None:
+        self.done = False
+        self.failed = False
+        self.counts = Counts()
+        self.exact = False
+        self._wants_usage = wants_usage
+        self._rest = b""
+        self._events = 0
+        self._bytes = 0
+        self._smallest = MAX_EVENT_BYTES
+
+    def feed(self, data: bytes) -> bytes:
+        """See `Tap.feed`. Raises BrokenStream."""
+        data = self._whole_events(data)
+        if not data:
+            return b""
+        events = data.count(b"\n\n")
+        if events == 1:
+            size = len(data)
+            self._smallest = min(self._smallest, size)
+        self._events += events
+        self._bytes += len(data)
+        if b'"usage"' in data or b"[DONE]" in data or b'"error"' in data:
+            return self._each_event(data)
+        return data
+
+    def _whole_events(self, data: bytes) -> bytes:
+        if self._rest:
+            data = self._rest + data
+            self._rest = b""
+        if b"\r" in data:
+            # Raw carriage returns are line ends only: JSON escapes them. One at the very end may be half of CRLF.
+            tail = b"\r" if data.endswith(b"\r") else b""
+            data = data[: len(data) - len(tail)].replace(b"\r\n", b"\n").replace(b"\r", b"\n") + tail
+        if not data.endswith(b"\n\n"):
+            cut = data.rfind(b"\n\n") + 2
+            if cut == 1:
+                cut = 0
+            self._rest = data[cut:]
+            if len(self._rest) > MAX_EVENT_BYTES:
+                raise BrokenStream(f"an event is longer than {MAX_EVENT_BYTES} bytes")
+            data = data[:cut]
+        return data
+
+    def _each_event(self, data: bytes) -> bytes:
+        out = []
+        for event in data.split(b"\n\n"):
+            if event:
+                kept = self.on_event(event.lstrip(b"\n"))
+                if kept is not None:
+                    out.append(kept + b"\n\n")
+        return b"".join(out)
+
+    def on_event(self, event: bytes) -> bytes | None:
+        """Look at one event; return it as the client shall get it, or None to leave it out."""
+        payload = data_of(event)
+        if payload.strip() == b"[DONE]":
+            self.done = True
+            return None
+        if self.done or not payload:
+            return event
+        if b'"usage"' not in payload and b'"error"' not in payload:
+            return event
+        try:
+            chunk = _decode_chunk(payload)
+        except msgspec.DecodeError:
+            return event
+        if chunk.error is not None and chunk.error != b"null":
+            self.failed = True
+        if chunk.usage is not None:
+            self.counts = chunk.usage.counts()
+            self.exact = True
+            if chunk.choices is not None and not chunk.choices and not self._wants_usage:
+                return None
+        return event
+
+    @property
+    def produced(self) -> int:
+        """Completion tokens so far: the engine's count, else a token per chunk (the first chunk names the role)."""
+        return self.counts.completion if self.exact else max(self._events - 1, 0)
+
+    def estimate(self, prompt_bytes: int) -> Counts:
+        """Count a stream that reported nothing: a token per chunk, or per four bytes of text if that is more.
+
+        The text is what the events have beyond the smallest of them, which is mostly envelope. The prompt counts a
+        token per four bytes of its JSON.
+        """
+        if self._events == 0:
+            return Counts(prompt=prompt_bytes // BYTES_PER_TOKEN)
+        text = max(self._bytes - self._events * min(self._smallest, self._bytes), 0)
+        completion = max(self._events - 1, text // BYTES_PER_TOKEN)
+        return Counts(prompt=prompt_bytes // BYTES_PER_TOKEN, completion=completion)

@@ -1,0 +1,1 @@
+"""The data plane: door, admission, route, engine, settle, in that order."""

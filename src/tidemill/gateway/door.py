@@ -1,0 +1,83 @@
+"""The door: key -> tenant, one dictionary look-up."""
+
+import asyncio
+import time
+from concurrent.futures import Executor
+
+import structlog
+
+from tidemill.errors import Unavailable
+from tidemill.gateway.errors import BadRequest, InvalidKey
+from tidemill.gateway.http import Exchange
+from tidemill.gateway.snapshot import EMPTY, PricePoint, Principal, Snapshot, key_digest, read_snapshot
+from tidemill.store.engine import Store
+
+log = structlog.get_logger()
+
+ASK_EVERY_S = 0.2
+"""An unknown key makes the process ask the store for news at most this often."""
+
+
+class Door:
+    """Knows keys, tenants and prices as of a snapshot that is renewed in the background.
+
+    While the store does not answer, the last snapshot stays in force: valid keys go on being valid.
+    """
+
+    def __init__(self, store: Store, executor: Executor) -> None:
+        self._store = store
+        self._executor = executor
+        self._asked_at = float("-inf")
+        self._renewing: asyncio.Task[None] | None = None
+        self.snapshot: Snapshot = EMPTY
+
+    def admit(self, exchange: Exchange) -> Principal | None:
+        """Who is asking; None for a key that is not in the snapshot. Raises InvalidKey when there is none at all."""
+        header = exchange.headers.get(b"authorization", b"")
+        scheme, _, secret = header.partition(b" ")
+        if scheme.lower() != b"bearer" or not secret:
+            raise InvalidKey("No API key was given.", hint="Send the header 'Authorization: Bearer sk-...'.")
+        return self.snapshot.keys.get(key_digest(secret.strip()))
+
+    async def ask_store(self, exchange: Exchange) -> Principal:
+        """Look again after asking the store for news: the key may have been made a moment ago.
+
+        Raises InvalidKey.
+        """
+        if time.monotonic() - self._asked_at > ASK_EVERY_S:
+            await self.renew()
+        elif self._renewing is not None:
+            await asyncio.shield(self._renewing)
+        principal = self.admit(exchange)
+        if principal is None:
+            raise InvalidKey("This API key does not exist or was revoked.", hint="Ask your operator for a key.")
+        return principal
+
+    def price(self, model: str, principal: Principal) -> PricePoint:
+        """The price in force for a tenant. Raises BadRequest when the model is not sold in its currency."""
+        point = self.snapshot.prices.get((model, principal.currency))
+        if point is None:
+            raise BadRequest(
+                f"The model {model!r} has no price in {principal.currency}, the currency of your account.",
+                hint="Ask your operator to set one.",
+                param="model",
+            )
+        return point
+
+    async def renew(self) -> None:
+        """Take over the store's current state, if it has changed; one read at a time."""
+        if self._renewing is None:
+            self._renewing = asyncio.create_task(self._renew())
+        await asyncio.shield(self._renewing)
+
+    async def _renew(self) -> None:
+        self._asked_at = time.monotonic()
+        loop = asyncio.get_running_loop()
+        try:
+            fresh = await loop.run_in_executor(self._executor, read_snapshot, self._store, self.snapshot.revision)
+            if fresh is not None:
+                self.snapshot = fresh
+        except Unavailable as error:
+            log.warning("the store does not answer; keys and prices stay as they were", reason=str(error))
+        finally:
+            self._renewing = None

@@ -1,0 +1,145 @@
+"""A request in flight: from its hold to its record. Whatever happens in between, it is settled exactly once."""
+
+import time
+
+from tidemill.engines.protocol import Counts, Tap
+from tidemill.gateway.admission import Hold
+from tidemill.gateway.http import Exchange
+from tidemill.gateway.requests import ChatRequest
+from tidemill.gateway.routing import Replica, Route
+from tidemill.gateway.snapshot import PricePoint, Principal
+from tidemill.gateway.upstream import Connection, EngineLost
+from tidemill.ledger.usage import Status, TokenUsage
+from tidemill.meter.leasing import Leasing
+from tidemill.meter.live import LiveTable, now_us
+from tidemill.meter.log import LogFull, UsageLog
+from tidemill.meter.records import Opened, encode_settled, settle
+
+
+class Meter:
+    """The meter of one gateway process: where flights are opened, counted and settled."""
+
+    def __init__(self, log: UsageLog, live: LiveTable, leasing: Leasing) -> None:
+        self.log = log
+        self.live = live
+        self.leasing = leasing
+
+
+class Flight:
+    """One admitted request. Its slot in the live table exists from here on, so a record will come out."""
+
+    def __init__(
+        self,
+        meter: Meter,
+        exchange: Exchange,
+        request: ChatRequest,
+        route: Route,
+        replica: Replica,
+        principal: Principal,
+        price: PricePoint,
+        hold: Hold,
+    ) -> None:
+        """Open the record. Raises Unavailable (LogFull, TooManyOpen) and then leaves nothing open."""
+        self._meter = meter
+        self.exchange = exchange
+        self.request = request
+        self.route = route
+        self.replica = replica
+        self.hold = hold
+        self.tap: Tap = route.engine.tap(request.ask)
+        self.connection: Connection | None = None
+        self.given_up = False
+        """The client has left."""
+        self.settled = False
+        self.first_token_us = 0
+        self.opened = Opened(
+            request_id=exchange.request_id,
+            tenant_id=principal.tenant_id,
+            key_id=principal.key_id,
+            model=request.model,
+            replica=replica.label,
+            price_id=price.price_id,
+            currency=principal.currency,
+            price=(price.price.input, price.price.cached_input, price.price.output),
+            streamed=request.ask.stream,
+            started_us=now_us(),
+        )
+        meter.log.reserve()
+        try:
+            self._slot = meter.live.open(self.opened, hold.amount)
+        except BaseException:
+            meter.log.release()
+            raise
+        self._ticket = replica.clock.start(time.monotonic_ns())
+        exchange.on_gone = self._client_left
+
+    def _client_left(self) -> None:
+        """Docs/policies.md: an own engine is aborted; an upstream is read to its end, within a bound."""
+        self.given_up = True
+        connection = self.connection
+        if connection is None:
+            return
+        if self.route.engine.owned:
+            connection.abort(EngineLost("The client left."))
+        else:
+            connection.expire_in(self.route.spec.drain_seconds)
+
+    @property
+    def over_the_cap(self) -> bool:
+        """More has been produced than the balance pays for; only an engine that ignores its limit gets here."""
+        return self.hold.cut_short and self.tap.produced > self.hold.output_cap * self.request.ask.choices
+
+    @property
+    def used_up(self) -> bool:
+        """The answer has reached the limit that the balance set."""
+        return self.hold.cut_short and self.tap.produced >= self.hold.output_cap * self.request.ask.choices
+
+    def note(self) -> None:
+        """Store the running counts where they outlive this process."""
+        tap = self.tap
+        if not self.first_token_us:
+            self.first_token_us = now_us()
+        if tap.exact:
+            counts, estimated = tap.counts, False
+        else:
+            counts, estimated = tap.estimate(self.request.body_bytes), True
+        self._meter.live.count(
+            self._slot,
+            counts.prompt,
+            counts.cached,
+            counts.completion,
+            self.first_token_us,
+            self.hold.amount,
+            estimated,
+        )
+
+    def passed(self) -> tuple[Counts, bool]:
+        """What has passed so far, and whether that is an estimate. Nothing passed is nothing, exactly."""
+        if self.tap.exact or not self.first_token_us:
+            return self.tap.counts, False
+        return self.tap.estimate(self.request.body_bytes), True
+
+    async def settle(self, status: Status, counts: Counts, estimated: bool) -> None:
+        """Rate, charge, and write the record; returns when it is on disk. Once only.
+
+        Raises LogFull when the disk refuses it; the request then stays open in the live table, and recovery writes
+        its record at the next start.
+        """
+        assert not self.settled
+        self.settled = True
+        settled = settle(
+            self.opened,
+            TokenUsage(counts.prompt, counts.cached, counts.completion),
+            status=status,
+            estimated=estimated,
+            hold=self.hold.amount,
+            first_token_us=self.first_token_us,
+            finished_us=now_us(),
+            device_ns=self.replica.clock.finish(self._ticket, time.monotonic_ns()),
+        )
+        self._meter.leasing.settle(self.opened.tenant_id, self.hold.amount, settled.charge)
+        try:
+            await self._meter.log.append(encode_settled(settled))
+        except OSError as error:
+            raise LogFull(f"The usage of this request cannot be written down: {error.strerror}.") from error
+        self._meter.live.close_slot(self._slot)

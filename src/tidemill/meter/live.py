@@ -1,0 +1,130 @@
+"""Requests in flight, in a memory-mapped file: what survives `kill -9` to the token, without a system call.
+
+A request takes a slot when it is admitted and leaves it when its record is on disk. Its running token counts are
+stored into the slot as they pass. The pages belong to the kernel, so the death of the process does not lose them;
+a flush each second bounds what the death of the machine can.
+"""
+
+import mmap
+import os
+import struct
+import time
+import zlib
+from pathlib import Path
+
+import msgspec
+
+from tidemill.errors import Unavailable
+from tidemill.meter.records import Opened, decode_opened, encode_opened
+
+SLOT_BYTES = 1024
+SLOTS = 8192
+"""Requests that one gateway process has open at a time, at the most."""
+
+_STATE = struct.Struct("<III")  # 1 when taken, length and crc32 of the opened record
+_COUNTS = struct.Struct("<QQQQQI")  # prompt, cached, completion tokens; first token, micros; hold, nanos; estimated
+_COUNTS_AT = 16
+_BODY_AT = 64
+_FREE = bytes(_STATE.size)
+
+
+class TooManyOpen(Unavailable):
+    """The gateway process has as many requests open as it can keep account of."""
+
+    code = "overloaded"
+
+
+class Unfinished(msgspec.Struct, frozen=True):
+    """A request that was open when its process died, with the counts that had passed."""
+
+    opened: Opened
+    prompt: int
+    cached: int
+    completion: int
+    first_token_us: int
+    hold: int
+    estimated: bool
+
+
+class LiveTable:
+    """The slots of one gateway process, mapped from `path`."""
+
+    def __init__(self, path: Path, slots: int = SLOTS) -> None:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            # A store into a hole of a sparse file on a full disk would kill the process with SIGBUS.
+            os.posix_fallocate(fd, 0, slots * SLOT_BYTES)
+            self._map = mmap.mmap(fd, slots * SLOT_BYTES)
+        finally:
+            os.close(fd)
+        self._free = list(range(slots - 1, -1, -1))
+        self._slots = slots
+
+    @property
+    def open_requests(self) -> int:
+        return self._slots - len(self._free)
+
+    def open(self, opened: Opened, hold: int) -> int:
+        """Take a slot for a request; returns its number. Raises TooManyOpen when none is free."""
+        if not self._free:
+            raise TooManyOpen(f"The gateway has {self._slots} requests open.", hint="Try again in a moment.")
+        body = encode_opened(opened)
+        if len(body) > SLOT_BYTES - _BODY_AT:
+            raise ValueError(f"an opened record has at most {SLOT_BYTES - _BODY_AT} bytes, got {len(body)}")
+        slot = self._free.pop()
+        base = slot * SLOT_BYTES
+        self._map[base + _BODY_AT : base + _BODY_AT + len(body)] = body
+        _COUNTS.pack_into(self._map, base + _COUNTS_AT, 0, 0, 0, 0, hold, 0)
+        _STATE.pack_into(self._map, base, 1, len(body), zlib.crc32(body))  # last: only a whole slot counts
+        return slot
+
+    def count(
+        self, slot: int, prompt: int, cached: int, completion: int, first_token_us: int, hold: int, estimated: bool
+    ) -> None:
+        """Note what has passed so far."""
+        _COUNTS.pack_into(
+            self._map,
+            slot * SLOT_BYTES + _COUNTS_AT,
+            prompt,
+            cached,
+            completion,
+            first_token_us,
+            hold,
+            estimated,
+        )
+
+    def close_slot(self, slot: int) -> None:
+        """Free a slot, once its record is on disk (or when nothing was dispatched)."""
+        base = slot * SLOT_BYTES
+        self._map[base : base + _STATE.size] = _FREE
+        self._free.append(slot)
+
+    def flush(self) -> None:
+        """Write the pages to disk, against the loss of the machine. Blocking: call it from a thread."""
+        self._map.flush()
+
+    def close(self) -> None:
+        self._map.close()
+
+
+def read_unfinished(path: Path) -> list[Unfinished]:
+    """The requests that a dead process left open, in slot order. A half-written slot was never dispatched."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    found = []
+    for base in range(0, len(data) - SLOT_BYTES + 1, SLOT_BYTES):
+        taken, length, checksum = _STATE.unpack_from(data, base)
+        body = data[base + _BODY_AT : base + _BODY_AT + length]
+        if taken != 1 or zlib.crc32(body) != checksum:
+            continue
+        prompt, cached, completion, first_us, hold, estimated = _COUNTS.unpack_from(data, base + _COUNTS_AT)
+        opened = decode_opened(body)
+        found.append(Unfinished(opened, prompt, cached, completion, first_us, hold, bool(estimated)))
+    return found
+
+
+def now_us() -> int:
+    """The wall clock in microseconds since 1970 UTC."""
+    return time.time_ns() // 1000

@@ -1,0 +1,1 @@
+"""The store: tables, migrations and queries, on SQLite or PostgreSQL alike."""

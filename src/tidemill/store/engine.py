@@ -1,0 +1,123 @@
+"""Opening the store: SQLite beside the data by default, PostgreSQL by URL."""
+
+import contextlib
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.pool import QueuePool
+
+from tidemill.errors import ConfigError, Unavailable
+
+SQLITE_BUSY_TIMEOUT_S = 10
+"""How long a writer waits for another process's transaction before it gives up."""
+
+
+class Store:
+    """An open database. `read()` and `write()` give a connection inside one transaction.
+
+    A reader sees one state of the database throughout, so that the parts of a report agree with each other.
+    On SQLite a write transaction takes its lock at the start (BEGIN IMMEDIATE), so it never fails half-way for
+    having read first. Both raise Unavailable when the database does not answer.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.is_sqlite = engine.dialect.name == "sqlite"
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[Connection]:
+        with _answering(), self.engine.connect() as connection:
+            if not self.is_sqlite:  # SQLite's readers have this by nature
+                connection = connection.execution_options(isolation_level="REPEATABLE READ")
+            yield connection
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[Connection]:
+        with _answering(), self.engine.connect() as connection:
+            if self.is_sqlite:
+                connection = connection.execution_options(tidemill_begin="IMMEDIATE")
+            with connection.begin():
+                yield connection
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+@contextlib.contextmanager
+def _answering() -> Iterator[None]:
+    try:
+        yield
+    except OperationalError as error:
+        raise Unavailable(
+            f"The database does not answer: {error.orig}.", hint="Check that it runs and has room, then try again."
+        ) from error
+
+
+def store_url(text: str | None, data_dir: Path) -> URL:
+    """The store's address: `text` from the configuration, or the SQLite file under `data_dir`."""
+    if text is None:
+        return URL.create("sqlite", database=str(data_dir / "tidemill.db"))
+    try:
+        url = make_url(text)
+    except ArgumentError as error:
+        raise ConfigError(
+            f"store.url: {text!r} is not a database URL.", hint="Write postgresql://USER:PASSWORD@HOST/NAME."
+        ) from error
+    backend = url.get_backend_name()
+    if backend == "postgresql":
+        return url.set(drivername="postgresql+psycopg")
+    if backend == "sqlite":
+        return url
+    raise ConfigError(f"store.url: Tidemill stores in SQLite or PostgreSQL, not in {backend}.")
+
+
+def open_store(url: URL, *, read_only: bool = False) -> Store:
+    """Open the store at `url`; with `read_only` an SQLite file is neither made nor changed.
+
+    Raises ConfigError when PostgreSQL is asked for and its driver is not installed.
+    """
+    if url.get_backend_name() == "sqlite":
+        return Store(_sqlite_engine(url, read_only))
+    try:
+        engine = create_engine(url, pool_size=4, max_overflow=4, pool_pre_ping=True, pool_recycle=1800)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "store.url asks for PostgreSQL, but its driver is not installed.",
+            hint="Install tidemill[postgres].",
+        ) from error
+    return Store(engine)
+
+
+def _sqlite_engine(url: URL, read_only: bool) -> Engine:
+    path = url.database or ":memory:"
+    if read_only and not Path(path).exists():
+        raise Unavailable(f"There is no database at {path}.", hint="Has `tidemill up` run with this --data?")
+
+    def connect() -> sqlite3.Connection:
+        mode = "ro" if read_only else "rwc"
+        connection = sqlite3.connect(
+            f"file:{quote(path)}?mode={mode}",
+            uri=True,
+            timeout=SQLITE_BUSY_TIMEOUT_S,
+            check_same_thread=False,
+            isolation_level=None,
+        )
+        if not read_only:
+            connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("PRAGMA foreign_keys=ON")
+        return connection
+
+    engine = create_engine("sqlite://", creator=connect, poolclass=QueuePool, pool_size=4, max_overflow=4)
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        mode: Any = connection.get_execution_options().get("tidemill_begin", "DEFERRED")
+        connection.exec_driver_sql(f"BEGIN {mode}")
+
+    return engine

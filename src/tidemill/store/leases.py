@@ -1,0 +1,52 @@
+"""Leases: slices of a tenant's balance that a gateway process may spend without asking.
+
+Invariant, kept by every function here and by the loader: for each tenant, the sum of the leases is never more than
+the balance. So what all processes together promise is never more than there is.
+"""
+
+from sqlalchemy import Connection, delete, func, insert, select, update
+
+from tidemill.store.accounts import tenant_balance
+from tidemill.store.schema import leases
+
+
+def extend_lease(connection: Connection, *, worker_id: str, tenant_id: str, need: int, slices: int) -> int:
+    """Lease `need` nanos more to a worker, or a `slices`-th of what is free if that is more; all that is free at the
+    most. Returns the nanos granted, 0 when the balance is used up.
+    """
+    balance = tenant_balance(connection, tenant_id, lock=True)
+    free = balance - leased(connection, tenant_id)
+    granted = min(max(need, free // slices), free)
+    if granted <= 0:
+        return 0
+    changed = connection.execute(
+        update(leases)
+        .where(leases.c.worker_id == worker_id, leases.c.tenant_id == tenant_id)
+        .values(amount=leases.c.amount + granted)
+    )
+    if changed.rowcount == 0:
+        connection.execute(insert(leases).values(worker_id=worker_id, tenant_id=tenant_id, amount=granted))
+    return granted
+
+
+def return_lease(connection: Connection, *, worker_id: str, tenant_id: str, amount: int) -> None:
+    """Take `amount` nanos of a lease back, as they were returned or spent; never below zero."""
+    row = leases.c.worker_id == worker_id, leases.c.tenant_id == tenant_id
+    held = connection.execute(select(leases.c.amount).where(*row)).scalar() or 0
+    connection.execute(update(leases).where(*row).values(amount=max(held - amount, 0)))
+
+
+def release_worker(connection: Connection, worker_id: str) -> None:
+    """Give back all that a worker leased. Only once its log was drained: until then it holds what was spent."""
+    connection.execute(delete(leases).where(leases.c.worker_id == worker_id))
+
+
+def leased(connection: Connection, tenant_id: str) -> int:
+    """The nanos of a tenant's balance that are out on leases."""
+    total = connection.execute(select(func.sum(leases.c.amount)).where(leases.c.tenant_id == tenant_id)).scalar()
+    return int(total or 0)
+
+
+def leasing_workers(connection: Connection) -> set[str]:
+    """The workers that have a lease."""
+    return {str(worker) for worker in connection.execute(select(leases.c.worker_id).distinct()).scalars()}

@@ -1,0 +1,70 @@
+"""Price versions: appended, never edited."""
+
+from datetime import datetime
+
+from sqlalchemy import Connection, Row, insert, select
+
+from tidemill.ledger.pricing import Price, PriceVersion
+from tidemill.store.clock import from_micros, to_micros
+from tidemill.store.ids import new_id
+from tidemill.store.revision import bump_revision
+from tidemill.store.schema import prices
+
+
+def set_price(connection: Connection, *, model: str, currency: str, price: Price, now: datetime) -> PriceVersion:
+    """Put `price` in force for a model and currency from `now` on; the same price again makes no new version."""
+    latest = connection.execute(
+        select(prices)
+        .where(prices.c.model == model, prices.c.currency == currency)
+        .order_by(prices.c.valid_from.desc(), prices.c.price_id.desc())
+        .limit(1)
+    ).first()
+    if latest is not None and _version(latest).price == price:
+        return _version(latest)
+    valid_from = to_micros(now)
+    if latest is not None:
+        valid_from = max(valid_from, latest.valid_from + 1)
+    version = PriceVersion(
+        price_id=new_id("prc"), model=model, currency=currency, price=price, valid_from=from_micros(valid_from)
+    )
+    connection.execute(
+        insert(prices).values(
+            price_id=version.price_id,
+            model=model,
+            currency=currency,
+            input=price.input,
+            cached_input=price.cached_input,
+            output=price.output,
+            valid_from=valid_from,
+        )
+    )
+    bump_revision(connection)
+    return version
+
+
+def price_versions(connection: Connection, price_ids: set[str] | None = None) -> list[PriceVersion]:
+    """All versions, oldest first; or only those named."""
+    query = select(prices).order_by(prices.c.valid_from, prices.c.price_id)
+    if price_ids is not None:
+        query = query.where(prices.c.price_id.in_(price_ids))
+    return [_version(row) for row in connection.execute(query)]
+
+
+def current_prices(connection: Connection, now: datetime) -> dict[tuple[str, str], PriceVersion]:
+    """The version in force at `now`, by (model, currency)."""
+    return {
+        (version.model, version.currency): version
+        for version in price_versions(connection)
+        if version.valid_from <= now
+    }
+
+
+def _version(row: Row[tuple[object, ...]]) -> PriceVersion:
+    values = row._mapping
+    return PriceVersion(
+        price_id=values["price_id"],
+        model=values["model"],
+        currency=values["currency"],
+        price=Price(input=values["input"], cached_input=values["cached_input"], output=values["output"]),
+        valid_from=from_micros(values["valid_from"]),
+    )

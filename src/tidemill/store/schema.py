@@ -1,0 +1,171 @@
+"""The tables. Amounts are nanos in 64-bit integers; instants are integers of microseconds since 1970 UTC.
+
+Instants are integers because SQLite has no timestamp type and a text form sorts only while every writer agrees
+on it. `store.clock` converts at the edge.
+"""
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+)
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+settings = Table(
+    "settings",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("value", String(1024), nullable=False),
+)
+"""Facts of the installation: `currency`, and `revision`, a counter that rises with each change gateways must see."""
+
+tenants = Table(
+    "tenants",
+    metadata,
+    Column("tenant_id", String(32), primary_key=True),
+    Column("name", String(128), nullable=False, unique=True),
+    Column("currency", String(3), nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+)
+
+keys = Table(
+    "keys",
+    metadata,
+    Column("key_id", String(32), primary_key=True),
+    Column("tenant_id", String(32), ForeignKey("tenants.tenant_id"), nullable=False, index=True),
+    Column("name", String(128), nullable=False),
+    Column("digest", String(64), nullable=False, unique=True),
+    Column("hint", String(16), nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("revoked_at", BigInteger),
+)
+"""API keys. `digest` is the SHA-256 of the key in hex; `hint` is what of it may be shown (`sk-tm-...abcd`)."""
+
+prices = Table(
+    "prices",
+    metadata,
+    Column("price_id", String(32), primary_key=True),
+    Column("model", String(128), nullable=False),
+    Column("currency", String(3), nullable=False),
+    Column("input", BigInteger, nullable=False),
+    Column("cached_input", BigInteger, nullable=False),
+    Column("output", BigInteger, nullable=False),
+    Column("valid_from", BigInteger, nullable=False),
+    Index(None, "model", "currency", "valid_from"),
+)
+"""Price versions: nanos per million tokens. Rows are added, never changed."""
+
+accounts = Table(
+    "accounts",
+    metadata,
+    Column("account", String(128), primary_key=True),
+    Column("currency", String(3), primary_key=True),
+    Column("balance", BigInteger, nullable=False),
+)
+"""The running sum of each account's entries, kept in the same transaction that adds them."""
+
+transactions = Table(
+    "transactions",
+    metadata,
+    Column("transaction_id", String(32), primary_key=True),
+    Column("kind", String(32), nullable=False),
+    Column("tenant_id", String(32), index=True),
+    Column("currency", String(3), nullable=False),
+    Column("at", BigInteger, nullable=False),
+    Column("memo", String(512), nullable=False),
+)
+
+entries = Table(
+    "entries",
+    metadata,
+    Column("transaction_id", String(32), ForeignKey("transactions.transaction_id"), primary_key=True),
+    Column("line", Integer, primary_key=True),
+    Column("account", String(128), nullable=False, index=True),
+    Column("currency", String(3), nullable=False),
+    Column("amount", BigInteger, nullable=False),
+)
+"""Double entry: the amounts of one transaction add up to zero. Rows are added, never changed."""
+
+leases = Table(
+    "leases",
+    metadata,
+    Column("worker_id", String(48), primary_key=True),
+    Column("tenant_id", String(32), ForeignKey("tenants.tenant_id"), primary_key=True),
+    Column("amount", BigInteger, nullable=False),
+    CheckConstraint("amount >= 0", name="amount_not_negative"),
+)
+"""Slices of balances that gateway workers may spend without asking. Their sum never exceeds the balance."""
+
+usage_records = Table(
+    "usage_records",
+    metadata,
+    Column("request_id", String(48), primary_key=True),
+    Column("tenant_id", String(32), ForeignKey("tenants.tenant_id"), nullable=False),
+    Column("key_id", String(32), nullable=False),
+    Column("model", String(128), nullable=False),
+    Column("replica", String(160), nullable=False),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("cached_tokens", BigInteger, nullable=False),
+    Column("completion_tokens", BigInteger, nullable=False),
+    Column("estimated", Boolean, nullable=False),
+    Column("status", String(24), nullable=False),
+    Column("streamed", Boolean, nullable=False),
+    Column("price_id", String(32), nullable=False),
+    Column("currency", String(3), nullable=False),
+    Column("charge_input", BigInteger, nullable=False),
+    Column("charge_cached", BigInteger, nullable=False),
+    Column("charge_output", BigInteger, nullable=False),
+    Column("uncollected", BigInteger, nullable=False),
+    Column("hold", BigInteger, nullable=False),
+    Column("started_at", BigInteger, nullable=False),
+    Column("first_token_at", BigInteger),
+    Column("finished_at", BigInteger, nullable=False),
+    Column("device_ns", BigInteger, nullable=False),
+    Column("transaction_id", String(32)),
+    Index(None, "tenant_id", "finished_at"),
+    Index(None, "finished_at"),
+    Index(None, "transaction_id"),
+)
+
+log_positions = Table(
+    "log_positions",
+    metadata,
+    Column("worker_id", String(48), primary_key=True),
+    Column("segment", BigInteger, nullable=False),
+    Column("offset", BigInteger, nullable=False),
+)
+"""How far the loader has read each worker's usage log; moves in the transaction that stores the records."""
+
+engine_counters = Table(
+    "engine_counters",
+    metadata,
+    Column("life", String(48), primary_key=True),
+    Column("replica", String(160), nullable=False),
+    Column("labelled", Boolean, nullable=False),
+    Column("started_at", BigInteger, nullable=False),
+    Column("sampled_at", BigInteger, nullable=False),
+    Column("base_prompt", BigInteger, nullable=False),
+    Column("base_completion", BigInteger, nullable=False),
+    Column("prompt", BigInteger, nullable=False),
+    Column("completion", BigInteger, nullable=False),
+)
+"""The engines' own token totals: the first and the last sample of each life of a replica (for reconciliation).
+
+`labelled`: usage records name this life, as Tidemill started it; otherwise they are found by their time.
+"""

@@ -1,0 +1,239 @@
+"""Usage records: stored once, by request id, together with the charge that they cause."""
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection, Row, func, insert, select, tuple_
+
+from tidemill.ledger.invoice import LineSum, MonthUsage, TokenKind
+from tidemill.ledger.money import Nanos
+from tidemill.ledger.period import Period
+from tidemill.ledger.posting import charge_batches, usage_charge
+from tidemill.ledger.statement import UsageTotals
+from tidemill.ledger.usage import Status, TokenUsage, UsageRecord
+from tidemill.store.accounts import post
+from tidemill.store.clock import from_micros, to_micros
+from tidemill.store.ids import new_id
+from tidemill.store.schema import usage_records
+
+IN_CHUNK = 500
+"""How many ids one IN (...) carries; SQLite's limit is far higher, PostgreSQL's planner likes it short."""
+
+
+def known_requests(connection: Connection, request_ids: Sequence[str]) -> set[str]:
+    """Which of these requests have a record already."""
+    known: set[str] = set()
+    for at in range(0, len(request_ids), IN_CHUNK):
+        part = request_ids[at : at + IN_CHUNK]
+        rows = connection.execute(select(usage_records.c.request_id).where(usage_records.c.request_id.in_(part)))
+        known.update(rows.scalars())
+    return known
+
+
+def store_records(connection: Connection, records: Iterable[UsageRecord], *, zone: str) -> list[UsageRecord]:
+    """Store records and post their charges; records that are stored already, or come twice, are passed over.
+
+    One transaction of the ledger covers the records of a tenant and month in this batch, and each record names it.
+    Returns the records that were new.
+    """
+    unique = {record.request_id: record for record in records}
+    known = known_requests(connection, list(unique))
+    fresh = [record for request_id, record in unique.items() if request_id not in known]
+    rows: list[dict[str, Any]] = []
+    for batch in charge_batches(fresh, zone).values():
+        transaction = usage_charge(new_id("txn"), batch, memo=f"{len(batch)} requests")
+        if transaction is not None:
+            post(connection, transaction)
+        rows.extend(_row(record, transaction.transaction_id if transaction else None) for record in batch)
+    if rows:
+        connection.execute(insert(usage_records), rows)
+    return fresh
+
+
+def records_between(
+    connection: Connection,
+    *,
+    tenant_id: str | None,
+    start: datetime | None,
+    end: datetime | None,
+    model: str | None = None,
+    after: tuple[datetime, str] | None = None,
+    limit: int | None = None,
+) -> Iterable[UsageRecord]:
+    """The records that finished in [start, end), oldest first; of one tenant or of all.
+
+    `after` is the (finished_at, request_id) of the last record of the page before, `limit` the length of a page.
+    """
+    query = select(usage_records)
+    if start is not None:
+        query = query.where(usage_records.c.finished_at >= to_micros(start))
+    if end is not None:
+        query = query.where(usage_records.c.finished_at < to_micros(end))
+    if tenant_id is not None:
+        query = query.where(usage_records.c.tenant_id == tenant_id)
+    if model is not None:
+        query = query.where(usage_records.c.model == model)
+    if after is not None:
+        position = tuple_(usage_records.c.finished_at, usage_records.c.request_id)
+        query = query.where(position > (to_micros(after[0]), after[1]))
+    if limit is not None:
+        query = query.limit(limit)
+    query = query.order_by(usage_records.c.finished_at, usage_records.c.request_id)
+    for row in connection.execute(query):
+        yield _record(row)
+
+
+def usage_totals(
+    connection: Connection, *, tenant_id: str, start: datetime | None = None, end: datetime | None = None
+) -> list[tuple[str, UsageTotals]]:
+    """The sums of a tenant's records by model, as the database adds them; of all time where no bound is given."""
+    columns = usage_records.c
+    query = select(
+        columns.model,
+        func.count().label("requests"),
+        func.sum(columns.prompt_tokens).label("prompt"),
+        func.sum(columns.cached_tokens).label("cached"),
+        func.sum(columns.completion_tokens).label("completion"),
+        func.sum(columns.charge_input + columns.charge_cached + columns.charge_output).label("charge"),
+    ).where(columns.tenant_id == tenant_id)
+    if start is not None:
+        query = query.where(columns.finished_at >= to_micros(start))
+    if end is not None:
+        query = query.where(columns.finished_at < to_micros(end))
+    return [
+        (
+            row.model,
+            UsageTotals(
+                requests=row.requests,
+                prompt_tokens=int(row.prompt),
+                cached_tokens=int(row.cached),
+                completion_tokens=int(row.completion),
+                charge=Nanos(int(row.charge)),
+            ),
+        )
+        for row in connection.execute(query.group_by(columns.model))
+    ]
+
+
+class DeviceUse(msgspec.Struct, frozen=True):
+    """What one tenant's use of one model came to in a window: an input of `ledger.costing.margin`."""
+
+    tenant_id: str
+    model: str
+    currency: str
+    charge: Nanos
+    device_ns: int
+
+
+def device_use(connection: Connection, *, start: datetime, end: datetime) -> list[DeviceUse]:
+    """Charges and device time of the records that finished in [start, end), by tenant, model and currency."""
+    columns = usage_records.c
+    rows = connection.execute(
+        select(
+            columns.tenant_id,
+            columns.model,
+            columns.currency,
+            func.sum(columns.charge_input + columns.charge_cached + columns.charge_output).label("charge"),
+            func.sum(columns.device_ns).label("device_ns"),
+        )
+        .where(columns.finished_at >= to_micros(start), columns.finished_at < to_micros(end))
+        .group_by(columns.tenant_id, columns.model, columns.currency)
+        .order_by(columns.tenant_id, columns.model, columns.currency)
+    )
+    return [
+        DeviceUse(row.tenant_id, row.model, row.currency, Nanos(int(row.charge)), int(row.device_ns)) for row in rows
+    ]
+
+
+def month_usage(connection: Connection, *, tenant_id: str, currency: str, period: Period) -> MonthUsage:
+    """The sums of a month by model, price and kind of token, as the database adds them: what an invoice is made of."""
+    columns = usage_records.c
+    within = (
+        columns.tenant_id == tenant_id,
+        columns.finished_at >= to_micros(period.start),
+        columns.finished_at < to_micros(period.end),
+    )
+    parts = {
+        TokenKind.INPUT: (columns.prompt_tokens - columns.cached_tokens, columns.charge_input),
+        TokenKind.CACHED_INPUT: (columns.cached_tokens, columns.charge_cached),
+        TokenKind.OUTPUT: (columns.completion_tokens, columns.charge_output),
+    }
+    sums = [
+        LineSum(row.model, row.price_id, kind, int(row.tokens), Nanos(int(row.amount)), row.requests)
+        for kind, (tokens, amount) in parts.items()
+        for row in connection.execute(
+            select(
+                columns.model,
+                columns.price_id,
+                func.sum(tokens).label("tokens"),
+                func.sum(amount).label("amount"),
+                func.count().label("requests"),
+            )
+            .where(*within, (tokens != 0) | (amount != 0))
+            .group_by(columns.model, columns.price_id)
+        )
+    ]
+    whole = connection.execute(select(func.count(), func.sum(columns.uncollected)).where(*within)).one()
+    return MonthUsage(
+        tenant_id=tenant_id,
+        currency=currency,
+        period=period,
+        requests=whole[0],
+        uncollected=Nanos(int(whole[1] or 0)),
+        sums=tuple(sums),
+    )
+
+
+def _row(record: UsageRecord, transaction_id: str | None) -> dict[str, Any]:
+    return {
+        "request_id": record.request_id,
+        "tenant_id": record.tenant_id,
+        "key_id": record.key_id,
+        "model": record.model,
+        "replica": record.replica,
+        "prompt_tokens": record.usage.prompt,
+        "cached_tokens": record.usage.cached,
+        "completion_tokens": record.usage.completion,
+        "estimated": record.estimated,
+        "status": record.status.value,
+        "streamed": record.streamed,
+        "price_id": record.price_id,
+        "currency": record.currency,
+        "charge_input": record.charge_input,
+        "charge_cached": record.charge_cached,
+        "charge_output": record.charge_output,
+        "uncollected": record.uncollected,
+        "hold": record.hold,
+        "started_at": to_micros(record.started_at),
+        "first_token_at": None if record.first_token_at is None else to_micros(record.first_token_at),
+        "finished_at": to_micros(record.finished_at),
+        "device_ns": record.device_ns,
+        "transaction_id": transaction_id,
+    }
+
+
+def _record(row: Row[Any]) -> UsageRecord:
+    return UsageRecord(
+        request_id=row.request_id,
+        tenant_id=row.tenant_id,
+        key_id=row.key_id,
+        model=row.model,
+        replica=row.replica,
+        usage=TokenUsage(row.prompt_tokens, row.cached_tokens, row.completion_tokens),
+        estimated=row.estimated,
+        status=Status(row.status),
+        streamed=row.streamed,
+        price_id=row.price_id,
+        currency=row.currency,
+        charge_input=Nanos(row.charge_input),
+        charge_cached=Nanos(row.charge_cached),
+        charge_output=Nanos(row.charge_output),
+        uncollected=Nanos(row.uncollected),
+        hold=Nanos(row.hold),
+        started_at=from_micros(row.started_at),
+        first_token_at=None if row.first_token_at is None else from_micros(row.first_token_at),
+        finished_at=from_micros(row.finished_at),
+        device_ns=row.device_ns,
+    )
