@@ -22,6 +22,7 @@ from tidemill.app.config import Config
 from tidemill.app.datadir import DataDir, Runtime
 from tidemill.app.engines import Fleet
 from tidemill.app.gateways import Gateways
+from tidemill.app.worker import ORPHAN_GRACE_S
 from tidemill.errors import Conflict, TidemillError, Unavailable
 from tidemill.ledger.money import Nanos, parse_amount
 from tidemill.meter.loader import Loader
@@ -202,11 +203,7 @@ class Supervisor:
         if self.first_tenant is not None:
             self.data.write("first-key", self.first_tenant.key + "\n")
         self._loader = Loader(store, self.data.meter, zone=self.config.timezone)
-        drained = await asyncio.to_thread(self._loader.drain)
-        if drained.recovered or drained.records:
-            self._progress(
-                f"recovered {drained.records} usage records of an earlier run, {drained.recovered} unfinished"
-            )
+        await self._recover()
         if store.is_sqlite:
             await asyncio.to_thread(self._loader.release_strays)
         self._fleet = Fleet(self.config, self._config_dir, self.data, self._models_changed)
@@ -227,6 +224,27 @@ class Supervisor:
         self._tasks += [asyncio.create_task(self._keep_loading()), asyncio.create_task(self._keep_sampling())]
         await self._await_engines()
         self._state = "ready"
+
+    async def _recover(self) -> None:
+        """Store what an earlier run has settled and finish what it left open.
+
+        After a kill of the supervisor alone its gateways still let their requests finish, for a few seconds; they
+        hold the port as well.
+        """
+        records = recovered = 0
+        deadline = time.monotonic() + ORPHAN_GRACE_S + 10.0
+        said = False
+        while True:
+            drained = await asyncio.to_thread(self._loader.drain)
+            records, recovered = records + drained.records, recovered + drained.recovered
+            if not any(path.is_dir() for path in self.data.meter.iterdir()) or time.monotonic() > deadline:
+                break
+            if not said:
+                self._progress("waiting for a gateway of the earlier run to finish its requests")
+                said = True
+            await asyncio.sleep(0.2)
+        if records:
+            self._progress(f"recovered {records} usage records of the earlier run, {recovered} of them unfinished")
 
     async def _await_engines(self) -> None:
         """Wait for the engines of our own; one that cannot start does not hold up the others for ever."""

@@ -77,6 +77,7 @@ class Connection(asyncio.Protocol):
         self._failure: EngineLost | None = None
         self._got_bytes = False
         self._head_done = False
+        self._keep_alive = False
         self.complete = False
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
@@ -90,7 +91,7 @@ class Connection(asyncio.Protocol):
         """Send a request. The connection must be fresh from `Pool.acquire`."""
         assert self._transport is not None
         self._parser = httptools.HttpResponseParser(self)
-        self._got_bytes = self._head_done = self.complete = False
+        self._got_bytes = self._head_done = self._keep_alive = self.complete = False
         self.status = 0
         self.headers = {}
         if len(body) < 65536:
@@ -155,7 +156,7 @@ class Connection(asyncio.Protocol):
 
     def release(self) -> None:
         """Give the connection back: kept when the response is complete, else closed."""
-        if self.complete and self._parser is not None and self._parser.should_keep_alive() and not self._pieces:
+        if self.complete and self._keep_alive and not self._pieces:
             self._pool.put_back(self)
         else:
             self.abort()
@@ -254,6 +255,8 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         if self._head_done:
             self.complete = True
+            assert self._parser is not None
+            self._keep_alive = self._parser.should_keep_alive()
 
 
 class Owner(Protocol):
