@@ -103,8 +103,9 @@ async def serve(spec: WorkerSpec, commands: asyncio.StreamReader) -> None:
         tell(Report(say="failed", message=error.strerror or str(error)))
         return
     tell(Report(say="listening"))
-    chores = [asyncio.create_task(_sweep(routes)), asyncio.create_task(_housekeeping(door, meter))]
-    grace_s = await _obey(commands, door, routes, meter)
+    stop = asyncio.Event()
+    chores = [asyncio.create_task(_sweep(routes)), asyncio.create_task(_housekeeping(door, meter, stop))]
+    grace_s = await _obey(commands, door, routes, meter, stop)
     finished = await server.stop(grace_s)
     if not finished:
         await server.cut_off()
@@ -116,9 +117,10 @@ async def serve(spec: WorkerSpec, commands: asyncio.StreamReader) -> None:
     executor.shutdown(wait=False)
 
 
-async def _obey(commands: asyncio.StreamReader, door: Door, routes: Routes, meter: Meter) -> float:
+async def _obey(
+    commands: asyncio.StreamReader, door: Door, routes: Routes, meter: Meter, stop: asyncio.Event
+) -> float:
     """Carry out the supervisor's commands; returns the grace period when it is time to stop."""
-    stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     stopped = asyncio.create_task(stop.wait())
     while True:
@@ -148,10 +150,13 @@ async def _sweep(routes: Routes) -> None:
         routes.sweep(loop.time())
 
 
-async def _housekeeping(door: Door, meter: Meter) -> None:
+async def _housekeeping(door: Door, meter: Meter, stop: asyncio.Event) -> None:
     """Once a second: news from the store, idle leases back to it, the live table to disk."""
     while True:
         await asyncio.sleep(1.0)
+        if meter.log.failure is not None and not stop.is_set():
+            log.error("the usage log cannot be written; this gateway process ends", reason=str(meter.log.failure))
+            stop.set()
         try:
             await door.renew()
             await meter.leasing.return_idle()

@@ -1,6 +1,7 @@
 """What a command prints: tables for people, one JSON document for programs, and complaints in one line."""
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -9,6 +10,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Justify = Literal["left", "right"]
+
+_NUMBER = re.compile(r"(-?)([0-9]+)(\.[0-9]+|)")
 
 PIPE_COLUMNS = 1000
 """Width of a table that goes into a file or a pipe, where no terminal breaks its lines."""
@@ -66,8 +69,8 @@ def complain(message: str, *, hint: str = "", kind: str = "error") -> None:
 
 def grouped(number: int | str) -> str:
     """A count or a decimal amount with commas between the thousands, for people."""
-    whole, point, fraction = str(number).partition(".")
-    return f"{int(whole):,}" + point + fraction if whole.lstrip("-").isdigit() else str(number)
+    match = _NUMBER.fullmatch(str(number))
+    return f"{match[1]}{int(match[2]):,}{match[3]}" if match else str(number)
 
 
 def moment(instant: str | None) -> str:

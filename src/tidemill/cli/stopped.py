@@ -1,4 +1,4 @@
-"""Reading the data of a platform that is stopped: the same answers, from the same queries, without changing anything."""
+"""Reading the data of a platform that is stopped: the same answers, from the same queries."""
 
 from collections.abc import Callable
 from datetime import UTC, datetime

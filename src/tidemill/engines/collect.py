@@ -1,4 +1,4 @@
-"""Putting a streamed answer together again, for a client that wants it whole.
+"""Putting a streamed answer together again, for a client that wants it whole: chats and text completions alike.
 
 The counterpart of `collects` in `engines.protocol`: the gateway counts the tokens of an own engine while they are
 produced, also when the client asked for one JSON object. Follows OpenAI's chunk object (API reference, "The chat
@@ -53,6 +53,8 @@ class Collector:
             if tokens:
                 logprobs = choice.setdefault("logprobs", {})
                 logprobs[part] = (logprobs.get(part) or []) + tokens
+        if isinstance(delta.get("text"), str):
+            choice["text"] = choice.get("text", "") + delta["text"]
         message = choice["message"]
         for name, value in (delta.get("delta") or {}).items():
             if name == "tool_calls":
@@ -67,12 +69,14 @@ class Collector:
         """The chat completion object, with `counts` as its usage."""
         for choice in self._choices.values():
             choice.setdefault("logprobs", None)
-            if choice["message"]["content"] is None and "tool_calls" not in choice["message"]:
+            if "text" in choice:
+                choice.pop("message", None)
+            elif choice["message"]["content"] is None and "tool_calls" not in choice["message"]:
                 choice["message"]["content"] = ""
         return _encode(
             {
                 **self._head,
-                "object": "chat.completion",
+                "object": str(self._head.get("object", "chat.completion")).removesuffix(".chunk"),
                 "choices": [self._choices[index] for index in sorted(self._choices)],
                 "usage": {
                     "prompt_tokens": counts.prompt,

@@ -4,6 +4,7 @@ Source: llama.cpp tools/server/README.md: `timings_per_token`, `/v1/chat/complet
 """
 
 import re
+from collections.abc import Collection
 
 import msgspec
 
@@ -24,12 +25,13 @@ class LlamaCppEngine:
     kind = "llamacpp"
     owned = True
     collects = True
-    chat_path = b"/chat/completions"
     count_path: bytes | None = b"/chat/completions/input_tokens"
 
     def body(self, ask: Ask, *, model: str, output_cap: int) -> bytes:
         fields = dict(ask.fields)
         fields["model"] = msgspec.Raw(encode(model))
+        if not ask.generates:
+            return encode(fields)
         fields.pop("max_completion_tokens", None)
         fields["max_tokens"] = msgspec.Raw(b"%d" % output_cap)
         fields["stream"] = msgspec.Raw(b"true")
@@ -38,7 +40,7 @@ class LlamaCppEngine:
         return encode(fields)
 
     def tap(self, ask: Ask) -> "LlamaCppTap":
-        return LlamaCppTap(wants_usage=ask.wants_usage, choices=ask.choices)
+        return LlamaCppTap(wants_usage=ask.wants_usage, choices=ask.choices, prompts=ask.prompts)
 
     def counters(self, metrics: str) -> Counters | None:
         """llama.cpp counts computed and cached prompt tokens apart; both were prompts."""
@@ -52,16 +54,17 @@ class LlamaCppEngine:
 class LlamaCppTap(SseTap):
     """Reads the running counts out of each chunk and removes them again.
 
-    Of several choices llama.cpp ends each with a usage chunk of its own; OpenAI's clients expect one for all of
-    them, at the end. So these are held back and summed.
+    Of several choices llama.cpp ends each with a usage of its own; OpenAI's clients expect one for all of them, at
+    the end. In a chat these come as chunks without a choice, which are held back and summed; in a text completion
+    the last chunk of each choice carries its own.
     """
 
-    def __init__(self, *, wants_usage: bool, choices: int) -> None:
+    def __init__(self, *, wants_usage: bool, choices: int, prompts: int) -> None:
         super().__init__(wants_usage=wants_usage)
         self._choices = choices
-        self._running: dict[bytes, int] = {}
+        self._prompts = prompts
+        self._by_choice: dict[bytes, Counts] = {}
         self._final: list[Counts] = []
-        self._usage_event = b""
 
     def feed(self, data: bytes) -> bytes:
         data = self._whole_events(data)
@@ -70,35 +73,37 @@ class LlamaCppTap(SseTap):
     def on_event(self, event: bytes) -> bytes | None:
         at = event.rfind(_TIMINGS)
         if at < 0:
-            return super().on_event(event)
+            return None if event == b"data: null" else super().on_event(event)
         timings = dict(_COUNT.findall(event, at))
         event = event[:at] + b"}"
-        if b'"usage":{' in event:
-            return self._on_usage(event)
+        usage = usage_of(data_of(event)) if b'"usage":{' in event else None
+        if usage is not None and b'"choices":[]' in event:
+            return self._on_last_of_a_choice(event, usage)
+        if usage is None:
+            cached = int(timings.get(b"cache_n", 0))
+            usage = Counts(int(timings.get(b"prompt_n", 0)) + cached, cached, int(timings.get(b"predicted_n", 0)))
         index = _INDEX.search(event)
-        cached = int(timings.get(b"cache_n", 0))
-        self._running[index[1] if index else b"0"] = int(timings.get(b"predicted_n", 0))
-        self._note(int(timings.get(b"prompt_n", 0)) + cached, cached, sum(self._running.values()))
+        self._by_choice[index[1] if index else b"0"] = usage
+        self._add_up(self._by_choice.values())
         return event
 
-    def _on_usage(self, event: bytes) -> bytes | None:
-        usage = usage_of(data_of(event))
-        if usage is None:
-            return event
+    def _on_last_of_a_choice(self, event: bytes, usage: Counts) -> bytes | None:
         self._final.append(usage)
-        if len(self._final) == self._choices:
-            self._note(usage.prompt, usage.cached, sum(each.completion for each in self._final))
-        if not self._wants_usage:
-            return None
-        if self._choices == 1:
-            return event
         if len(self._final) < self._choices:
             return None
-        return b"data: " + with_usage(data_of(event), self.counts)
+        self._add_up(self._final)
+        if not self._wants_usage:
+            return None
+        return event if self._choices == 1 else b"data: " + with_usage(data_of(event), self.counts)
 
-    def _note(self, prompt: int, cached: int, completion: int) -> None:
-        before = self.counts
-        self.counts = Counts(max(prompt, before.prompt), max(cached, before.cached), max(completion, before.completion))
+    def _add_up(self, counts: Collection[Counts]) -> None:
+        """The sum over the choices; a prompt that several choices share counts once."""
+        prompt, cached = max((each.prompt, each.cached) for each in counts)
+        if self._prompts > 1:
+            share = self._choices // self._prompts
+            prompt = sum(each.prompt for each in counts) // share
+            cached = sum(each.cached for each in counts) // share
+        self.counts = Counts(prompt, cached, sum(each.completion for each in counts))
         self.exact = True
 
 

@@ -25,7 +25,6 @@ class OpenAIEngine:
 
     kind = "openai"
     collects = False
-    chat_path = b"/chat/completions"
     count_path: bytes | None = None
 
     def __init__(self, *, owned: bool = False) -> None:
@@ -35,7 +34,8 @@ class OpenAIEngine:
         """The client's own fields pass through; only the model's name, the limit and the usage option are set."""
         fields = dict(ask.fields)
         fields["model"] = msgspec.Raw(encode(model))
-        fields[ask.max_tokens_field] = msgspec.Raw(b"%d" % output_cap)
+        if ask.generates:
+            fields[ask.max_tokens_field] = msgspec.Raw(b"%d" % output_cap)
         if ask.stream:
             fields["stream_options"] = stream_options(ask)
         return encode(fields)

@@ -21,18 +21,24 @@ class Counters(msgspec.Struct, frozen=True):
 
 
 class Ask(msgspec.Struct):
-    """A chat request on its way to an engine: the client's JSON object, its values still undecoded."""
+    """A request on its way to an engine: a JSON object in OpenAI's form, its values still undecoded."""
 
+    path: bytes
+    """The endpoint below the engine's base URL: `/chat/completions`, `/completions`, `/embeddings`."""
     fields: dict[str, msgspec.Raw]
     stream: bool
     wants_usage: bool
     """The client asked for the usage chunk at the end of the stream."""
     choices: int
-    """OpenAI's `n`: how many answers to one prompt."""
+    """How many answers it asks for: OpenAI's `n`, times the prompts."""
     max_tokens_field: str
     """`max_tokens` or `max_completion_tokens`, whichever the client used."""
     max_tokens: int | None
     """The client's limit for each choice, if it set one."""
+    prompts: int = 1
+    """How many prompts it carries; more than one only in a text completion."""
+    generates: bool = True
+    """False for embeddings: nothing is produced token by token, nothing is limited."""
 
 
 class Tap(Protocol):
@@ -70,9 +76,8 @@ class Engine(Protocol):
     collects: bool
     """True: also an answer that the client wants whole is asked for as a stream and put together by the gateway,
     so that its tokens are counted while they are produced."""
-    chat_path: bytes
     count_path: bytes | None
-    """Where the engine counts a prompt exactly, if it can."""
+    """Where the engine counts a chat's prompt exactly, if it can."""
 
     def body(self, ask: Ask, *, model: str, output_cap: int) -> bytes:
         """The request body for the engine; each choice is limited to `output_cap` tokens."""

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from tidemill.gateway.errors import InsufficientQuota
-from tidemill.gateway.requests import ChatRequest
+from tidemill.gateway.requests import ModelRequest
 from tidemill.gateway.routing import Route
 from tidemill.gateway.snapshot import PricePoint, Principal
 from tidemill.ledger.money import Nanos, format_amount
@@ -34,20 +34,22 @@ class Hold(msgspec.Struct, frozen=True):
     """The cap is what the balance pays for, not what the client asked for."""
 
 
-def output_bound(request: ChatRequest, route: Route) -> int:
+def output_bound(request: ModelRequest, route: Route) -> int:
     """The most tokens that each choice can have: the client's limit or the model's, within the context."""
+    if not request.ask.generates:
+        return 0
     asked = request.ask.max_tokens or route.spec.max_output_tokens
     return min(asked, route.spec.context) if route.spec.context else asked
 
 
-def prompt_bound(request: ChatRequest, route: Route) -> int:
+def prompt_bound(request: ModelRequest, route: Route) -> int:
     """The most tokens that the prompt can have."""
     bound = request.body_bytes + TEMPLATE_TOKENS
     return min(bound, route.spec.context) if route.spec.context else bound
 
 
 def hold_now(
-    request: ChatRequest, route: Route, principal: Principal, price: PricePoint, leasing: Leasing
+    request: ModelRequest, route: Route, principal: Principal, price: PricePoint, leasing: Leasing
 ) -> Hold | None:
     """Hold the bound from what this process has leased; None when that is not enough. The hot path."""
     cap = output_bound(request, route)
@@ -58,7 +60,7 @@ def hold_now(
 
 
 async def hold_scarce(
-    request: ChatRequest,
+    request: ModelRequest,
     route: Route,
     principal: Principal,
     price: PricePoint,
@@ -84,7 +86,7 @@ async def hold_scarce(
             amount = hold_for(price.price, prompt_tokens=prompt, output_tokens=cap * choices)
             if await leasing.hold(tenant, amount):
                 return Hold(amount, cap, cut_short=False)
-        if wallet.holds == 0 and (request.ask.stream or request.ask.max_tokens is None):
+        if wallet.holds == 0 and request.ask.generates and (request.ask.stream or request.ask.max_tokens is None):
             budget = Nanos(wallet.available)
             fits = affordable_output(price.price, budget=budget, prompt_tokens=prompt) // choices
             rest = hold_for(price.price, prompt_tokens=prompt, output_tokens=fits * choices)

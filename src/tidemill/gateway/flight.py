@@ -5,7 +5,8 @@ import time
 from tidemill.engines.protocol import Counts, Tap
 from tidemill.gateway.admission import Hold
 from tidemill.gateway.http import Exchange
-from tidemill.gateway.requests import ChatRequest
+from tidemill.gateway.replies import Reply
+from tidemill.gateway.requests import ModelRequest
 from tidemill.gateway.routing import Replica, Route
 from tidemill.gateway.snapshot import PricePoint, Principal
 from tidemill.gateway.upstream import Connection, EngineLost
@@ -32,12 +33,13 @@ class Flight:
         self,
         meter: Meter,
         exchange: Exchange,
-        request: ChatRequest,
+        request: ModelRequest,
         route: Route,
         replica: Replica,
         principal: Principal,
         price: PricePoint,
         hold: Hold,
+        reply: Reply,
     ) -> None:
         """Open the record. Raises Unavailable (LogFull, TooManyOpen) and then leaves nothing open."""
         self._meter = meter
@@ -46,6 +48,7 @@ class Flight:
         self.route = route
         self.replica = replica
         self.hold = hold
+        self.reply = reply
         self.tap: Tap = route.engine.tap(request.ask)
         self.connection: Connection | None = None
         self.given_up = False

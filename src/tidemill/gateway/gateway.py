@@ -6,16 +6,26 @@ import msgspec
 import structlog
 
 from tidemill.errors import TidemillError
-from tidemill.gateway.chat import JSON, Chat
 from tidemill.gateway.door import Door
 from tidemill.gateway.errors import BodyTooLarge, error_body, error_headers, error_object
 from tidemill.gateway.flight import Meter
 from tidemill.gateway.http import Exchange, Handler
+from tidemill.gateway.replies import OpenAIReply
+from tidemill.gateway.requests import read_chat, read_completion, read_embeddings
 from tidemill.gateway.routing import Routes
+from tidemill.gateway.serve import JSON, Operation, Serve
 
 log = structlog.get_logger()
 
 _encode = msgspec.json.Encoder().encode
+
+
+OPERATIONS = {
+    b"/v1/chat/completions": Operation("chat", read_chat, OpenAIReply),
+    b"/v1/completions": Operation("completions", read_completion, OpenAIReply),
+    b"/v1/embeddings": Operation("embeddings", read_embeddings, OpenAIReply),
+}
+"""The endpoints that have a model work."""
 
 
 class Gateway:
@@ -25,9 +35,8 @@ class Gateway:
         self._door = door
         self._routes = routes
         self._started_at = started_at
-        self._chat = Chat(door, routes, meter)
         self._table: dict[tuple[bytes, bytes], Handler] = {
-            (b"POST", b"/v1/chat/completions"): self._chat,
+            **{(b"POST", path): Serve(operation, door, routes, meter) for path, operation in OPERATIONS.items()},
             (b"GET", b"/v1/models"): self._models,
             (b"GET", b"/healthz"): self._healthz,
             (b"GET", b"/readyz"): self._readyz,

@@ -1,4 +1,4 @@
-"""Reading a chat request: one pass over the JSON, which leaves undecoded what only the engine needs.
+"""Reading requests: one pass over the JSON, which leaves undecoded what only the engine needs.
 
 A prompt of 128k tokens is half a megabyte of JSON. It is checked for being JSON and cut into its top-level members;
 the messages themselves are never decoded here.
@@ -11,9 +11,12 @@ from tidemill.gateway.errors import BadRequest
 
 MAX_CHOICES = 128
 """OpenAI's limit for `n`."""
+MAX_PROMPTS = 2048
+"""OpenAI's limit for the inputs of one embeddings request."""
 MAX_TOKENS_LIMIT = 2**31 - 1
 
 _decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _decode_any = msgspec.json.Decoder().decode
 _decode_options = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
@@ -22,36 +25,75 @@ MAX_SCALAR_BYTES = 4096
 """A longer value is no number, flag or model's name, and is not decoded to find out."""
 
 
-class ChatRequest(msgspec.Struct):
-    """A chat completion request, as far as the gateway needs to understand it."""
+class ModelRequest(msgspec.Struct):
+    """A request for a model's work, as far as the gateway needs to understand it."""
 
     model: str
     ask: Ask
     body_bytes: int
 
 
-def parse_chat(body: bytes) -> ChatRequest:
-    """Take a request body apart. Raises BadRequest, which names the parameter and says what to do."""
+def read_chat(body: bytes) -> ModelRequest:
+    """Take the body of POST /v1/chat/completions apart. Raises BadRequest, which names the parameter."""
     fields = parse_object(body)
-    model = _string(fields, "model")
     messages = fields.get("messages")
     if messages is None:
         raise BadRequest("'messages' is missing.", hint="Send a list of messages.", param="messages")
     if not _is_filled_list(messages):
         raise BadRequest("'messages' is not a list with at least one message.", param="messages")
-    stream = _boolean(fields, "stream")
     field = "max_completion_tokens" if _given(fields, "max_completion_tokens") else "max_tokens"
-    max_tokens = _integer(fields, field, low=1, high=MAX_TOKENS_LIMIT)
+    return _generation(b"/chat/completions", fields, len(body), max_tokens_field=field, prompts=1)
+
+
+def read_completion(body: bytes) -> ModelRequest:
+    """Take the body of POST /v1/completions apart. Raises BadRequest."""
+    fields = parse_object(body)
+    if not _given(fields, "prompt"):
+        raise BadRequest("'prompt' is missing.", hint="Send a string, or a list of strings.", param="prompt")
+    if _integer(fields, "best_of", low=1, high=MAX_CHOICES) not in (None, 1):
+        raise BadRequest("'best_of' is not offered.", hint="Use 'n' and choose yourself.", param="best_of")
+    prompts = _prompt_count(fields["prompt"], "prompt")
+    return _generation(b"/completions", fields, len(body), max_tokens_field="max_tokens", prompts=prompts)
+
+
+def read_embeddings(body: bytes) -> ModelRequest:
+    """Take the body of POST /v1/embeddings apart. Raises BadRequest."""
+    fields = parse_object(body)
+    model = _string(fields, "model")
+    if not _given(fields, "input"):
+        raise BadRequest("'input' is missing.", hint="Send a string, or a list of strings.", param="input")
+    _prompt_count(fields["input"], "input")
+    ask = Ask(
+        path=b"/embeddings",
+        fields=fields,
+        stream=False,
+        wants_usage=False,
+        choices=1,
+        max_tokens_field="",
+        max_tokens=None,
+        generates=False,
+    )
+    return ModelRequest(model, ask, len(body))
+
+
+def _generation(
+    path: bytes, fields: dict[str, msgspec.Raw], body_bytes: int, *, max_tokens_field: str, prompts: int
+) -> ModelRequest:
+    model = _string(fields, "model")
+    stream = _boolean(fields, "stream")
+    max_tokens = _integer(fields, max_tokens_field, low=1, high=MAX_TOKENS_LIMIT)
     choices = _integer(fields, "n", low=1, high=MAX_CHOICES)
     ask = Ask(
+        path=path,
         fields=fields,
         stream=stream,
         wants_usage=_wants_usage(fields, stream),
-        choices=choices or 1,
-        max_tokens_field=field,
+        choices=(choices or 1) * prompts,
+        prompts=prompts,
+        max_tokens_field=max_tokens_field,
         max_tokens=max_tokens,
     )
-    return ChatRequest(model, ask, len(body))
+    return ModelRequest(model, ask, body_bytes)
 
 
 def parse_object(body: bytes) -> dict[str, msgspec.Raw]:
@@ -64,6 +106,25 @@ def parse_object(body: bytes) -> dict[str, msgspec.Raw]:
         raise BadRequest("The request body is JSON, but not an object.", hint="Send {...}.") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"The request body is not valid JSON: {error}.", hint="Check it with a linter.") from error
+
+
+def _prompt_count(value: msgspec.Raw, name: str) -> int:
+    """How many prompts a `prompt` or `input` holds: a string or a list of token ids is one. Raises BadRequest."""
+    first = memoryview(value)[0]
+    if first == ord('"'):
+        return 1
+    if first != ord("[") or not _is_filled_list(value):
+        raise BadRequest(f"'{name}' is neither a string nor a list with something in it.", param=name)
+    parts = _decode_list(value)
+    if all(_kind(part) in b'"[' for part in parts):
+        if len(parts) > MAX_PROMPTS:
+            raise BadRequest(f"'{name}' has {len(parts)} entries; send at most {MAX_PROMPTS}.", param=name)
+        return len(parts)
+    return 1
+
+
+def _kind(value: msgspec.Raw) -> int:
+    return memoryview(value)[0]
 
 
 def _is_filled_list(value: msgspec.Raw) -> bool:

@@ -69,7 +69,8 @@ class Leasing:
         purse = self.purse(tenant_id)
         if not purse.wallet.hold(amount):
             return False
-        if purse.wallet.available < purse.last_grant * LOW_WATER and purse.refill is None:
+        low = purse.wallet.available < purse.last_grant * LOW_WATER
+        if low and purse.refill is None and self._clock() >= purse.dry_until:
             self._start_refill(tenant_id, purse, purse.last_grant)
         return True
 
@@ -147,6 +148,14 @@ def extend_lease_in(store: Store, worker_id: str, tenant_id: str, missing: int) 
 
 
 def return_lease_in(store: Store, worker_id: str, tenant_id: str, amount: int) -> None:
-    """Give `amount` nanos of a lease back."""
-    with store.write() as connection:
-        return_lease(connection, worker_id=worker_id, tenant_id=tenant_id, amount=amount)
+    """Give `amount` nanos of a lease back. Raises Unavailable when the store surely has not taken them."""
+    asked = False
+    try:
+        with store.write() as connection:
+            return_lease(connection, worker_id=worker_id, tenant_id=tenant_id, amount=amount)
+            asked = True
+    except Unavailable:
+        if not asked:
+            raise
+        # The commit's answer was lost. The store may have given the money to others, so it is ours no more; if it
+        # has not, the lease lasts until this process ends.

@@ -26,6 +26,8 @@ _COUNTS = struct.Struct("<QQQQQI")  # prompt, cached, completion tokens; first t
 _COUNTS_AT = 16
 _BODY_AT = 64
 _FREE = bytes(_STATE.size)
+MAX_OPENED = 832
+"""Bytes of an opened record at the most; with its outcome it must fit into what the log reserves for it."""
 
 
 class TooManyOpen(Unavailable):
@@ -69,29 +71,23 @@ class LiveTable:
         if not self._free:
             raise TooManyOpen(f"The gateway has {self._slots} requests open.", hint="Try again in a moment.")
         body = encode_opened(opened)
-        if len(body) > SLOT_BYTES - _BODY_AT:
-            raise ValueError(f"an opened record has at most {SLOT_BYTES - _BODY_AT} bytes, got {len(body)}")
+        if len(body) > MAX_OPENED:
+            raise ValueError(f"an opened record has at most {MAX_OPENED} bytes, got {len(body)}")
         slot = self._free.pop()
         base = slot * SLOT_BYTES
         self._map[base + _BODY_AT : base + _BODY_AT + len(body)] = body
-        _COUNTS.pack_into(self._map, base + _COUNTS_AT, 0, 0, 0, 0, hold, 0)
-        _STATE.pack_into(self._map, base, 1, len(body), zlib.crc32(body))  # last: only a whole slot counts
+        self.count(slot, 0, 0, 0, 0, hold, False)
+        self._map[base : base + _STATE.size] = _STATE.pack(1, len(body), zlib.crc32(body))  # last: now it counts
         return slot
 
     def count(
         self, slot: int, prompt: int, cached: int, completion: int, first_token_us: int, hold: int, estimated: bool
     ) -> None:
         """Note what has passed so far."""
-        _COUNTS.pack_into(
-            self._map,
-            slot * SLOT_BYTES + _COUNTS_AT,
-            prompt,
-            cached,
-            completion,
-            first_token_us,
-            hold,
-            estimated,
-        )
+        at = slot * SLOT_BYTES + _COUNTS_AT
+        # Copied in, not packed in place: `pack_into` clears the place first, and a kill in that moment would leave
+        # zeros. A kill within the copy leaves each figure either as it was or as it is.
+        self._map[at : at + _COUNTS.size] = _COUNTS.pack(prompt, cached, completion, first_token_us, hold, estimated)
 
     def close_slot(self, slot: int) -> None:
         """Free a slot, once its record is on disk (or when nothing was dispatched)."""
@@ -117,8 +113,8 @@ def read_unfinished(path: Path) -> list[Unfinished]:
     for base in range(0, len(data) - SLOT_BYTES + 1, SLOT_BYTES):
         taken, length, checksum = _STATE.unpack_from(data, base)
         body = data[base + _BODY_AT : base + _BODY_AT + length]
-        if taken != 1 or zlib.crc32(body) != checksum:
-            continue
+        if taken != 1 or not 0 < length <= MAX_OPENED or zlib.crc32(body) != checksum:
+            continue  # free, or half-written: never dispatched, or settled already
         prompt, cached, completion, first_us, hold, estimated = _COUNTS.unpack_from(data, base + _COUNTS_AT)
         opened = decode_opened(body)
         found.append(Unfinished(opened, prompt, cached, completion, first_us, hold, bool(estimated)))

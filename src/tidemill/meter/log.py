@@ -8,6 +8,7 @@ import asyncio
 import errno
 import os
 import threading
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,11 +25,20 @@ class LogFull(Unavailable):
     code = "metering_unavailable"
 
 
+class NoSegment(OSError):
+    """There is no next segment to write to. Nothing was written; it may go on once the disk has room."""
+
+
 class UsageLog:
     """The append-only log of one gateway process. Only that process writes to `directory`.
 
     `reserve()` before a request is accepted; `append()` to settle it. Two segments are kept ready, so room for what
     was reserved is on disk already when the disk fills up.
+
+    After an error of the disk nothing is written any more: what of the failed bytes is on disk cannot be known
+    (Rebello et al., "Can Applications Recover from fsync Failures?", ATC 2020), and the loader may have read them
+    from the kernel's memory already, so their place must not be written twice. The process has to be replaced;
+    recovery then writes the records of what it had open.
     """
 
     def __init__(self, directory: Path, loop: asyncio.AbstractEventLoop, *, segment_bytes: int = SEGMENT_BYTES) -> None:
@@ -40,19 +50,28 @@ class UsageLog:
         self._next_fd: int | None = allocate_segment(directory, self._number + 1, segment_bytes)
         self._offset = 0
         self._reserved = 0
-        self._pending: list[tuple[bytes, asyncio.Future[None]]] = []
+        # A deque, as the two threads must never hold different ideas of which list an append has gone to.
+        self._pending: deque[tuple[bytes, asyncio.Future[None]]] = deque()
         self._wake = threading.Semaphore(0)
         self._thread_waits = True
         self._closing = False
         self.commits = 0
         self.records = 0
+        self.failure: OSError | None = None
+        """The error after which this log takes nothing more."""
         self.on_commit: Callable[[], None] | None = None
         self._thread = threading.Thread(target=self._run, name="usage-log", daemon=True)
         self._thread.start()
 
     def reserve(self) -> None:
-        """Promise room for one settlement. Raises LogFull when the disk has none left for it."""
-        if (self._reserved + 1) * RECORD_RESERVE > self._room():
+        """Promise room for one settlement. Raises LogFull when the disk has none left for it, or has failed."""
+        if self.failure is not None:
+            raise LogFull(
+                f"The usage log of the gateway cannot be written ({self.failure.strerror}), and what cannot be metered"
+                " is not accepted.",
+                hint="Try again in a moment; the gateway is being started anew.",
+            )
+        if self._reserved >= self._room():
             raise LogFull(
                 "The disk of the gateway is full, and what cannot be metered is not accepted.",
                 hint="Try again later; the operator must free disk space under the data directory.",
@@ -82,17 +101,17 @@ class UsageLog:
             os.close(self._next_fd)
 
     def _room(self) -> int:
-        room = self._segment_bytes - self._offset - HEADER.size
+        """How many settlements the segments at hand have room for. No record spans two of them."""
+        records = (self._segment_bytes - self._offset - HEADER.size) // RECORD_RESERVE
         if self._next_fd is not None:
-            room += self._segment_bytes - HEADER.size
-        return room
+            records += (self._segment_bytes - HEADER.size) // RECORD_RESERVE
+        return records
 
     def _run(self) -> None:
         while True:
             self._wake.acquire(timeout=None if self._next_fd is not None else 1.0)
             while self._pending:
-                batch, self._pending = self._pending, []
-                self._commit(batch)
+                self._commit([self._pending.popleft() for _ in range(len(self._pending))])
             self._thread_waits = True
             if self._pending:  # appended between the check and the flag
                 self._thread_waits = False
@@ -103,11 +122,14 @@ class UsageLog:
                 self._prepare_next()
 
     def _commit(self, batch: list[tuple[bytes, "asyncio.Future[None]"]]) -> None:
-        failure: OSError | None = None
-        try:
-            self._write([data for data, _ in batch])
-        except OSError as error:
-            failure = error
+        failure: OSError | None = self.failure
+        if failure is None:
+            try:
+                self._write([data for data, _ in batch])
+            except NoSegment as error:
+                failure = error
+            except OSError as error:
+                failure = self.failure = error
         self.commits += 1
         self.records += len(batch)
         self._loop.call_soon_threadsafe(self._resolve, batch, failure)
@@ -116,6 +138,7 @@ class UsageLog:
         data = bytearray()
         for piece in frames:
             if self._offset + len(data) + len(piece) + HEADER.size > self._segment_bytes:
+                self._require_next()  # before the end is marked: nobody reads on behind it
                 data += HEADER.pack(END_OF_SEGMENT, 0)
                 self._write_at_end(data)
                 self._advance()
@@ -131,11 +154,14 @@ class UsageLog:
         os.fdatasync(self._fd)
         self._offset = offset
 
-    def _advance(self) -> None:
+    def _require_next(self) -> None:
         if self._next_fd is None:
             self._prepare_next()
         if self._next_fd is None:
-            raise OSError(errno.ENOSPC, "no room for another segment of the usage log")
+            raise NoSegment(errno.ENOSPC, "no room for another segment of the usage log")
+
+    def _advance(self) -> None:
+        assert self._next_fd is not None
         os.close(self._fd)
         self._fd, self._next_fd = self._next_fd, None
         self._number, self._offset = self._number + 1, 0

@@ -4,7 +4,7 @@ Invariant, kept by every function here and by the loader: for each tenant, the s
 the balance. So what all processes together promise is never more than there is.
 """
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, case, delete, func, insert, select, update
 
 from tidemill.store.accounts import tenant_balance
 from tidemill.store.schema import leases
@@ -31,9 +31,12 @@ def extend_lease(connection: Connection, *, worker_id: str, tenant_id: str, need
 
 def return_lease(connection: Connection, *, worker_id: str, tenant_id: str, amount: int) -> None:
     """Take `amount` nanos of a lease back, as they were returned or spent; never below zero."""
-    row = leases.c.worker_id == worker_id, leases.c.tenant_id == tenant_id
-    held = connection.execute(select(leases.c.amount).where(*row)).scalar() or 0
-    connection.execute(update(leases).where(*row).values(amount=max(held - amount, 0)))
+    # One statement: a value read before would be stale once the row's lock is had (PostgreSQL).
+    connection.execute(
+        update(leases)
+        .where(leases.c.worker_id == worker_id, leases.c.tenant_id == tenant_id)
+        .values(amount=case((leases.c.amount > amount, leases.c.amount - amount), else_=0))
+    )
 
 
 def release_worker(connection: Connection, worker_id: str) -> None:

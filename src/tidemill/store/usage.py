@@ -5,7 +5,7 @@ from datetime import datetime
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Row, func, insert, select, tuple_
+from sqlalchemy import Connection, Row, func, select, tuple_
 
 from tidemill.ledger.invoice import LineSum, MonthUsage, TokenKind
 from tidemill.ledger.money import Nanos
@@ -14,6 +14,7 @@ from tidemill.ledger.posting import charge_batches, usage_charge
 from tidemill.ledger.statement import UsageTotals
 from tidemill.ledger.usage import Status, TokenUsage, UsageRecord
 from tidemill.store.accounts import post
+from tidemill.store.bulk import insert_rows
 from tidemill.store.clock import from_micros, to_micros
 from tidemill.store.ids import new_id
 from tidemill.store.schema import usage_records
@@ -47,8 +48,7 @@ def store_records(connection: Connection, records: Iterable[UsageRecord], *, zon
         if transaction is not None:
             post(connection, transaction)
         rows.extend(_row(record, transaction.transaction_id if transaction else None) for record in batch)
-    if rows:
-        connection.execute(insert(usage_records), rows)
+    insert_rows(connection, usage_records, rows)
     return fresh
 
 

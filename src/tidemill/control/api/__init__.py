@@ -1,6 +1,5 @@
 """The admin API: an ASGI application under /api/v1, described at /api/openapi.json."""
 
 from tidemill.control.api.app import create_app
-from tidemill.control.api.auth import token_digest
 
-__all__ = ["create_app", "token_digest"]
+__all__ = ["create_app"]

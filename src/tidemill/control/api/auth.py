@@ -1,6 +1,5 @@
 """Who may use the admin API: whoever holds the installation's admin token."""
 
-import hashlib
 import hmac
 from typing import Any
 
@@ -9,6 +8,7 @@ from litestar.handlers import BaseRouteHandler
 from litestar.types import Guard
 
 from tidemill.errors import TidemillError
+from tidemill.store.keys import digest_of
 
 WHERE = (
     "It is in the file admin-token of the data directory, unless TIDEMILL_ADMIN_TOKEN set it when the platform was"
@@ -23,20 +23,17 @@ class Unauthorized(TidemillError):
     code = "unauthorized"
 
 
-def token_digest(token: str) -> str:
-    """The SHA-256 of a token in hex: what `create_app` is given, so that it never holds the token itself."""
-    return hashlib.sha256(token.encode()).hexdigest()
-
-
 def bearer_guard(admin_token_digest: str) -> Guard:
-    """A guard that lets pass who sends the token with this digest, and raises Unauthorized at anyone else."""
+    """A guard that lets pass who sends the token with this digest (`store.keys.digest_of`), and raises Unauthorized at
+    anyone else.
+    """
 
     def guard(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
         scheme, _, token = connection.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token.strip():
             raise Unauthorized("The admin API needs the admin token.", hint=WHERE)
         # Digests are compared, so that neither the time it takes nor its length tells anything of the token.
-        if not hmac.compare_digest(token_digest(token.strip()), admin_token_digest):
+        if not hmac.compare_digest(digest_of(token.strip()), admin_token_digest):
             raise Unauthorized("That is not the admin token of this installation.", hint=WHERE)
 
     return guard

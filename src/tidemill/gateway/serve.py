@@ -1,18 +1,22 @@
-"""POST /v1/chat/completions: door, admission, route, engine, settle. Read it from the top."""
+"""The way of a request: door, admission, route, engine, settle. Read it from the top."""
 
+from collections.abc import Callable
+
+import msgspec
 import structlog
 
 from tidemill.engines.collect import Collector
 from tidemill.engines.protocol import Counts
-from tidemill.engines.sse import DONE_EVENT, BrokenStream, usage_of
+from tidemill.engines.sse import BrokenStream, usage_of
 from tidemill.errors import TidemillError, Unavailable
 from tidemill.gateway.admission import hold_now, hold_scarce, mid_stream_stop
 from tidemill.gateway.door import Door
 from tidemill.gateway.engine_errors import counted_prompt, engine_error
-from tidemill.gateway.errors import error_body, error_event, error_headers
+from tidemill.gateway.errors import error_headers
 from tidemill.gateway.flight import Flight, Meter
 from tidemill.gateway.http import ClientGone, Exchange
-from tidemill.gateway.requests import ChatRequest, parse_chat
+from tidemill.gateway.replies import Reply
+from tidemill.gateway.requests import ModelRequest
 from tidemill.gateway.routing import Replica, Route, Routes
 from tidemill.gateway.upstream import Connection, EngineLost
 from tidemill.ledger.usage import Status
@@ -27,10 +31,19 @@ JSON = b"content-type: application/json\r\n"
 EVENT_STREAM = b"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
 
 
-class Chat:
-    """The chat completions of one gateway process."""
+class Operation(msgspec.Struct, frozen=True):
+    """An endpoint that has a model work: how its requests are read, and how its answers are written."""
 
-    def __init__(self, door: Door, routes: Routes, meter: Meter) -> None:
+    name: str
+    read: Callable[[bytes], ModelRequest]
+    reply: Callable[[ModelRequest], Reply]
+
+
+class Serve:
+    """One operation of one gateway process."""
+
+    def __init__(self, operation: Operation, door: Door, routes: Routes, meter: Meter) -> None:
+        self._operation = operation
         self._door = door
         self._routes = routes
         self._meter = meter
@@ -38,7 +51,7 @@ class Chat:
     async def __call__(self, exchange: Exchange) -> None:
         """Answer one request. Raises TidemillError when it is refused before an engine was asked."""
         principal = self._door.admit(exchange) or await self._door.ask_store(exchange)
-        request = parse_chat(exchange.body)
+        request = self._operation.read(exchange.body)
         route = self._routes.find(request.model)
         price = self._door.price(request.model, principal)
         replica = route.pick()
@@ -51,7 +64,8 @@ class Chat:
             self._meter.leasing.settle(principal.tenant_id, hold.amount, 0)
             return
         try:
-            flight = Flight(self._meter, exchange, request, route, replica, principal, price, hold)
+            reply = self._operation.reply(request)
+            flight = Flight(self._meter, exchange, request, route, replica, principal, price, hold, reply)
         except Unavailable:
             self._meter.leasing.settle(principal.tenant_id, hold.amount, 0)
             raise
@@ -79,7 +93,7 @@ async def _ask(flight: Flight) -> None:
     request, engine, spec = flight.request, flight.route.engine, flight.route.spec
     body = engine.body(request.ask, model=spec.upstream_model, output_cap=flight.hold.output_cap)
     try:
-        connection = await flight.replica.pool.request(engine.chat_path, body, spec.ttft_timeout_seconds, owner=flight)
+        connection = await flight.replica.pool.request(request.ask.path, body, spec.ttft_timeout_seconds, owner=flight)
     except EngineLost as lost:
         await _fail(flight, lost)
         return
@@ -88,7 +102,7 @@ async def _ask(flight: Flight) -> None:
             await _engine_refuses(flight, connection)
         elif request.ask.stream:
             await _stream(flight, connection)
-        elif engine.collects:
+        elif engine.collects and request.ask.generates:
             await _collect(flight, connection)
         else:
             await _whole(flight, connection)
@@ -105,14 +119,14 @@ async def _ask(flight: Flight) -> None:
 
 async def _stream(flight: Flight, connection: Connection) -> None:
     """Pass a stream through, event by event; `[DONE]` only once the record is on disk."""
-    exchange, tap = flight.exchange, flight.tap
+    exchange, tap, reply = flight.exchange, flight.tap, flight.reply
     exchange.start_stream(EVENT_STREAM)
     while data := await connection.next():
         events = tap.feed(data)
         flight.note()
         if events and not exchange.gone:
             try:
-                exchange.send(events)
+                exchange.send(reply.events(events))
                 if exchange.must_drain:
                     await exchange.drain()
             except ClientGone:
@@ -125,13 +139,13 @@ async def _stream(flight: Flight, connection: Connection) -> None:
         connection.abort()  # over the cap
     if flight.used_up:
         await flight.settle(Status.BALANCE_EXHAUSTED, *flight.passed())
-        exchange.end(error_event(mid_stream_stop()) + DONE_EVENT)
+        exchange.end(reply.stopped(mid_stream_stop()))
     elif tap.failed:
         await flight.settle(Status.ENGINE_LOST, *flight.passed())
-        exchange.end(DONE_EVENT)
+        exchange.end(reply.end(flight.tap.counts))
     else:
         await flight.settle(Status.CLIENT_CLOSED if flight.given_up else Status.OK, *flight.passed())
-        exchange.end(DONE_EVENT)
+        exchange.end(reply.end(flight.passed()[0]))
 
 
 async def _collect(flight: Flight, connection: Connection) -> None:
@@ -149,7 +163,7 @@ async def _collect(flight: Flight, connection: Connection) -> None:
         raise EngineLost("The engine's answer broke off.")
     counts, estimated = flight.passed()
     await flight.settle(Status.BALANCE_EXHAUSTED if flight.used_up else Status.OK, counts, estimated)
-    flight.exchange.respond(200, collector.answer(counts), JSON)
+    flight.exchange.respond(200, flight.reply.whole(collector.answer(counts)), JSON)
 
 
 async def _whole(flight: Flight, connection: Connection) -> None:
@@ -161,7 +175,7 @@ async def _whole(flight: Flight, connection: Connection) -> None:
         counts = Counts(flight.request.body_bytes // 4, 0, len(body) // 4)
     status = Status.CLIENT_CLOSED if flight.given_up else Status.OK
     await flight.settle(status, counts, estimated)
-    flight.exchange.respond(200, body, JSON)
+    flight.exchange.respond(200, flight.reply.whole(body), JSON)
 
 
 async def _engine_refuses(flight: Flight, connection: Connection) -> None:
@@ -169,7 +183,7 @@ async def _engine_refuses(flight: Flight, connection: Connection) -> None:
     body = await connection.body(MAX_ERROR_BYTES)
     error = engine_error(connection.status, body, flight.route.spec.name)
     await flight.settle(Status.ENGINE_ERROR, Counts(), False)
-    flight.exchange.respond(error.status, error_body(error), error_headers(error))
+    flight.exchange.respond(error.status, flight.reply.error(error), error_headers(error))
 
 
 async def _fail(flight: Flight, lost: EngineLost | BrokenStream) -> None:
@@ -199,15 +213,15 @@ async def _fail(flight: Flight, lost: EngineLost | BrokenStream) -> None:
     else:
         error = EngineLost(f"The engine's stream is broken: {lost}.")
     if exchange.streaming:
-        exchange.end(error_event(error))
+        exchange.end(flight.reply.stopped(error))
     else:
-        exchange.respond(error.status, error_body(error), error_headers(error))
+        exchange.respond(error.status, flight.reply.error(error), error_headers(error))
 
 
-async def count_prompt(request: ChatRequest, route: Route, replica: Replica) -> int | None:
+async def count_prompt(request: ModelRequest, route: Route, replica: Replica) -> int | None:
     """Have the engine count a prompt exactly; None when it cannot or does not answer."""
     path = route.engine.count_path
-    if path is None:
+    if path is None or request.ask.path != b"/chat/completions":
         return None
     body = route.engine.body(request.ask, model=route.spec.upstream_model, output_cap=1)
     try:

@@ -1,0 +1,317 @@
+"""`tidemill demo`: the main job told in about a minute, on the real model, on a platform of its own."""
+
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from cyclopts import Parameter
+
+from tidemill.cli.demo_platform import Answer, DemoPlatform, Operator
+from tidemill.cli.demo_stage import Stage
+from tidemill.cli.output import print_json
+from tidemill.errors import TidemillError
+from tidemill.ledger.money import format_amount, parse_amount
+
+MODEL = "smollm2-135m-instruct"
+COST_PER_HOUR = "0.60"
+CONFIG = f"""
+issuer = "Tidemill demo"
+
+[first_tenant]
+name = "house"
+credit = "0"
+
+[models."{MODEL}"]
+engine = "llamacpp"
+cost_per_hour = "{COST_PER_HOUR}"
+
+# Prices as for a big reasoning model, so that a minute's use is a matter of cents.
+[prices."{MODEL}".USD]
+input = "6.00"
+cached_input = "1.50"
+output = "60.00"
+
+[prices."{MODEL}".CNY]
+input = "40.00"
+cached_input = "10.00"
+output = "400.00"
+"""
+
+ACME, HAIZHOU, SHOAL = "acme", "海州云", "shoal"
+TENANTS = {ACME: ("USD", "5"), HAIZHOU: ("CNY", "20"), SHOAL: ("USD", "0.03")}
+"""Name: currency and credit."""
+
+LETTER = "Write a friendly letter that invites a friend to visit an old mill by the sea."
+HARBOUR = "Describe a harbour at night, when the tide comes in."
+STORY = "Write a long story about a miller who lives by the sea."
+BURST = 200
+"""Requests that the tenant with the small balance sends at once."""
+BURST_TOKENS = 48
+STORY_TOKENS = 1000
+WRITING = {"temperature": 0.4, "frequency_penalty": 0.6}
+RECONCILE_WITHIN_S = 10.0
+
+
+class StoryBroken(TidemillError):
+    """Something that the demo claims did not come out so. That is a defect: please report it."""
+
+
+class Facts(msgspec.Struct):
+    """What the demo has seen, for --json and for its own conclusions. Amounts are decimal strings."""
+
+    seconds: float = 0.0
+    ready_seconds: float = 0.0
+    tenants: dict[str, Any] = {}
+    """Each tenant's statement, with what it was granted."""
+    answered: int = 0
+    refused: int = 0
+    lowest_balance: str = ""
+    """Of the tenant with the small balance, in the whole demo."""
+    stopped_after_tokens: int = 0
+    stopped_with: str = ""
+    """The error code of the last event of the stream that ate the balance up."""
+    client_tokens: int = 0
+    """Prompt and completion tokens of all answers, as the clients were told."""
+    metered_tokens: int = 0
+    invoice: dict[str, Any] = {}
+    margin: dict[str, Any] = {}
+    reconciliation: dict[str, Any] = {}
+    holds: dict[str, bool] = {}
+    """What the demo claims, and whether it was so."""
+
+
+def demo(
+    *,
+    svg: Path | None = None,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """Tell the main job in about a minute, on the real model: tenants, streams, a limit that holds, the invoice.
+
+    It runs a platform of its own, in a temporary directory and on free ports, and removes it afterwards.
+
+    Parameters
+    ----------
+    svg
+        Save the recording as a picture (SVG).
+    as_json
+        Show nothing, and print what was seen as one JSON document.
+    """
+    stage = Stage(quiet=as_json)
+    facts = play(stage)
+    if svg is not None:
+        stage.save(svg, title="tidemill demo")
+    if as_json:
+        print_json(msgspec.to_builtins(facts))
+    broken = [claim for claim, holds in facts.holds.items() if not holds]
+    if broken:
+        raise StoryBroken(f"This did not hold: {'; '.join(broken)}.", hint="Please report it, with --json's output.")
+
+
+def play(stage: Stage) -> Facts:
+    """Tell the story on `stage`. Raises TidemillError when the platform does not start or does not answer."""
+    began = time.monotonic()
+    facts = Facts()
+    stage.title("Tidemill", "one model, three tenants, one meter")
+    with tempfile.TemporaryDirectory(prefix="tidemill-demo-") as directory, suppress_terminate():
+        with DemoPlatform(Path(directory), CONFIG, stage.progress) as platform:
+            facts.ready_seconds = round(time.monotonic() - began, 1)
+            stage.say(f"A platform of its own is ready after {facts.ready_seconds} s, with {MODEL} on this processor.")
+            _Story(stage, platform, facts).tell()
+            stage.progress("stopping the platform")
+    facts.seconds = round(time.monotonic() - began, 1)
+    stage.verdict(facts.holds, facts.seconds)
+    return facts
+
+
+class _Story:
+    """The acts, in order."""
+
+    def __init__(self, stage: Stage, platform: DemoPlatform, facts: Facts) -> None:
+        self.stage = stage
+        self.platform = platform
+        self.facts = facts
+        self.operator: Operator = platform.operator()
+        self.keys: dict[str, str] = {}
+        self.answers: list[Answer] = []
+        self.month = datetime.now(UTC).strftime("%Y-%m")
+
+    def tell(self) -> None:
+        self.tenants()
+        self.streams()
+        self.burst()
+        self.last_of_the_balance()
+        self.statement()
+        self.invoice()
+        self.margin_and_meter()
+
+    def tenants(self) -> None:
+        self.stage.act("Tenants with prepaid balances", "tidemill tenant create · credit grant · key create")
+        rows = []
+        for name, (currency, credit) in TENANTS.items():
+            self.operator.create_tenant(name, currency)
+            granted = self.operator.grant_credit(name, credit, "demo", None)
+            key = self.operator.create_key(name, "demo")
+            self.keys[name] = key["key"]
+            rows.append((name, currency, granted["balance"], key["hint"]))
+        self.stage.table([("tenant", ""), ("pays in", ""), ("balance", "right"), ("key", "")], rows)
+
+    def streams(self) -> None:
+        self.stage.act("Streams side by side", "POST /v1/chat/completions, as OpenAI's clients send it")
+        asked = {ACME: (LETTER, 7), HAIZHOU: (HARBOUR, 1)}
+        answers = {name: Answer() for name in asked}
+        for name, (prompt, seed) in asked.items():
+            self._ask(name, answers[name], prompt, max_tokens=130, stream=True, seed=seed)
+        finished = lambda: all(answer.done for answer in answers.values())  # noqa: E731
+        self.stage.live(lambda: self.stage.side_by_side([(name, answers[name], None) for name in asked]), finished)
+        charges = {name: self._record(name, answer) for name, answer in answers.items()}
+        self.stage.show(self.stage.side_by_side([(name, answers[name], charges[name]) for name in asked]))
+
+    def burst(self) -> None:
+        self.stage.act("A limit that holds", f"{BURST} requests at once on {TENANTS[SHOAL][1]} USD, enough for ten")
+        answers = [Answer() for _ in range(BURST)]
+        for number, answer in enumerate(answers):
+            self._ask(SHOAL, answer, f"Tell me fact {number} about tides.", max_tokens=BURST_TOKENS, stream=False)
+        with self._watching_balance():
+            self.stage.live(
+                lambda: self.stage.dots([answer.status for answer in answers]),
+                lambda: all(answer.done for answer in answers),
+            )
+        self.stage.show(self.stage.dots([answer.status for answer in answers]))
+        facts = self.facts
+        facts.answered = sum(answer.status == 200 for answer in answers)
+        facts.refused = sum(answer.status == 402 for answer in answers)
+        facts.holds["every request was answered or refused for the balance"] = facts.answered + facts.refused == BURST
+        facts.holds["the limit let some through and refused the rest"] = 0 < facts.answered < facts.refused
+        refusal = next((answer.error["code"] for answer in answers if answer.status == 402 and answer.error), "")
+        self.stage.say(
+            f"{facts.answered} answered, {facts.refused} refused with 402 {refusal} before any work was done:"
+            " the most that a request can cost is held before it starts."
+        )
+
+    def last_of_the_balance(self) -> None:
+        left = self._balance(SHOAL)
+        self.stage.act("A stream that eats the last of it", f"{STORY_TOKENS} tokens wanted, {left} USD left")
+        answer = Answer()
+        self._ask(SHOAL, answer, STORY, max_tokens=STORY_TOKENS, stream=True, seed=7)
+        with self._watching_balance():
+            self.stage.live(lambda: self.stage.one(SHOAL, answer, None), lambda: answer.done)
+        record = self._record(SHOAL, answer)
+        self.stage.show(self.stage.one(SHOAL, answer, record))
+        facts = self.facts
+        facts.stopped_with = (answer.error or {}).get("code", "")
+        facts.stopped_after_tokens = record["completion_tokens"]
+        stopped = facts.stopped_with == "insufficient_quota" and record["status"] == "balance_exhausted"
+        facts.holds["the stream was stopped when the balance was used up"] = stopped
+        facts.holds["the balance was never negative"] = parse_amount(facts.lowest_balance) >= 0
+
+    def statement(self) -> None:
+        self.stage.act("The statement", "tidemill usage --tenant NAME")
+        rows = []
+        exact = True
+        for name, (_, credit) in TENANTS.items():
+            usage = self.operator.usage(name, None, records=True)
+            self.facts.tenants[name] = {**usage, "granted": credit}
+            exact &= parse_amount(credit) - parse_amount(usage["charge"]) == parse_amount(usage["balance"])
+            exact &= sum(parse_amount(record["charge"]) for record in usage["records"]) == parse_amount(usage["charge"])
+            counts = (f"{usage[what]:,}" for what in ("requests", "prompt_tokens", "cached_tokens", "completion_tokens"))
+            rows.append((name, *counts, usage["charge"], usage["balance"], usage["currency"]))
+        columns = ["requests", "prompt", "cached", "completion", "charge", "balance"]
+        self.stage.table([("tenant", ""), *((title, "right") for title in columns), ("", "")], rows)
+        seen = [answer.usage or {} for answer in self.answers if answer.status == 200]
+        self.facts.client_tokens = sum(usage.get("total_tokens", 0) for usage in seen)
+        statements = self.facts.tenants.values()
+        self.facts.metered_tokens = sum(each["prompt_tokens"] + each["completion_tokens"] for each in statements)
+        self.facts.holds["granted - charged = balance, to the last nano"] = exact
+        equal = self.facts.client_tokens == self.facts.metered_tokens > 0
+        self.facts.holds["the tokens that the clients saw are those that were metered"] = equal
+        self.stage.say(
+            f"The clients' own count: {self.facts.client_tokens:,} tokens. The meter's: {self.facts.metered_tokens:,}."
+        )
+
+    def invoice(self) -> None:
+        self.stage.act("The invoice", f"tidemill invoice --tenant {HAIZHOU} --month {self.month}")
+        self.facts.invoice = invoice = self.operator.invoice(HAIZHOU, self.month)
+        text = self.operator.invoice_text(HAIZHOU, self.month)
+        self.stage.page(_middle_of(text))
+        records = self.facts.tenants[HAIZHOU]["records"]
+        subtotal = parse_amount(invoice["subtotal"])
+        same = sum(parse_amount(record["charge"]) for record in records) == subtotal
+        same &= sum(parse_amount(line["amount"]) for line in invoice["lines"]) == subtotal
+        self.facts.holds["the invoice's lines add up to the usage records"] = same
+
+    def margin_and_meter(self) -> None:
+        self.stage.act("The margin, and the proof", "GET /api/v1/margin · tidemill meter reconcile")
+        self.facts.margin = margin = self.operator.margin()
+        deadline = time.monotonic() + RECONCILE_WITHIN_S
+        while True:
+            self.facts.reconciliation = found = self.operator.reconcile()
+            equal = bool(found["replicas"]) and all(line["verdict"] == "equal" for line in found["replicas"])
+            if equal or time.monotonic() > deadline:  # an engine adds to its counters a moment after its last token
+                break
+            time.sleep(0.3)
+        self.facts.holds["the engine's own counters equal the records"] = equal
+        self.stage.margin_and_meter(margin, found)
+
+    def _ask(self, tenant: str, answer: Answer, prompt: str, *, max_tokens: int, stream: bool, seed: int = 1) -> None:
+        wanted: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": prompt}], **WRITING}
+        wanted |= {"max_tokens": max_tokens, "stream": stream, "seed": seed}
+        if stream:
+            wanted["stream_options"] = {"include_usage": True}
+        self.answers.append(answer)
+        arguments = (self.keys[tenant], answer)
+        threading.Thread(target=self.platform.chat, args=arguments, kwargs=wanted, daemon=True).start()
+
+    def _record(self, tenant: str, answer: Answer) -> Mapping[str, Any]:
+        """The usage record of an answer; it is on disk before the answer ends, so it is there."""
+        for record in self.operator.usage(tenant, None, records=True)["records"]:
+            if record["request_id"] == answer.request_id:
+                return dict(record)
+        raise StoryBroken(f"A request of {tenant} left no record ({answer.error or 'no error was seen'}).")
+
+    def _balance(self, tenant: str) -> str:
+        return str(next(each["balance"] for each in self.operator.tenants()["tenants"] if each["name"] == tenant))
+
+    def _watching_balance(self) -> "_Watch":
+        return _Watch(self)
+
+    def note_balance(self) -> None:
+        """Keep the lowest balance of the tenant with the small one."""
+        nanos = parse_amount(self._balance(SHOAL))
+        known = self.facts.lowest_balance
+        self.facts.lowest_balance = format_amount(min(nanos, parse_amount(known)) if known else nanos)
+
+
+class _Watch:
+    """Looks at the small balance again and again while something goes on, and once after."""
+
+    def __init__(self, story: _Story) -> None:
+        self._story = story
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self._story.note_balance()
+
+    def _run(self) -> None:
+        while not self._over.wait(0.1):
+            with suppress(TidemillError):
+                self._story.note_balance()
+
+
+def _middle_of(invoice: str) -> str:
+    """The lines and the sums of an invoice, without its head and its notes."""
+    lines = invoice.splitlines()
+    start = next((at for at, line in enumerate(lines) if line.split()[:2] == ["tokens", "requests"]), 0)
+    end = next((at for at, line in enumerate(lines) if line.startswith("AMOUNT DUE")), len(lines) - 1)
+    return "\n".join([lines[0], *lines[start : end + 1]])

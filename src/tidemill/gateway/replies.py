@@ -1,0 +1,55 @@
+"""Replies: how an operation writes what an engine answers. The engine always speaks OpenAI's language."""
+
+from typing import Protocol
+
+from tidemill.engines.protocol import Counts
+from tidemill.engines.sse import DONE_EVENT
+from tidemill.errors import TidemillError
+from tidemill.gateway.errors import error_body, error_event
+from tidemill.gateway.requests import ModelRequest
+
+
+class Reply(Protocol):
+    """Writes one answer in the form of its endpoint."""
+
+    def events(self, events: bytes) -> bytes:
+        """Whole events of the engine's stream, as the client shall get them."""
+        ...
+
+    def end(self, counts: Counts) -> bytes:
+        """What ends a stream that is complete."""
+        ...
+
+    def stopped(self, error: TidemillError) -> bytes:
+        """What ends a stream that an error has stopped."""
+        ...
+
+    def whole(self, answer: bytes) -> bytes:
+        """An answer that was not streamed."""
+        ...
+
+    def error(self, error: TidemillError) -> bytes:
+        """The body of an error answer."""
+        ...
+
+
+class OpenAIReply:
+    """OpenAI's own form: everything passes as it is."""
+
+    def __init__(self, request: ModelRequest) -> None:
+        self._request = request
+
+    def events(self, events: bytes) -> bytes:
+        return events
+
+    def end(self, counts: Counts) -> bytes:
+        return DONE_EVENT
+
+    def stopped(self, error: TidemillError) -> bytes:
+        return error_event(error) + DONE_EVENT
+
+    def whole(self, answer: bytes) -> bytes:
+        return answer
+
+    def error(self, error: TidemillError) -> bytes:
+        return error_body(error)

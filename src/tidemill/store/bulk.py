@@ -1,0 +1,25 @@
+"""Inserting many rows of one shape: compiled once for a dialect, handed to the driver as they are.
+
+SQLAlchemy's own executemany works each row's parameters through its type system again, which costs more than the
+database does (12 of 25 us a usage record).
+"""
+
+from functools import lru_cache
+from typing import Any
+
+from sqlalchemy import Connection, Dialect, Table, insert
+
+
+def insert_rows(connection: Connection, table: Table, rows: list[dict[str, Any]]) -> None:
+    """Insert rows that each give a value, or None, for every column, in types that the drivers take directly."""
+    if not rows:
+        return
+    statement, order = _compiled(table, connection.dialect)
+    parameters: Any = [tuple(map(row.__getitem__, order)) for row in rows] if order else rows
+    connection.exec_driver_sql(statement, parameters)
+
+
+@lru_cache(maxsize=32)
+def _compiled(table: Table, dialect: Dialect) -> tuple[str, tuple[str, ...] | None]:
+    compiled = insert(table).compile(dialect=dialect, column_keys=[column.name for column in table.columns])
+    return str(compiled), tuple(compiled.positiontup) if compiled.positiontup else None
