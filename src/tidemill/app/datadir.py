@@ -12,14 +12,18 @@ DATA/first-key      the first tenant's key (0600)
 import fcntl
 import os
 import secrets
+import shutil
+import time
 from pathlib import Path
 
 import msgspec
 
 from tidemill.errors import ConfigError, Conflict
+from tidemill.meter.frames import sync_directory
 
 LOG_BYTES = 16 * 1024 * 1024
 """A log file longer than this is begun anew at the next start of its process."""
+LOCK_TRIES = 5
 
 
 class Runtime(msgspec.Struct, frozen=True):
@@ -50,13 +54,26 @@ class DataDir:
         except OSError as error:
             raise ConfigError(f"The data directory {self.path} cannot be used: {error.strerror}.") from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._take_lock()
         except BlockingIOError as error:
             where = self._running_at()
             raise Conflict(
                 f"Tidemill already runs on the data directory {self.path}{where}.",
                 hint="Stop it first, or give this one another --data.",
             ) from error
+        for unborn in self.path.glob(".gw*.new"):  # gateway processes that were killed in their first moment
+            shutil.rmtree(unborn, ignore_errors=True)
+
+    def _take_lock(self) -> None:
+        """Lock at once, or after a moment: a command that looks whether a platform runs holds the lock briefly."""
+        assert self._lock is not None
+        for _ in range(LOCK_TRIES - 1):
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                time.sleep(0.1)
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def close(self) -> None:
         """Give the lock back; the platform is stopped."""
@@ -89,6 +106,7 @@ class DataDir:
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
+        sync_directory(self.path)
 
     def log_file(self, name: str) -> int:
         """Open a child's log for appending; gives its file descriptor."""

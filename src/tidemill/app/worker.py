@@ -6,6 +6,7 @@ input is the supervisor's death; the process then lets open requests finish for 
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -102,6 +103,10 @@ async def serve(spec: WorkerSpec, commands: asyncio.StreamReader) -> None:
     except OSError as error:
         tell(Report(say="failed", message=error.strerror or str(error)))
         return
+    # What is alive now lives for ever; the collector need not look at it again, and need not look often.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
     tell(Report(say="listening"))
     stop = asyncio.Event()
     chores = [asyncio.create_task(_sweep(routes)), asyncio.create_task(_housekeeping(door, meter, stop))]
@@ -117,9 +122,7 @@ async def serve(spec: WorkerSpec, commands: asyncio.StreamReader) -> None:
     executor.shutdown(wait=False)
 
 
-async def _obey(
-    commands: asyncio.StreamReader, door: Door, routes: Routes, meter: Meter, stop: asyncio.Event
-) -> float:
+async def _obey(commands: asyncio.StreamReader, door: Door, routes: Routes, meter: Meter, stop: asyncio.Event) -> float:
     """Carry out the supervisor's commands; returns the grace period when it is time to stop."""
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     stopped = asyncio.create_task(stop.wait())

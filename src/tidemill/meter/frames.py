@@ -6,6 +6,7 @@ the end so far; END_OF_SEGMENT says that the log goes on in the next segment.
 """
 
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -107,6 +108,31 @@ def read_frames(directory: Path, start: Position) -> Iterator[ReadFrame]:
         number, offset = number + 1, 0
 
 
+_NOT_ZERO = re.compile(rb"[^\0]")
+
+
+def salvage_frames(directory: Path, start: Position) -> Iterator[bytes]:
+    """The intact payloads behind `start`, where `read_frames` ended, found by trying every offset.
+
+    For the log of a dead process only: what is there is a torn last write, or a damage of the disk with records that
+    were promised behind it.
+    """
+    first, offset = start
+    for number in segment_numbers(directory):
+        if number < first:
+            continue
+        data = segment_path(directory, number).read_bytes()
+        at = offset if number == first else 0
+        while (found := _NOT_ZERO.search(data, at)) is not None:
+            at = max(at, found.start() - 1)  # the lowest byte of a length may be zero, the second then is not
+            payload = _payload_at(data, at)
+            if payload is None:
+                at += 1
+            else:
+                at += HEADER.size + len(payload)
+                yield payload
+
+
 READ_BYTES = 256 * 1024
 
 
@@ -116,12 +142,22 @@ def _frames_at(fd: int, number: int, offset: int) -> tuple[list[ReadFrame], bool
     found: list[ReadFrame] = []
     at = 0
     while at + HEADER.size <= len(data):
-        length, checksum = HEADER.unpack_from(data, at)
-        if length == END_OF_SEGMENT:
+        if HEADER.unpack_from(data, at)[0] == END_OF_SEGMENT:
             return found, True
-        payload = data[at + HEADER.size : at + HEADER.size + length]
-        if not 0 < length <= MAX_PAYLOAD or len(payload) != length or zlib.crc32(payload) != checksum:
+        payload = _payload_at(data, at)
+        if payload is None:
             break
-        at += HEADER.size + length
+        at += HEADER.size + len(payload)
         found.append(ReadFrame(payload, (number, offset + at)))
     return found, False
+
+
+def _payload_at(data: bytes, at: int) -> bytes | None:
+    """The payload of an intact frame that begins at `at`."""
+    if at + HEADER.size > len(data):
+        return None
+    length, checksum = HEADER.unpack_from(data, at)
+    if not 0 < length <= MAX_PAYLOAD:
+        return None
+    payload = data[at + HEADER.size : at + HEADER.size + length]
+    return payload if len(payload) == length and zlib.crc32(payload) == checksum else None

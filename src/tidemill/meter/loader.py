@@ -14,8 +14,16 @@ from pathlib import Path
 import msgspec
 from sqlalchemy import Connection, delete, insert, select, update
 
+from tidemill.errors import Unavailable
 from tidemill.ledger.usage import Status, TokenUsage, UsageRecord
-from tidemill.meter.frames import Position, read_frames, segment_numbers, segment_path
+from tidemill.meter.frames import (
+    Position,
+    read_frames,
+    salvage_frames,
+    segment_numbers,
+    segment_path,
+    sync_directory,
+)
 from tidemill.meter.live import Unfinished, read_unfinished
 from tidemill.meter.records import decode_settled, settle, to_record
 from tidemill.store.engine import Store
@@ -54,16 +62,26 @@ class Loader:
     def drain(self) -> Drained:
         """Store everything that is settled by now; finish and remove the logs of processes that are gone.
 
-        Raises Unavailable when the store does not answer; nothing is lost then, and the next call goes on.
+        Raises Unavailable when the store does not answer; nothing is lost then, and the next call goes on. A log that
+        cannot be loaded stays as it is and does not hold up the others; its error is raised at the end.
         """
         records = recovered = closed = 0
+        failure: Exception | None = None
         for directory in sorted(path for path in self._meter_dir.iterdir() if path.is_dir()):
-            # Whether the process is gone must be known before its log is read to the end.
-            with _owned(directory) as gone:
-                records += self._drain_log(directory)
-                if gone:
-                    recovered += self._finish(directory)
-                    closed += 1
+            try:
+                # Whether the process is gone must be known before its log is read to the end.
+                with _owned(directory) as gone:
+                    records += self._drain_log(directory)
+                    if gone:
+                        recovered += self._finish(directory)
+                        closed += 1
+            except Unavailable:
+                raise
+            except Exception as error:
+                error.add_note(f"in the usage log {directory}")
+                failure = failure or error
+        if failure is not None:
+            raise failure
         return Drained(records + recovered, recovered, closed)
 
     def release_strays(self) -> int:
@@ -129,7 +147,11 @@ class Loader:
     def _finish(self, directory: Path) -> int:
         """Write the records that a dead process still owed, give its leases back, and remove its directory."""
         worker_id = directory.name
-        owed = [finish_record(each) for each in read_unfinished(directory / LIVE_FILE)]
+        # A request may be in both: what the log says of it comes first, and a record is stored once.
+        owed = [to_record(decode_settled(each)) for each in salvage_frames(directory, self._position(worker_id))]
+        settled = {record.request_id for record in owed}
+        left_open = (finish_record(each) for each in read_unfinished(directory / LIVE_FILE))
+        owed += [record for record in left_open if record.request_id not in settled]
         with self._store.write() as connection:
             recovered = self._store_and_charge(connection, worker_id, owed)
             release_worker(connection, worker_id)
@@ -194,4 +216,6 @@ def claim_directory(meter_dir: Path, worker_id: str) -> tuple[Path, int]:
     fcntl.flock(fd, fcntl.LOCK_EX)
     path = meter_dir / worker_id
     temporary.rename(path)
+    sync_directory(meter_dir)
+    sync_directory(meter_dir.parent)
     return path, fd

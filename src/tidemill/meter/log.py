@@ -8,6 +8,7 @@ import asyncio
 import errno
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,10 @@ from tidemill.meter.frames import END_OF_SEGMENT, HEADER, SEGMENT_BYTES, allocat
 
 RECORD_RESERVE = 1024
 """Bytes kept free in the segments for each open request: what its settlement will need at the most."""
+
+
+LINGER_S = 0.001
+"""How long a commit waits for company while commits serve several requests anyway: fewer, larger ones cost less."""
 
 
 class LogFull(Unavailable):
@@ -108,6 +113,7 @@ class UsageLog:
         return records
 
     def _run(self) -> None:
+        crowded = False
         while True:
             self._wake.acquire(timeout=None if self._next_fd is not None else 1.0)
             while self._pending:

@@ -15,47 +15,58 @@ from tidemill.ledger.posting import (
     discrepancies,
     tenant_account,
 )
+from tidemill.store.bulk import dialect_insert
 from tidemill.store.clock import from_micros, to_micros
 from tidemill.store.schema import accounts, entries, transactions
 
 
-def post(connection: Connection, transaction: Transaction) -> None:
-    """Add a transaction and move the balances of its accounts, all inside the caller's write transaction."""
-    connection.execute(
-        insert(transactions).values(
-            transaction_id=transaction.transaction_id,
-            kind=transaction.kind.value,
-            tenant_id=transaction.tenant_id,
-            currency=transaction.currency,
-            at=to_micros(transaction.at),
-            memo=transaction.memo,
+def post(connection: Connection, *posted: Transaction) -> None:
+    """Add transactions and move the balances of their accounts, all inside the caller's write transaction.
+
+    Balances are moved in the order of the accounts' names, so that two writers never wait for each other in a ring.
+    """
+    moves: dict[tuple[Account, str], int] = {}
+    for transaction in posted:
+        connection.execute(
+            insert(transactions).values(
+                transaction_id=transaction.transaction_id,
+                kind=transaction.kind.value,
+                tenant_id=transaction.tenant_id,
+                currency=transaction.currency,
+                at=to_micros(transaction.at),
+                memo=transaction.memo,
+            )
         )
-    )
-    connection.execute(
-        insert(entries),
-        [
-            {
-                "transaction_id": transaction.transaction_id,
-                "line": line,
-                "account": entry.account,
-                "currency": transaction.currency,
-                "amount": entry.amount,
-            }
-            for line, entry in enumerate(transaction.entries)
-        ],
-    )
-    for entry in transaction.entries:
-        _move(connection, entry.account, transaction.currency, entry.amount)
+        connection.execute(
+            insert(entries),
+            [
+                {
+                    "transaction_id": transaction.transaction_id,
+                    "line": line,
+                    "account": entry.account,
+                    "currency": transaction.currency,
+                    "amount": entry.amount,
+                }
+                for line, entry in enumerate(transaction.entries)
+            ],
+        )
+        for entry in transaction.entries:
+            key = (entry.account, transaction.currency)
+            moves[key] = moves.get(key, 0) + entry.amount
+    for (account, currency), amount in sorted(moves.items()):
+        _move(connection, account, currency, amount)
 
 
 def _move(connection: Connection, account: Account, currency: str, amount: int) -> None:
-    changed = connection.execute(
+    move = (
         update(accounts)
         .where(accounts.c.account == account, accounts.c.currency == currency)
         .values(balance=accounts.c.balance + amount)
     )
-    if changed.rowcount == 0:
-        connection.execute(insert(accounts).values(account=account, currency=currency, balance=amount))
+    if connection.execute(move).rowcount == 0:
+        opening = dialect_insert(connection, accounts).values(account=account, currency=currency, balance=0)
+        connection.execute(opening.on_conflict_do_nothing())
+        connection.execute(move)
 
 
 def tenant_balance(connection: Connection, tenant_id: str, *, lock: bool = False) -> Nanos:

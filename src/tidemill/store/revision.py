@@ -1,6 +1,6 @@
 """The revision: a counter that rises with each change that gateways must see (tenants, keys, prices)."""
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import BigInteger, Connection, String, cast, insert, select, update
 
 from tidemill.store.schema import settings
 
@@ -12,10 +12,15 @@ def current_revision(connection: Connection) -> int:
 
 
 def bump_revision(connection: Connection) -> int:
-    """Raise the revision inside the caller's write transaction and return the new one."""
-    revision = current_revision(connection) + 1
-    set_setting(connection, "revision", str(revision))
-    return revision
+    """Raise the revision inside the caller's write transaction and return the new one.
+
+    In one statement, so that two changes at a time raise it twice.
+    """
+    raised = cast(cast(settings.c.value, BigInteger) + 1, String)
+    changed = connection.execute(update(settings).where(settings.c.name == "revision").values(value=raised))
+    if changed.rowcount == 0:
+        connection.execute(insert(settings).values(name="revision", value="1"))
+    return current_revision(connection)
 
 
 def get_setting(connection: Connection, name: str) -> str | None:

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Row, func, select, tuple_
 from tidemill.ledger.invoice import LineSum, MonthUsage, TokenKind
 from tidemill.ledger.money import Nanos
 from tidemill.ledger.period import Period
-from tidemill.ledger.posting import charge_batches, usage_charge
+from tidemill.ledger.posting import Transaction, charge_batches, usage_charge
 from tidemill.ledger.statement import UsageTotals
 from tidemill.ledger.usage import Status, TokenUsage, UsageRecord
 from tidemill.store.accounts import post
@@ -43,11 +43,13 @@ def store_records(connection: Connection, records: Iterable[UsageRecord], *, zon
     known = known_requests(connection, list(unique))
     fresh = [record for request_id, record in unique.items() if request_id not in known]
     rows: list[dict[str, Any]] = []
+    charges: list[Transaction] = []
     for batch in charge_batches(fresh, zone).values():
         transaction = usage_charge(new_id("txn"), batch, memo=f"{len(batch)} requests")
         if transaction is not None:
-            post(connection, transaction)
+            charges.append(transaction)
         rows.extend(_row(record, transaction.transaction_id if transaction else None) for record in batch)
+    post(connection, *charges)
     insert_rows(connection, usage_records, rows)
     return fresh
 
