@@ -2,6 +2,8 @@
 # make test   set up and run all tests
 # make check  formatting, lint, types and import rules
 # make bench-gateway
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -41,7 +43,8 @@ $(STAMP): pyproject.toml uv.lock
 	@echo "· installing the locked dependencies (about 200 MB, most of it the embedded engine and its model)"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --progress-bar off "uv==$(UV_VERSION)"
 	@$(BIN)/uv export -q --frozen --all-groups --all-extras --no-emit-project -o $(VENV)/requirements.txt >/dev/null
-	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes -r $(VENV)/requirements.txt
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --no-deps --require-hashes \
+	  -r $(VENV)/requirements.txt | sed -un 's/^Collecting \([^ ]*\).*/  \1/p'
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $(STAMP)
 

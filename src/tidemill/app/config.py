@@ -6,20 +6,38 @@ a minute and never a month's revenue.
 
 import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+from typing import Any, Literal, TypeVar, get_args
+from urllib.parse import urlsplit
 
 import msgspec
 
 from tidemill.errors import ConfigError
 from tidemill.ledger.errors import LedgerError
 from tidemill.ledger.money import check_currency, parse_amount
+from tidemill.ledger.period import zone_named
 from tidemill.ledger.pricing import Price
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}")
 _CURRENCY_KEY = re.compile(r"[A-Z]{3}")
+_TWICE = re.compile(r"Cannot declare \((.+?),?\) twice (.*)")
+_TERMS = {
+    "Object missing": "missing",
+    "required field": "key",
+    "enum value": "choice",
+    "`object`": "a table",
+    "`array`": "a list",
+    "`str`": "a text",
+    "`int`": "an integer",
+    "`float`": "a number",
+}
+"""msgspec's words, and TOML's."""
+MAX_TEXT = 1000
+"""Characters of `issuer`."""
+
+T = TypeVar("T")
 
 
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -135,7 +153,7 @@ def load_config(path: Path | None) -> Config:
         raise ConfigError(f"{path}: is not UTF-8 text.") from error
     try:
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, or a thousand brackets
         raise ConfigError(f"{path}: {_toml_message(str(error))}") from error
     try:
         return _from_document(document)
@@ -144,13 +162,16 @@ def load_config(path: Path | None) -> Config:
 
 
 def _toml_message(text: str) -> str:
-    if text.startswith("Cannot declare") and "twice" in text:
-        return text.replace("Cannot declare", "declared twice:", 1).replace(" twice", "", 1) + "."
+    twice = _TWICE.fullmatch(text)
+    if twice:
+        return f"[{twice[1].replace(chr(39), '').replace(', ', '.')}] is declared twice {twice[2]}."
     return f"is not valid TOML: {text}."
 
 
 def _from_document(document: dict[str, Any]) -> Config:
     currency = document.get("currency", "USD")
+    if not isinstance(currency, str):
+        raise ConfigError("currency: is not a text.", hint='Write currency = "USD".')
     document["prices"] = _prices_by_currency(document.get("prices", {}), currency)
     _refuse_unknown(document, Config, "")
     for name, table in _tables(document.get("models"), "models"):
@@ -158,10 +179,19 @@ def _from_document(document: dict[str, Any]) -> Config:
     for section, kind in (("first_tenant", FirstTenantConfig), ("store", StoreConfig), ("gateway", GatewayConfig)):
         if isinstance(document.get(section), dict):
             _refuse_unknown(document[section], kind, f"{section}.")
-    try:
-        config = msgspec.convert(document, Config)
-    except msgspec.ValidationError as error:
-        raise ConfigError(_validation_message(str(error))) from error
+    # One by one, as msgspec names a key within a table, but not the table.
+    document["models"] = {
+        name: _convert(table, ModelConfig, f"models.{name}")
+        for name, table in _tables(document.get("models"), "models")
+    }
+    if isinstance(document["prices"], dict):
+        document["prices"] = {
+            model: {
+                code: _convert(table, PriceConfig, _price_key(model, code, currency)) for code, table in part.items()
+            }
+            for model, part in document["prices"].items()
+        }
+    config = _convert(document, Config, "")
     _check(config)
     return config
 
@@ -174,10 +204,23 @@ def _prices_by_currency(prices: Any, currency: Any) -> Any:
     for model, table in _tables(prices, "prices"):
         others = {key: value for key, value in table.items() if _CURRENCY_KEY.fullmatch(key)}
         own = {key: value for key, value in table.items() if key not in others}
+        if own and currency in others:
+            raise ConfigError(
+                f"prices.{model} is given twice in {currency}.", hint=f"Remove [prices.{model}.{currency}]."
+            )
+        for key in own:
+            if key.upper() in (currency, "USD", "EUR", "CNY") and isinstance(own[key], dict):
+                raise ConfigError(
+                    f"unknown key prices.{model}.{key}.", hint=f"Did you mean prices.{model}.{key.upper()}?"
+                )
         by_model[model] = {**({currency: own} if own or not others else {}), **others}
         for code, part in _tables(by_model[model], f"prices.{model}"):
-            _refuse_unknown(part, PriceConfig, f"prices.{model}." + ("" if code == currency else f"{code}."))
+            _refuse_unknown(part, PriceConfig, _price_key(model, code, currency) + ".")
     return by_model
+
+
+def _price_key(model: str, code: str, currency: str) -> str:
+    return f"prices.{model}" if code == currency else f"prices.{model}.{code}"
 
 
 def _tables(value: Any, key: str) -> list[tuple[str, dict[str, Any]]]:
@@ -197,37 +240,42 @@ def _refuse_unknown(table: dict[str, Any], struct: type[msgspec.Struct], prefix:
     known = struct.__struct_fields__
     for key in table:
         if key not in known:
+            if isinstance(table[key], dict) and prefix.startswith(("models.", "prices.")):
+                room, _, name = prefix.rstrip(".").partition(".")
+                raise ConfigError(
+                    f"unknown key {prefix}{key}.", hint=f'A name with a dot is quoted: [{room}."{name}.{key}"].'
+                )
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"Did you mean {prefix}{near[0]}?" if near else f"Known here: {', '.join(known)}."
             raise ConfigError(f"unknown key {prefix}{key}.", hint=hint)
 
 
-def _validation_message(text: str) -> str:
-    message, _, path = text.partition(" - at `$")
-    key = re.sub(r"\[\.\.\.\]", ".*", path.rstrip("`")).strip(".")
-    return f"{key}: {message[:1].lower()}{message[1:]}." if key else f"{message}."
+def _convert(value: Any, kind: type[T], key: str) -> T:
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at `$")
+        field = path.rstrip("`").strip(".")
+        where = ".".join(part for part in (key, field) if part)
+        hint = ""
+        if "xpected `str`, got" in message:
+            hint = 'Texts and amounts are written in quotes, such as "4.00".'
+        elif "enum value" in message:
+            hint = f"Choose one of: {', '.join(get_args(kind.__annotations__[field]))}."
+        for theirs, ours in _TERMS.items():
+            message = message.replace(theirs, ours)
+        message = f"{message[:1].lower()}{message[1:]}"
+        raise ConfigError(f"{where}: {message}." if where else f"{message}.", hint=hint) from error
 
 
 def _check(config: Config) -> None:
-    try:
-        check_currency(config.currency)
-        ZoneInfo(config.timezone)
-        for model, currencies in config.prices.items():
-            for code, price in currencies.items():
-                try:
-                    check_currency(code)
-                    price.price()
-                except LedgerError as error:
-                    raise ConfigError(f"prices.{model}: {error}.") from error
-        parse_amount(config.first_tenant.credit)
-    except ConfigError:
-        raise
-    except LedgerError as error:
-        raise ConfigError(f"{error}.") from error
-    except (ZoneInfoNotFoundError, ValueError) as error:
-        raise ConfigError(
-            f"timezone: {config.timezone!r} is not a time zone.", hint="Write an IANA name such as Asia/Shanghai."
-        ) from error
+    _taken("currency", lambda: check_currency(config.currency))
+    _taken("timezone", lambda: zone_named(config.timezone))
+    for model, currencies in config.prices.items():
+        for code, price in currencies.items():
+            _taken(_price_key(model, code, config.currency), price.price)
+    if _taken("first_tenant.credit", lambda: parse_amount(config.first_tenant.credit)) < 0:
+        raise ConfigError("first_tenant.credit: is zero or more.")
     for name, model_config in config.models.items():
         _check_model(name, model_config)
     for name in config.prices:
@@ -237,8 +285,26 @@ def _check(config: Config) -> None:
             near = difflib.get_close_matches(name, config.models, n=1)
             hint = f"Did you mean [prices.{near[0]}]?" if near else f"Add [models.{name}], or remove the price."
             raise ConfigError(f"prices.{name}: there is no model of that name.", hint=hint)
-    if config.gateway.max_body_mib < 1:
-        raise ConfigError("gateway.max_body_mib: is at least 1.")
+    if not 1 <= config.gateway.max_body_mib <= 1024:
+        raise ConfigError("gateway.max_body_mib: is from 1 to 1024.")
+    if not 0 <= config.gateway.drain_seconds <= 86_400:
+        raise ConfigError("gateway.drain_seconds: is from 0 to 86400 seconds.")
+    if not 1 <= config.gateway.write_timeout_seconds <= 86_400:
+        raise ConfigError("gateway.write_timeout_seconds: is from 1 to 86400 seconds.")
+    first = config.first_tenant.name.strip()
+    if not 1 <= len(first) <= 128 or not first.isprintable():
+        raise ConfigError("first_tenant.name: is a name of 1 to 128 printable characters.")
+    if len(config.issuer) > MAX_TEXT:
+        raise ConfigError(f"issuer: is at most {MAX_TEXT} characters long.")
+
+
+def _taken(key: str, read: Callable[[], T]) -> T:
+    """What `read` gives; the ledger's refusal as one of the configuration that names the key."""
+    try:
+        return read()
+    except LedgerError as error:
+        text = str(error)
+        raise ConfigError(f"{key}: {text}" if text.endswith("?") else f"{key}: {text}.") from error
 
 
 def _check_model(name: str, model: ModelConfig) -> None:
@@ -249,6 +315,10 @@ def _check_model(name: str, model: ModelConfig) -> None:
         )
     if model.engine == "openai" and not model.base_url:
         raise ConfigError(f"models.{name}.base_url is missing.", hint='Write base_url = "http://HOST:PORT/v1".')
+    if model.engine == "openai" and not _is_address(model.base_url or ""):
+        raise ConfigError(
+            f"models.{name}.base_url: {model.base_url!r} is not an address.", hint="Write http://HOST:PORT/v1."
+        )
     if model.engine == "llamacpp" and model.base_url:
         raise ConfigError(f"models.{name}.base_url: the engine llamacpp runs here and has no address.")
     for key in ("parallel", "max_output_tokens", "context"):
@@ -260,9 +330,20 @@ def _check_model(name: str, model: ModelConfig) -> None:
     for key in ("drain_seconds", "ttft_timeout_seconds", "idle_timeout_seconds"):
         if not 0 < getattr(model, key) <= 86_400:
             raise ConfigError(f"models.{name}.{key}: is more than 0 and at most 86400 seconds.")
-    try:
-        cost = parse_amount(model.cost_per_hour)
-    except LedgerError as error:
-        raise ConfigError(f"models.{name}.cost_per_hour: {error}.") from error
+    for key in ("upstream_model", "api_key_env"):
+        if getattr(model, key) == "":
+            raise ConfigError(f"models.{name}.{key}: is empty.", hint="Remove it, or write a name.")
+    cost = _taken(f"models.{name}.cost_per_hour", lambda: parse_amount(model.cost_per_hour))
     if cost < 0:
         raise ConfigError(f"models.{name}.cost_per_hour: a cost is zero or more.")
+
+
+def _is_address(text: str) -> bool:
+    """Whether an HTTP client can go there. The gateway processes would find out too, but only once they start."""
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:
+        return False
+    plain = text.isascii() and text.isprintable() and " " not in text
+    return plain and parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0

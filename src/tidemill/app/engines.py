@@ -71,7 +71,10 @@ class LocalEngine:
         loop = asyncio.get_running_loop()
         while True:
             began = loop.time()
-            code = await self._one_life()
+            try:
+                code = await self._one_life()
+            except OSError as error:  # no process or no log file to be had, for now
+                code = error.errno or 1
             self.ready = False
             self._changed()
             if loop.time() - began > STEADY_AFTER_S:

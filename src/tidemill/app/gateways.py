@@ -12,12 +12,14 @@ from tidemill.app.children import Child, start_child
 from tidemill.app.config import Config
 from tidemill.app.datadir import DataDir
 from tidemill.app.worker import Command, Report, WorkerSpec
-from tidemill.errors import Conflict
+from tidemill.errors import Conflict, Unavailable
 from tidemill.gateway.routing import ModelSpec
 
 ANNOUNCE_WITHIN_S = 2.0
 """How long a change waits for the gateways to take it over; one that is busy takes it over a second later anyway."""
 RESTART_AFTER_S = 0.5
+FIRST_STARTS = 3
+"""A gateway process that has never listened is given up after so many attempts."""
 
 log = structlog.get_logger()
 _decode_report = msgspec.json.Decoder(Report).decode
@@ -76,14 +78,27 @@ class GatewayProcess:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _keep_alive(self) -> None:
-        while True:
-            code = await self._one_life()
+        starts = 0
+        while not self._owner.stopping:
+            starts += 1
+            try:
+                code = await self._one_life()
+            except OSError as error:  # no process or no log file to be had, for now
+                code = error.errno or 1
             self.listening = False
             for waiting in self._waiting.values():
                 if not waiting.done():
                     waiting.set_result(None)
             self._owner.ended()
             if self._owner.stopping:
+                return
+            if starts >= FIRST_STARTS and not self.first_start.done():
+                logs = self._owner.data.path / "logs"
+                self.first_start.set_exception(
+                    Unavailable(
+                        f"The gateway does not start (code {code}).", hint=f"See {logs}/gateway-{self.index}.log."
+                    )
+                )
                 return
             log.error("a gateway process has died; it is started again", worker=self.index, code=code)
             await asyncio.sleep(RESTART_AFTER_S)
@@ -94,9 +109,15 @@ class GatewayProcess:
             f"gateway-{self.index}", "tidemill.app.worker", [], self._owner.data.log_file(f"gateway-{self.index}")
         )
         self._child = child
+        if self._owner.stopping:  # meanwhile; `stop` has spoken to the one before
+            await child.end()
+            return 0
         child.tell(msgspec.json.encode(spec))
         while line := await child.line():
-            self._hear(_decode_report(line))
+            try:
+                self._hear(_decode_report(line))
+            except msgspec.DecodeError:
+                log.warning("a gateway process says what is no report", worker=self.index, line=line[:200])
         return await child.wait()
 
     def _hear(self, report: Report) -> None:

@@ -235,7 +235,13 @@ class Supervisor:
         deadline = time.monotonic() + ORPHAN_GRACE_S + 10.0
         said = False
         while True:
-            drained = await asyncio.to_thread(self._loader.drain)
+            try:
+                drained = await asyncio.to_thread(self._loader.drain)
+            except TidemillError:
+                raise
+            except Exception:  # one log that cannot be loaded must not keep the platform down; it stays where it is
+                log.exception("a usage log of the earlier run cannot be loaded")
+                break
             records, recovered = records + drained.records, recovered + drained.recovered
             if not any(path.is_dir() for path in self.data.meter.iterdir()) or time.monotonic() > deadline:
                 break
@@ -275,11 +281,14 @@ class Supervisor:
             log_enabled=False,
             websockets=False,
         )
-        if not await _port_is_free(self.config.host, self.control_port):
+        try:
+            await _try_port(self.config.host, self.control_port)
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
             raise Conflict(
-                f"Port {self.control_port} cannot be listened on: another program uses it.",
-                hint="Choose another with --control-port.",
-            )
+                f"Port {self.control_port} cannot be listened on: {reason}.",
+                hint="Another program uses it; choose another with --control-port.",
+            ) from error
         self._control_task: asyncio.Task[None] = asyncio.create_task(self._control.serve())
 
     async def _shut_down(self) -> bool:
@@ -313,6 +322,8 @@ class Supervisor:
                 await self.drain_usage()
             except TidemillError as error:
                 log.error("the store does not answer; what is left is loaded at the next start", reason=str(error))
+            except Exception:
+                log.exception("loading failed; what is left is loaded at the next start")
         self._loading.shutdown(wait=True)
         if self._store is not None:
             self._store.close()
@@ -374,11 +385,8 @@ def _reachable(host: str) -> str:
     return "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
 
 
-async def _port_is_free(host: str, port: int) -> bool:
-    try:
-        server = await asyncio.get_running_loop().create_server(asyncio.Protocol, host, port)
-    except OSError:
-        return False
+async def _try_port(host: str, port: int) -> None:
+    """Raises OSError when the address cannot be listened on."""
+    server = await asyncio.get_running_loop().create_server(asyncio.Protocol, host, port)
     server.close()
     await server.wait_closed()
-    return True

@@ -28,6 +28,7 @@ app.command("tidemill.cli.key:app", name="key", help="API keys of tenants.")
 app.command("tidemill.cli.credit:app", name="credit", help="Credits: prepaid balances.")
 app.command("tidemill.cli.usage:usage", name="usage", help="What a tenant has used, and what it cost.")
 app.command("tidemill.cli.invoice:invoice", name="invoice", help="A tenant's invoice of a month.")
+app.command("tidemill.cli.margin:margin", name="margin", help="What each model earned against what it cost.")
 app.command("tidemill.cli.model:app", name="model", help="Models that are served.")
 app.command("tidemill.cli.meter:app", name="meter", help="The meter: is it right?")
 

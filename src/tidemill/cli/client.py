@@ -68,6 +68,9 @@ class Running:
     def invoice_text(self, tenant: str, month: str) -> str:
         return self._ask("GET", "/invoices/text", {"tenant": tenant, "month": month}).decode()
 
+    def margin(self, month: str) -> Json:
+        return self._json("GET", "/margin", {"month": month})
+
     def models(self) -> Json:
         return self._json("GET", "/models")
 

@@ -3,7 +3,7 @@
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,9 +12,9 @@ from typing import Annotated, Any
 import msgspec
 from cyclopts import Parameter
 
-from tidemill.cli.demo_platform import Answer, DemoPlatform, Operator
+from tidemill.cli.demo_platform import Answer, DemoPlatform, Operator, terminable
 from tidemill.cli.demo_stage import Stage
-from tidemill.cli.output import print_json
+from tidemill.cli.output import grouped, print_json
 from tidemill.errors import TidemillError
 from tidemill.ledger.money import format_amount, parse_amount
 
@@ -53,6 +53,8 @@ STORY = "Write a long story about a miller who lives by the sea."
 BURST = 200
 """Requests that the tenant with the small balance sends at once."""
 BURST_TOKENS = 48
+TOP_UP = "0.006"
+COUNTS = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens")
 STORY_TOKENS = 1000
 WRITING = {"temperature": 0.4, "frequency_penalty": 0.6}
 RECONCILE_WITHIN_S = 10.0
@@ -118,12 +120,15 @@ def play(stage: Stage) -> Facts:
     began = time.monotonic()
     facts = Facts()
     stage.title("Tidemill", "one model, three tenants, one meter")
-    with tempfile.TemporaryDirectory(prefix="tidemill-demo-") as directory, suppress_terminate():
-        with DemoPlatform(Path(directory), CONFIG, stage.progress) as platform:
-            facts.ready_seconds = round(time.monotonic() - began, 1)
-            stage.say(f"A platform of its own is ready after {facts.ready_seconds} s, with {MODEL} on this processor.")
-            _Story(stage, platform, facts).tell()
-            stage.progress("stopping the platform")
+    with (
+        terminable(),
+        tempfile.TemporaryDirectory(prefix="tidemill-demo-") as directory,
+        DemoPlatform(Path(directory), CONFIG, stage.progress) as platform,
+    ):
+        facts.ready_seconds = round(time.monotonic() - began, 1)
+        stage.say(f"A platform of its own is ready after {facts.ready_seconds} s, with {MODEL} on this processor.")
+        _Story(stage, platform, facts).tell()
+        stage.progress("stopping the platform")
     facts.seconds = round(time.monotonic() - began, 1)
     stage.verdict(facts.holds, facts.seconds)
     return facts
@@ -171,6 +176,7 @@ class _Story:
         self.stage.live(lambda: self.stage.side_by_side([(name, answers[name], None) for name in asked]), finished)
         charges = {name: self._record(name, answer) for name, answer in answers.items()}
         self.stage.show(self.stage.side_by_side([(name, answers[name], charges[name]) for name in asked]))
+        self.stage.say("Each usage record was on disk before the client got the end of its stream.")
 
     def burst(self) -> None:
         self.stage.act("A limit that holds", f"{BURST} requests at once on {TENANTS[SHOAL][1]} USD, enough for ten")
@@ -186,8 +192,8 @@ class _Story:
         facts = self.facts
         facts.answered = sum(answer.status == 200 for answer in answers)
         facts.refused = sum(answer.status == 402 for answer in answers)
-        facts.holds["every request was answered or refused for the balance"] = facts.answered + facts.refused == BURST
-        facts.holds["the limit let some through and refused the rest"] = 0 < facts.answered < facts.refused
+        facts.holds["each request answered, or refused with 402"] = facts.answered + facts.refused == BURST
+        facts.holds["the limit let a few in and refused the rest"] = 0 < facts.answered < facts.refused
         refusal = next((answer.error["code"] for answer in answers if answer.status == 402 and answer.error), "")
         self.stage.say(
             f"{facts.answered} answered, {facts.refused} refused with 402 {refusal} before any work was done:"
@@ -195,8 +201,8 @@ class _Story:
         )
 
     def last_of_the_balance(self) -> None:
-        left = self._balance(SHOAL)
-        self.stage.act("A stream that eats the last of it", f"{STORY_TOKENS} tokens wanted, {left} USD left")
+        left = self.operator.grant_credit(SHOAL, TOP_UP, "demo", None)["balance"]
+        self.stage.act("A stream that eats the rest", f"{STORY_TOKENS:,} tokens wanted, {left} USD there")
         answer = Answer()
         self._ask(SHOAL, answer, STORY, max_tokens=STORY_TOKENS, stream=True, seed=7)
         with self._watching_balance():
@@ -207,7 +213,7 @@ class _Story:
         facts.stopped_with = (answer.error or {}).get("code", "")
         facts.stopped_after_tokens = record["completion_tokens"]
         stopped = facts.stopped_with == "insufficient_quota" and record["status"] == "balance_exhausted"
-        facts.holds["the stream was stopped when the balance was used up"] = stopped
+        facts.holds["the stream stopped at an empty balance"] = stopped
         facts.holds["the balance was never negative"] = parse_amount(facts.lowest_balance) >= 0
 
     def statement(self) -> None:
@@ -216,10 +222,11 @@ class _Story:
         exact = True
         for name, (_, credit) in TENANTS.items():
             usage = self.operator.usage(name, None, records=True)
-            self.facts.tenants[name] = {**usage, "granted": credit}
-            exact &= parse_amount(credit) - parse_amount(usage["charge"]) == parse_amount(usage["balance"])
+            granted = parse_amount(credit) + (parse_amount(TOP_UP) if name == SHOAL else 0)
+            self.facts.tenants[name] = {**usage, "granted": format_amount(granted)}
+            exact &= granted - parse_amount(usage["charge"]) == parse_amount(usage["balance"])
             exact &= sum(parse_amount(record["charge"]) for record in usage["records"]) == parse_amount(usage["charge"])
-            counts = (f"{usage[what]:,}" for what in ("requests", "prompt_tokens", "cached_tokens", "completion_tokens"))
+            counts = (grouped(usage[what]) for what in COUNTS)
             rows.append((name, *counts, usage["charge"], usage["balance"], usage["currency"]))
         columns = ["requests", "prompt", "cached", "completion", "charge", "balance"]
         self.stage.table([("tenant", ""), *((title, "right") for title in columns), ("", "")], rows)
@@ -227,9 +234,9 @@ class _Story:
         self.facts.client_tokens = sum(usage.get("total_tokens", 0) for usage in seen)
         statements = self.facts.tenants.values()
         self.facts.metered_tokens = sum(each["prompt_tokens"] + each["completion_tokens"] for each in statements)
-        self.facts.holds["granted - charged = balance, to the last nano"] = exact
+        self.facts.holds["granted - charged = balance, to the nano"] = exact
         equal = self.facts.client_tokens == self.facts.metered_tokens > 0
-        self.facts.holds["the tokens that the clients saw are those that were metered"] = equal
+        self.facts.holds["tokens that clients saw = tokens metered"] = equal
         self.stage.say(
             f"The clients' own count: {self.facts.client_tokens:,} tokens. The meter's: {self.facts.metered_tokens:,}."
         )
@@ -243,7 +250,7 @@ class _Story:
         subtotal = parse_amount(invoice["subtotal"])
         same = sum(parse_amount(record["charge"]) for record in records) == subtotal
         same &= sum(parse_amount(line["amount"]) for line in invoice["lines"]) == subtotal
-        self.facts.holds["the invoice's lines add up to the usage records"] = same
+        self.facts.holds["invoice = its lines = its usage records"] = same
 
     def margin_and_meter(self) -> None:
         self.stage.act("The margin, and the proof", "GET /api/v1/margin · tidemill meter reconcile")
@@ -255,7 +262,7 @@ class _Story:
             if equal or time.monotonic() > deadline:  # an engine adds to its counters a moment after its last token
                 break
             time.sleep(0.3)
-        self.facts.holds["the engine's own counters equal the records"] = equal
+        self.facts.holds["the engine's own counters = the records"] = equal
         self.stage.margin_and_meter(margin, found)
 
     def _ask(self, tenant: str, answer: Answer, prompt: str, *, max_tokens: int, stream: bool, seed: int = 1) -> None:

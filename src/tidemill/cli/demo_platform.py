@@ -3,6 +3,7 @@
 Everything goes over the public doors: the data plane's HTTP API for the tenants, the admin API for the operator.
 """
 
+import contextlib
 import http.client
 import json
 import os
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -125,6 +126,23 @@ class DemoPlatform:
             complain("the demo's platform does not stop and is killed.", kind="note")
             process.kill()
             process.wait()
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM is taken as Ctrl-C, so that the platform is stopped and its directory removed then too."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Answer:

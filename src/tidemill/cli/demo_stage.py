@@ -1,0 +1,255 @@
+"""How `tidemill demo` looks: the terminal, and beside it a recording without the frames in between."""
+
+import html
+import io
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from rich._export_format import CONSOLE_SVG_FORMAT
+from rich.cells import cell_len
+from rich.columns import Columns
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.padding import Padding
+from rich.panel import Panel
+from rich.rule import Rule
+from rich.table import Table
+from rich.terminal_theme import TerminalTheme
+from rich.text import Text
+
+from tidemill.cli.demo_platform import Answer
+from tidemill.cli.output import grouped
+
+COLUMNS = 92
+FRAMES_PER_S = 12
+READING_PAUSE_S = 2.0
+"""Between two acts, for the reader at a terminal."""
+PANEL_LINES = 6
+WIDE_PANEL_LINES = 4
+DOTS_IN_A_ROW = 50
+
+ACCENT, GOOD, BAD, QUIET = "bold cyan", "green", "red", "dim"
+
+# Deep water, foam and lamp light; the sixteen colours in the terminal's order.
+THEME = TerminalTheme(
+    (13, 24, 33),
+    (214, 226, 230),
+    [(13, 24, 33), (240, 113, 103), (126, 200, 140), (240, 192, 96), (96, 160, 230), (190, 140, 220)]
+    + [(88, 196, 208), (214, 226, 230)],
+    [(110, 130, 140), (255, 140, 128), (150, 224, 164), (255, 212, 130), (130, 185, 250), (210, 165, 240)]
+    + [(120, 220, 230), (255, 255, 255)],
+)
+
+Justify = Literal["", "left", "right"]
+
+
+class Stage:
+    """Shows each thing on the terminal and keeps its final form for the picture. `quiet` shows nothing."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._screen = Console(highlight=False, emoji=False, quiet=quiet)
+        width = self._screen.width if self._screen.is_terminal else COLUMNS
+        self._screen.width = min(width, COLUMNS)
+        self._record = Console(
+            record=True,
+            file=io.StringIO(),
+            width=COLUMNS,
+            force_terminal=True,
+            color_system="truecolor",
+            highlight=False,
+            emoji=False,
+            legacy_windows=False,
+        )
+        self._acts = 0
+
+    @property
+    def _watched(self) -> bool:
+        return self._screen.is_terminal and not self._screen.quiet
+
+    def show(self, what: RenderableType) -> None:
+        self._screen.print(what)
+        self._record.print(what)
+
+    def live(self, draw: Callable[[], RenderableType], finished: Callable[[], bool]) -> None:
+        """Redraw until `finished`, then clear it away: what it came to is for `show`."""
+        if not self._watched:
+            while not finished():
+                time.sleep(0.02)
+            return
+        with Live(get_renderable=draw, console=self._screen, refresh_per_second=FRAMES_PER_S, transient=True):
+            while not finished():
+                time.sleep(0.02)
+
+    def title(self, name: str, what: str) -> None:
+        self.show(Text.assemble((name, ACCENT), ("  " + what, "bold")))
+
+    def progress(self, text: str) -> None:
+        """A passing word on the terminal."""
+        self._screen.print(Text(f"· {text}", style=QUIET))
+
+    def say(self, text: str) -> None:
+        self.show(Text(text))
+
+    def act(self, title: str, how: str) -> None:
+        """Begin an act: its title, and the command or call that does the same."""
+        if self._acts and self._watched:
+            time.sleep(READING_PAUSE_S)
+        self._acts += 1
+        self.show(Text())
+        head = Text.assemble((f"{self._acts} {title}", ACCENT), ("  " + how, QUIET))
+        self.show(Rule(head, align="left", style=QUIET))
+
+    def table(self, columns: Sequence[tuple[str, Justify]], rows: Sequence[Sequence[str]]) -> None:
+        self.show(_table(columns, rows))
+
+    def page(self, text: str) -> None:
+        """A page of plain text, as it was printed."""
+        self.show(Text(text, no_wrap=True, overflow="crop"))
+
+    def one(self, tenant: str, answer: Answer, record: Mapping[str, Any] | None) -> RenderableType:
+        """A stream in a panel of full width."""
+        return _panel(tenant, answer, record, self._screen.width, WIDE_PANEL_LINES)
+
+    def side_by_side(self, streams: Sequence[tuple[str, Answer, Mapping[str, Any] | None]]) -> RenderableType:
+        """Streams in panels beside one another."""
+        width = self._screen.width // len(streams)
+        return _row([_panel(tenant, answer, record, width, PANEL_LINES) for tenant, answer, record in streams])
+
+    def dots(self, statuses: Sequence[int]) -> RenderableType:
+        """A dot for each request: waiting, answered or refused."""
+        rows = Text()
+        for at, status in enumerate(statuses):
+            if at and at % DOTS_IN_A_ROW == 0:
+                rows.append("\n")
+            sign, style = {0: ("·", QUIET), 200: ("●", GOOD)}.get(status, ("×", BAD))
+            rows.append(sign, style)
+        return Padding(rows, (0, 0, 0, 2))
+
+    def margin_and_meter(self, margin: Mapping[str, Any], reconciliation: Mapping[str, Any]) -> None:
+        """Two panels: what was earned, and whether the meter is right."""
+        width = self._screen.width // 2
+        self.show(_row([_margin(margin, width), _reconciliation(reconciliation, width)]))
+
+    def verdict(self, claims: Mapping[str, bool], seconds: float) -> None:
+        """Each claim, and whether it held."""
+        marks = [Text.assemble(("✓ ", GOOD) if holds else ("✗ ", BAD), claim) for claim, holds in claims.items()]
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        in_a_row = 2 if self._screen.width >= COLUMNS else 1
+        for at in range(0, len(marks), in_a_row):
+            grid.add_row(*marks[at : at + in_a_row])
+        self.show(Text())
+        self.show(grid)
+        self.progress(f"{seconds} s in all; nothing of it is left behind")
+
+    def save(self, path: Path, *, title: str) -> None:
+        """Write the recording as SVG, in fonts of the reader's own."""
+        path.write_text(_slim(self._record.export_svg(title=title, theme=THEME, code_format=_SVG)), encoding="utf-8")
+
+
+def _table(columns: Sequence[tuple[str, Justify]], rows: Sequence[Sequence[str]], *, gap: int = 3) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style=QUIET)
+    for title, justify in columns:
+        table.add_column(title, justify=justify or "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def _row(panels: Sequence[RenderableType]) -> RenderableType:
+    return Columns(panels, padding=0, expand=False)
+
+
+def _panel(tenant: str, answer: Answer, record: Mapping[str, Any] | None, width: int, height: int) -> Panel:
+    lines = Text(" ".join(answer.text.split())).wrap(Console(width=width - 4), width - 4)
+    body: list[RenderableType] = list(lines[-height:])
+    style = ACCENT.removeprefix("bold ")
+    footer = f"{answer.pieces} tokens"
+    if record is not None:
+        counts = f"{record['prompt_tokens']} + {record['completion_tokens']} tokens"
+        footer = f"{counts} · {record['charge']} {record['currency']}"
+    if answer.error is not None:
+        style = BAD
+        sentence = str(answer.error["message"]).partition(". ")[0]
+        body = [*body[1 - height :], Text(f"{answer.error['code']}: {sentence}.", style=BAD)]
+    return Panel(
+        Group(*body),
+        title=Text(tenant, style="bold"),
+        title_align="left",
+        subtitle=footer,
+        subtitle_align="right",
+        border_style=style,
+        width=width,
+        height=height + 2,
+    )
+
+
+def _margin(margin: Mapping[str, Any], width: int) -> Panel:
+    model = margin["models"][0]
+    rows = [
+        ("revenue", margin["revenue"], margin["currency"]),
+        ("cost, busy", "-" + margin["busy_cost"], ""),
+        ("cost, idle", "-" + margin["idle_cost"], ""),
+        ("gross margin", margin["gross_margin"], _percent(margin["ratio"])),
+        *(("revenue in " + code, amount, "") for code, amount in margin["other_currencies"].items()),
+    ]
+    footer = f"a replica costs {model['cost_per_hour']} {margin['currency']} an hour"
+    table = _table([("", ""), ("", "right"), ("", "")], rows)
+    table.show_header = False
+    return _framed("margin", table, footer, width)
+
+
+def _percent(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.0%}"
+
+
+def _reconciliation(found: Mapping[str, Any], width: int) -> Panel:
+    line = found["replicas"][0]
+    rows = [
+        (what, *(grouped(line[side][f"{what}_tokens"]) for side in ("engine", "metered", "difference")))
+        for what in ("prompt", "completion")
+    ]
+    table = _table([("tokens", ""), ("engine", "right"), ("metered", "right"), ("diff", "right")], rows, gap=2)
+    verdict = Text(line["verdict"], style=GOOD if line["verdict"] == "equal" else BAD)
+    return _framed("meter reconcile", Group(table, Text(), verdict), f"{line['records']} records", width)
+
+
+def _framed(title: str, body: RenderableType, footer: str, width: int) -> Panel:
+    return Panel(
+        body,
+        title=Text(title, style="bold"),
+        title_align="left",
+        subtitle=footer,
+        subtitle_align="right",
+        border_style=ACCENT.removeprefix("bold "),
+        width=width,
+        height=7,
+    )
+
+
+def _without_web_fonts(template: str) -> str:
+    template = re.sub(r"\s*@font-face \{\{.*?\}\}", "", template, flags=re.DOTALL)
+    return template.replace("Fira Code, monospace", "ui-monospace, 'DejaVu Sans Mono', Menlo, Consolas, monospace")
+
+
+_SVG = _without_web_fonts(CONSOLE_SVG_FORMAT)
+_CHAR_WIDTH = 12.2
+"""As rich draws it, in the picture's units."""
+_TEXT = re.compile(r'(<text [^>]*?textLength=")[^"]*("[^>]*>)([^<]*)</text>')
+
+
+def _slim(svg: str) -> str:
+    """Rich's picture without a clip for each line and without blanks, and Chinese characters two columns wide."""
+    svg = re.sub(r'\s*<clipPath id="[^"]*-line-\d+">.*?</clipPath>', "", svg, flags=re.DOTALL)
+    svg = re.sub(r' clip-path="url\(#[^)"]*-line-\d+\)"', "", svg)
+
+    def text(found: re.Match[str]) -> str:
+        shown = html.unescape(found[3])
+        if not shown.strip("\xa0\n "):
+            return ""
+        return f"{found[1]}{cell_len(shown) * _CHAR_WIDTH:g}{found[2]}{found[3]}</text>"
+
+    svg = _TEXT.sub(text, svg)
+    return re.sub(r"\n\s*\n", "\n", svg)

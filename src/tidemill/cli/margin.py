@@ -1,0 +1,49 @@
+"""`tidemill margin`"""
+
+from datetime import UTC, datetime
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from tidemill.cli.locate import running
+from tidemill.cli.output import grouped, print_json, print_table, print_text
+from tidemill.cli.place import HERE, Place
+
+
+def margin(
+    *,
+    month: Annotated[str | None, Parameter(help="The month, such as 2026-11; the current one if not given.")] = None,
+    place: Place = HERE,
+) -> None:
+    """Set what each model earned, by tenant, against what its replicas cost, idle time included."""
+    found = running(place).margin(month or datetime.now(UTC).strftime("%Y-%m"))
+    if place.json:
+        print_json(found)
+        return
+    print_text(f"Margin of {found['month']} in {found['currency']}, as of {found['as_of'][:16].replace('T', ' ')}Z\n")
+    rows = []
+    for model in found["models"]:
+        rows += [_row(model["model"], line["tenant"], line) for line in model["tenants"]]
+        rows.append(_row(model["model"], "in all", model))
+    rows.append(_row("all models", "", found))
+    print_table(
+        [
+            ("Model", "left"),
+            ("Tenant", "left"),
+            ("Revenue", "right"),
+            ("Cost, busy", "right"),
+            ("Cost, idle", "right"),
+            ("Margin", "right"),
+            ("Ratio", "right"),
+        ],
+        rows,
+        footer=True,
+    )
+    for currency, amount in found["other_currencies"].items():
+        print_text(f"\nNot in the margin: revenue of {grouped(amount)} {currency}")
+
+
+def _row(model: str, tenant: str, part: dict[str, object]) -> tuple[str, ...]:
+    amounts = (grouped(str(part[name])) for name in ("revenue", "busy_cost", "idle_cost", "gross_margin"))
+    ratio = part["ratio"]
+    return (model, tenant, *amounts, f"{ratio:.1%}" if isinstance(ratio, float) else "")
