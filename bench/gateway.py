@@ -155,6 +155,14 @@ def machine() -> dict[str, Any]:
     }
 
 
+def crowding(span: proc.MachineTime) -> dict[str, float]:
+    """How many processors, on average, worked for others while the rounds ran."""
+    return {
+        "others": round(max(0.0, span.busy - span.ours) / span.wall, 3),
+        "stolen": round(span.stolen / span.wall, 3),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="processor time, latency and memory of gateways, in one run")
     parser.add_argument(
@@ -193,13 +201,15 @@ def main() -> None:
     began = time.perf_counter()
     chosen, versions = choose(names, console, args.tidemill_args.split())
     run = Run(chosen, phases.QUICK if args.quick else phases.FULL, args.batch, console)
+    before = proc.machine_time()
     for number in range(args.rounds or (1 if args.quick else 3)):
         run.round(number)
+    others = crowding(proc.machine_time().since(before))
     order = [DIRECT, *(c.name for c in chosen)]
     summary = report.summarize(order, run.rounds)
     if args.json:
-        report.write_json(args.json, summary, run.rounds, versions, machine(), run.given_up)
-    report.print_all(console, summary, versions, machine(), run.given_up, time.perf_counter() - began)
+        report.write_json(args.json, summary, run.rounds, versions, machine() | others, run.given_up)
+    report.print_all(console, summary, versions, machine(), run.given_up, time.perf_counter() - began, others)
     tidemill_failures = summary.failures.get("tidemill", {})
     sys.exit(1 if tidemill_failures or "tidemill" in run.given_up else 0)
 

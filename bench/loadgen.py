@@ -11,6 +11,7 @@ is counted under `failures`, and the exit status is 1 when anything did.
 
 import argparse
 import asyncio
+import contextlib
 import json
 import random
 import sys
@@ -128,10 +129,8 @@ class ClosedLoop:
             await asyncio.sleep(args.warmup)
             self._outcomes.clear()
             span = Span(args.tree, self._tally)
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._over.wait(), args.seconds)
-        except TimeoutError:
-            pass
         span.end()
         self._stopping = True
         if arrivals:

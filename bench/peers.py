@@ -68,9 +68,7 @@ def ensure_nginx(say: Say) -> Path:
     home = CACHE / "nginx"
     binary = home / "usr" / "sbin" / "nginx"
     if not binary.exists():
-        say(
-            "nginx is not installed: unpacking Debian's package into bench/.cache/nginx (nothing is installed)"
-        )
+        say("nginx is absent: unpacking Debian's package into bench/.cache/nginx (nothing is installed)")
         home.mkdir(parents=True, exist_ok=True)
         try:
             try:

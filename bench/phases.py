@@ -13,6 +13,7 @@ import proc
 
 Values = dict[str, float]
 REQUEST_TOKENS = 16
+LATE_SHARE_S = 0.05  # arrivals of so long a time still waiting at the end: the rate was not kept
 QUIET_SHARE = 0.05  # of one processor: below it, work that was put off is taken as done
 QUIET_STEP_S = 0.2
 QUIET_LIMIT_S = 8.0
@@ -188,6 +189,9 @@ def half_saturated(live: Live, found: Findings) -> None:
     result = live.load("closed", connections=64, seconds=seconds, rate=rate)
     straight = live.load("closed", direct=True, connections=64, seconds=seconds, rate=rate)
     found.take("half of saturation", result)
+    if result["waiting_at_end"] > LATE_SHARE_S * rate:
+        late = f"{result['requests_per_s']:,.0f} of {rate:,.0f} requests a second kept up with"
+        found.notes.append(f"half of saturation: {late}; the latency is that of a queue")
     found.raw["half of saturation, direct"] = straight
     if result["cpu"] and result["requests"]:
         found.values["request_us_half"] = result["cpu"]["us"] / result["requests"]

@@ -37,11 +37,11 @@ class Memory(NamedTuple):
 def tree(root: int) -> list[int]:
     """The process and all its descendants that live now, the root first."""
     parents: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            fields = _stat_fields(int(entry))
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            fields = _stat_fields(int(entry.name))
             if fields is not None:
-                parents.setdefault(int(fields[1]), []).append(int(entry))
+                parents.setdefault(int(fields[1]), []).append(int(entry.name))
     found = [root]
     for pid in found:
         found.extend(parents.get(pid, []))
@@ -91,6 +91,28 @@ def _cpu_time(pid: int) -> ProcessTime | None:
     except OSError:
         return None
     return ProcessTime(pid, command.strip(), own_us + reaped_us)
+
+
+class MachineTime(NamedTuple):
+    """Processor seconds since some start, over all processors."""
+
+    ours: float  # this process and the children it has waited for
+    busy: float  # everybody
+    stolen: float  # taken by the host for other machines
+    wall: float
+
+    def since(self, before: "MachineTime") -> "MachineTime":
+        return MachineTime(*(mine - theirs for mine, theirs in zip(self, before, strict=True)))
+
+
+def machine_time() -> MachineTime:
+    """Read where all children have ended, else their time counts as somebody else's."""
+    user, nice, system, _, _, irq, softirq, steal = (
+        int(ticks) / TICKS_PER_S for ticks in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+    )
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    ours = sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    return MachineTime(ours, user + nice + system + irq + softirq, steal, time.perf_counter())
 
 
 class Server:

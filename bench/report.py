@@ -15,6 +15,7 @@ import phases
 REFERENCE = "sglang-router"
 SUBJECT = "tidemill"
 DIRECT = "direct"
+CROWDED = 0.15  # processors at work for others, on average, above which the report warns
 
 
 @dataclass(frozen=True)
@@ -138,15 +139,24 @@ def print_all(
     machine: Mapping[str, Any],
     given_up: Mapping[str, str],
     seconds: float,
+    others: Mapping[str, float],
 ) -> None:
     console.print()
     console.print(_table(summary, versions))
     console.print(
-        f"{machine['cores']} cores, {machine['processor']}, Linux {machine['kernel']}; medians; (x) is the ratio to "
-        f"{REFERENCE} in the same round; latency is added to that of the direct way; {seconds:.0f} s in all",
+        f"{machine['cores']} cores, {machine['processor']}, Linux {machine['kernel']}; medians; (x) is the "
+        f"ratio to {REFERENCE} in the same round; added latency is that above the direct way; "
+        f"{seconds:.0f} s in all",
         style="dim",
         highlight=False,
     )
+    crowd = others["others"] + others["stolen"]
+    if crowd > CROWDED:
+        console.print(
+            f"[bold yellow]other work took {crowd:.2f} of {machine['cores']} processors meanwhile: "
+            "the latencies and the rates seen are not the gateways' own; run it again on a quiet machine[/]",
+            highlight=False,
+        )
     _print_troubles(console, summary, given_up)
     console.print()
     console.print(_aims(summary))
@@ -239,7 +249,7 @@ def write_json(
     machine: Mapping[str, Any],
     given_up: Mapping[str, str],
 ) -> None:
-    """Everything measured: medians, ratios, spread, aims, and each round with the load generator's own words."""
+    """Everything measured: medians, ratios, spread, aims, and each round in the load generator's words."""
     content = {
         "machine": dict(machine),
         "versions": dict(versions),

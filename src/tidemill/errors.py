@@ -10,6 +10,8 @@ class TidemillError(Exception):
 
     status = 500
     code = "internal_error"
+    retry_after_s: int | None = None
+    """When to try again, where that is known."""
 
     def __init__(self, message: str, *, hint: str = "", param: str | None = None) -> None:
         super().__init__(message)

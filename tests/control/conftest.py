@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 from litestar.testing import TestClient
 
-from tidemill.control.api import create_app, token_digest
+from tidemill.control.api import create_app
+from tidemill.store.keys import digest_of
 
 from .world import TOKEN, FakePlatform, open_world
 
@@ -46,7 +47,7 @@ def platform(tmp_path: Path) -> Iterator[FakePlatform]:
 
 @pytest.fixture
 def client(platform: FakePlatform) -> Iterator[TestClient[Any]]:
-    with TestClient(create_app(platform, token_digest(TOKEN)), raise_server_exceptions=False) as client:
+    with TestClient(create_app(platform, digest_of(TOKEN)), raise_server_exceptions=False) as client:
         client.headers["authorization"] = f"Bearer {TOKEN}"
         yield client
 

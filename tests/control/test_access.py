@@ -22,23 +22,21 @@ def paths(client: TestClient[Any]) -> list[tuple[str, str]]:
 def test_nothing_under_api_v1_is_open(client: TestClient[Any]) -> None:
     operations = paths(client)
     assert len(operations) > 10
+    del client.headers["authorization"]
     for wrong in (
         None,
         "",
         "Bearer",
         "Bearer ",
-        "Bearer wrong",
+        "Bearer x",
         f"Basic {TOKEN}",
         TOKEN,
         f"Bearer {TOKEN}x",
-        "Bearer é",
+        "Bearer \xe9",
     ):
-        if wrong is None:
-            del client.headers["authorization"]
-        else:
-            client.headers["authorization"] = wrong.encode("latin-1")  # type: ignore[assignment]
+        headers = {} if wrong is None else {b"authorization": wrong.encode("latin-1")}
         for method, path in operations:
-            answer = client.request(method, path, content=b"{not json")
+            answer = client.request(method, path, content=b"{not json", headers=headers)
             assert answer.status_code == 401, (wrong, path)
             assert answer.headers["www-authenticate"] == "Bearer"
             assert "admin-token" in answer.json()["error"]["hint"]
@@ -133,7 +131,14 @@ def test_nothing_that_is_sent_makes_it_fail(api: Api, data: st.DataObject) -> No
     if "requestBody" in operation:
         schema = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
         fields = operations["components"]["schemas"][schema]["properties"]
-        value = text | st.integers() | st.none() | st.floats(allow_nan=False) | st.lists(text, max_size=2)
+        value = (
+            text
+            | st.integers()
+            | st.none()
+            | st.floats(allow_nan=False, allow_infinity=False)
+            | st.lists(text, max_size=2)
+        )
         body = {name: data.draw(value) for name in fields if data.draw(st.integers(0, 9))}
     answer = api.client.request(method.upper(), path, params=query, json=body)
-    assert (answer.status_code < 500 and answer.status_code != 404) or answer.json()["error"]["code"] == "not_found"
+    assert answer.status_code < 500, answer.text
+    assert answer.status_code < 300 or answer.json()["error"]["message"]

@@ -73,8 +73,6 @@ def test_sums_records_and_invoice_agree(api: Api, platform: FakePlatform, asked:
             )
         models = list(plain["models"].values())
         assert [total(models, field) for field in COUNTS] == [plain[field] for field in COUNTS]
-        if month == "2026-11" and datetime.now(UTC) < datetime(2026, 10, 31, 16, tzinfo=UTC):
-            continue
         if month is not None:
             invoice = api.get("/invoices", tenant=tenant["name"], month=month)
             assert invoice["requests"] == plain["requests"]
@@ -144,7 +142,7 @@ def test_the_invoice_as_text(api: Api, platform: FakePlatform) -> None:
     page = api.client.get("/api/v1/invoices/text", params={"tenant": "华东/智算", "month": "2026-10"})
     assert page.headers["content-type"].startswith("text/plain")
     assert page.text.startswith("INVOICE") and "Tide Cloud" in page.text and "华东/智算" in page.text
-    assert "0.0085" in page.text  # 800 x 4 + 200 x 1 + 300 x 16, per million: 0.0082
+    assert "0.0082" in page.text, "800 x 4 + 200 x 1 + 300 x 16 per million"
 
 
 def test_margin(api: Api, platform: FakePlatform) -> None:
@@ -176,6 +174,5 @@ def test_margin(api: Api, platform: FakePlatform) -> None:
 def test_the_margin_of_now_counts_from_the_first_price(api: Api, platform: FakePlatform) -> None:
     platform.running = [FakeModel("mock", cost_per_hour=Nanos(3_600_000_000_000))]
     found = api.get("/margin")
-    assert found["month"] == datetime.now(UTC).astimezone().strftime("%Y-%m") or found["month"]
     assert parse_amount(found["cost"]) > 0 and found["revenue"] == "0.00" and found["ratio"] is None
     assert api.refused(400, "GET", "/margin", params={"month": "2999-01"})["param"] == "month"

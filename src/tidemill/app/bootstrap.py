@@ -9,6 +9,7 @@ from tidemill.app.config import Config
 from tidemill.errors import ConfigError
 from tidemill.ledger.money import parse_amount
 from tidemill.ledger.posting import credit_grant
+from tidemill.ledger.pricing import Tier
 from tidemill.store.accounts import post
 from tidemill.store.engine import Store
 from tidemill.store.ids import new_id
@@ -41,6 +42,8 @@ def prepare_store(store: Store, config: Config) -> FirstTenant | None:
         for model, currencies in config.prices.items():
             for currency, price in currencies.items():
                 set_price(connection, model=model, currency=currency, price=price.price(), now=now)
+                batch = price.batch_price()
+                set_price(connection, model=model, currency=currency, price=batch, now=now, tier=Tier.BATCH)
         if connection.execute(select(tenants.c.tenant_id).limit(1)).first() is not None:
             return None
         return _first_tenant(connection, config, now)

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from tidemill.app.routes_config import CostConfig, check_replicas, check_routing
 from tidemill.errors import ConfigError
 from tidemill.ledger.errors import LedgerError
 from tidemill.ledger.money import check_currency, parse_amount
@@ -51,10 +52,17 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     parallel: int = 8
     """Requests that a replica works on at a time."""
     threads: int = 0
-    """CPU threads of a replica; 0: as many as there are cores."""
+    """CPU threads of a replica; 0: the cores, shared among the replicas."""
+    replicas: int = 1
+    """How many engines run it, each a process of its own."""
 
     # openai
     base_url: str | None = None
+    base_urls: tuple[str, ...] = ()
+    """In place of `base_url`, for several replicas of one model."""
+    probe_seconds: float = 10.0
+    """How often an upstream is asked whether it is well; 0: never."""
+    cost: CostConfig | None = None
     api_key_env: str | None = None
     """The environment variable that holds the upstream's API key."""
     upstream_model: str | None = None
@@ -65,6 +73,16 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """How long an upstream is read to the end for a client that left."""
 
     # both
+    aliases: tuple[str, ...] = ()
+    """Other names that tenants may ask for it by."""
+    fallbacks: tuple[str, ...] = ()
+    """Models that answer when this one cannot, in this order."""
+    overflow: bool = False
+    """They answer also when all replicas of this one have as many requests as they work on at a time."""
+    split: dict[str, float] = {}
+    """Models that get a share of its requests, in percent."""
+    allow_loss: bool = False
+    """Sell it below cost where a fallback or an arm of the split costs more than the tenant pays."""
     context: int | None = None
     """Tokens that one request may use, prompt and answer together."""
     max_output_tokens: int = 4096
@@ -73,6 +91,8 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """How long an engine may take until its answer begins."""
     idle_timeout_seconds: float = 60.0
     """How long an engine may be silent within an answer."""
+    batch_parallel: int | None = None
+    """Lines of batches that are worked on at a time; half of `parallel` when not set, of an upstream 8."""
     cost_per_hour: str = "0"
     """What a replica costs the operator an hour, in the installation's currency (for the margin)."""
 
@@ -84,11 +104,30 @@ class PriceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     output: str
     cached_input: str | None = None
     """Prompt tokens found in the engine's cache; the price of `input` when not set."""
+    batch_input: str | None = None
+    """In batches; half of `input` when not set, and so on."""
+    batch_cached_input: str | None = None
+    """In batches; when not set, half of `cached_input` if that is set, else the price of `batch_input`."""
+    batch_output: str | None = None
 
     def price(self) -> Price:
         """Raises LedgerError for an amount that cannot be taken."""
         cached = self.input if self.cached_input is None else self.cached_input
         return Price(parse_amount(self.input), parse_amount(cached), parse_amount(self.output))
+
+    def batch_price(self) -> Price:
+        """What the lines of batches cost. Raises LedgerError for an amount that cannot be taken."""
+        half = self.price().scaled(1, 2)
+        given = [None if text is None else parse_amount(text) for text in self._batch_texts]
+        cached = half.cached_input
+        if given[0] is not None and self.cached_input is None:
+            cached = given[0]
+        amounts = zip(given, (half.input, cached, half.output), strict=True)
+        return Price(*(default if amount is None else amount for amount, default in amounts))
+
+    @property
+    def _batch_texts(self) -> tuple[str | None, str | None, str | None]:
+        return self.batch_input, self.batch_cached_input, self.batch_output
 
 
 class FirstTenantConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -115,6 +154,29 @@ class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A client that takes nothing of its stream for this long is taken for gone."""
 
 
+class FilesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[files]`: what tenants upload, and what batches give them."""
+
+    path: str | None = None
+    """Where the files lie, relative to the configuration file; DATA/files when not set."""
+    max_file_mib: int = 200
+    tenant_mib: int = 10_240
+    """What a tenant may keep, MiB."""
+    tenant_files: int = 10_000
+    keep_days: float = 30.0
+    """How long a file is kept when its owner does not say."""
+    reserve_mib: int = 512
+    """What uploads leave free on the disk, MiB."""
+
+
+class BatchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[batch]`: batches of requests."""
+
+    max_lines: int = 50_000
+    tenant_open: int = 100
+    """Unfinished batches that a tenant may have."""
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole configuration file."""
 
@@ -131,6 +193,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     first_tenant: FirstTenantConfig = FirstTenantConfig()
     store: StoreConfig = StoreConfig()
     gateway: GatewayConfig = GatewayConfig()
+    files: FilesConfig = FilesConfig()
+    batch: BatchConfig = BatchConfig()
 
 
 def default_config() -> Config:
@@ -176,7 +240,9 @@ def _from_document(document: dict[str, Any]) -> Config:
     _refuse_unknown(document, Config, "")
     for name, table in _tables(document.get("models"), "models"):
         _refuse_unknown(table, ModelConfig, f"models.{name}.")
-    for section, kind in (("first_tenant", FirstTenantConfig), ("store", StoreConfig), ("gateway", GatewayConfig)):
+        if isinstance(table.get("cost"), dict):
+            _refuse_unknown(table["cost"], CostConfig, f"models.{name}.cost.")
+    for section, kind in _SECTIONS:
         if isinstance(document.get(section), dict):
             _refuse_unknown(document[section], kind, f"{section}.")
     # One by one, as msgspec names a key within a table, but not the table.
@@ -194,6 +260,15 @@ def _from_document(document: dict[str, Any]) -> Config:
     config = _convert(document, Config, "")
     _check(config)
     return config
+
+
+_SECTIONS: tuple[tuple[str, type[msgspec.Struct]], ...] = (
+    ("first_tenant", FirstTenantConfig),
+    ("store", StoreConfig),
+    ("gateway", GatewayConfig),
+    ("files", FilesConfig),
+    ("batch", BatchConfig),
+)
 
 
 def _prices_by_currency(prices: Any, currency: Any) -> Any:
@@ -240,12 +315,12 @@ def _refuse_unknown(table: dict[str, Any], struct: type[msgspec.Struct], prefix:
     known = struct.__struct_fields__
     for key in table:
         if key not in known:
-            if isinstance(table[key], dict) and prefix.startswith(("models.", "prices.")):
+            near = difflib.get_close_matches(key, known, n=1)
+            if isinstance(table[key], dict) and not near and prefix.startswith(("models.", "prices.")):
                 room, _, name = prefix.rstrip(".").partition(".")
                 raise ConfigError(
                     f"unknown key {prefix}{key}.", hint=f'A name with a dot is quoted: [{room}."{name}.{key}"].'
                 )
-            near = difflib.get_close_matches(key, known, n=1)
             hint = f"Did you mean {prefix}{near[0]}?" if near else f"Known here: {', '.join(known)}."
             raise ConfigError(f"unknown key {prefix}{key}.", hint=hint)
 
@@ -274,10 +349,12 @@ def _check(config: Config) -> None:
     for model, currencies in config.prices.items():
         for code, price in currencies.items():
             _taken(_price_key(model, code, config.currency), price.price)
+            _taken(_price_key(model, code, config.currency), price.batch_price)
     if _taken("first_tenant.credit", lambda: parse_amount(config.first_tenant.credit)) < 0:
         raise ConfigError("first_tenant.credit: is zero or more.")
     for name, model_config in config.models.items():
         _check_model(name, model_config)
+    check_routing(config, _MODEL_NAME.fullmatch)
     for name in config.prices:
         if name not in config.models:
             import difflib
@@ -291,11 +368,26 @@ def _check(config: Config) -> None:
         raise ConfigError("gateway.drain_seconds: is from 0 to 86400 seconds.")
     if not 1 <= config.gateway.write_timeout_seconds <= 86_400:
         raise ConfigError("gateway.write_timeout_seconds: is from 1 to 86400 seconds.")
+    _check_files(config.files, config.batch)
     first = config.first_tenant.name.strip()
     if not 1 <= len(first) <= 128 or not first.isprintable():
         raise ConfigError("first_tenant.name: is a name of 1 to 128 printable characters.")
     if len(config.issuer) > MAX_TEXT:
         raise ConfigError(f"issuer: is at most {MAX_TEXT} characters long.")
+
+
+def _check_files(files: FilesConfig, batch: BatchConfig) -> None:
+    for key, value, low, high in (
+        ("files.max_file_mib", files.max_file_mib, 1, 16_384),
+        ("files.tenant_mib", files.tenant_mib, 1, 2**30),
+        ("files.tenant_files", files.tenant_files, 1, 10_000_000),
+        ("files.keep_days", files.keep_days, 1 / 24, 3650),
+        ("files.reserve_mib", files.reserve_mib, 0, 2**30),
+        ("batch.max_lines", batch.max_lines, 1, 1_000_000),
+        ("batch.tenant_open", batch.tenant_open, 1, 100_000),
+    ):
+        if not low <= value <= high:
+            raise ConfigError(f"{key}: {value} is out of range; it is from {low:g} to {high:g}.")
 
 
 def _taken(key: str, read: Callable[[], T]) -> T:
@@ -313,15 +405,8 @@ def _check_model(name: str, model: ModelConfig) -> None:
             f"models.{name}: is not a model name.",
             hint="Use letters, digits and . _ : / @ + -, at most 128 of them.",
         )
-    if model.engine == "openai" and not model.base_url:
-        raise ConfigError(f"models.{name}.base_url is missing.", hint='Write base_url = "http://HOST:PORT/v1".')
-    if model.engine == "openai" and not _is_address(model.base_url or ""):
-        raise ConfigError(
-            f"models.{name}.base_url: {model.base_url!r} is not an address.", hint="Write http://HOST:PORT/v1."
-        )
-    if model.engine == "llamacpp" and model.base_url:
-        raise ConfigError(f"models.{name}.base_url: the engine llamacpp runs here and has no address.")
-    for key in ("parallel", "max_output_tokens", "context"):
+    check_replicas(name, model, _is_address)
+    for key in ("parallel", "max_output_tokens", "context", "batch_parallel"):
         value = getattr(model, key)
         if value is not None and not 1 <= value <= 16_777_216:
             raise ConfigError(f"models.{name}.{key}: {value} is out of range; it is at least 1.")

@@ -14,13 +14,16 @@ import structlog
 from tidemill.app.children import Child, start_child
 from tidemill.app.config import Config, ModelConfig
 from tidemill.app.datadir import DataDir
+from tidemill.app.probes import UpstreamProbe
+from tidemill.app.routes_config import addresses
 from tidemill.engines.llamacpp import LlamaCppEngine
 from tidemill.engines.llamacpp_child import LlamaCppLaunch
 from tidemill.engines.openai import OpenAIEngine
 from tidemill.engines.protocol import Counters
 from tidemill.errors import ConfigError
-from tidemill.gateway.routing import ModelSpec, ReplicaSpec
+from tidemill.gateway.routing import ModelCost, ModelSpec, ReplicaSpec
 from tidemill.gateway.upstream import Address, EngineLost, Pool
+from tidemill.ledger.pricing import Price
 
 EMBEDDED_CONTEXT = 4096
 RESTART_AFTER_S = (0.2, 1.0, 5.0, 15.0, 60.0)
@@ -37,8 +40,10 @@ log = structlog.get_logger()
 class LocalEngine:
     """One llama.cpp replica on this machine: its life after life."""
 
-    def __init__(self, model: str, config: ModelConfig, path: Path, data: DataDir, changed: Callable[[], None]) -> None:
-        self.name = f"{model}/0"
+    def __init__(
+        self, model: str, index: int, config: ModelConfig, path: Path, data: DataDir, changed: Callable[[], None]
+    ) -> None:
+        self.name = f"{model}/{index}"
         self.life = ""
         self.ready = False
         self.base_url = "http://127.0.0.1:1/v1"
@@ -95,7 +100,7 @@ class LocalEngine:
             port=port,
             context=self._config.context or EMBEDDED_CONTEXT,
             parallel=self._config.parallel,
-            threads=self._config.threads,
+            threads=self._config.threads or threads_for(self._config.replicas),
         )
         child = await start_child(
             self.name,
@@ -134,43 +139,60 @@ class Fleet:
 
     def __init__(self, config: Config, config_dir: Path, data: DataDir, changed: Callable[[], None]) -> None:
         self._config = config
-        self.local: dict[str, LocalEngine] = {
-            name: LocalEngine(name, model, model_path(name, model, config_dir), data, changed)
-            for name, model in config.models.items()
-            if model.engine == "llamacpp"
-        }
         self._keys = {name: api_key(name, model) for name, model in config.models.items()}
+        self.local: dict[str, LocalEngine] = {}
+        """By replica."""
+        self.upstreams: dict[str, UpstreamProbe] = {}
+        for name, model in config.models.items():
+            if model.engine == "llamacpp":
+                path = model_path(name, model, config_dir)
+                engines = [LocalEngine(name, index, model, path, data, changed) for index in range(model.replicas)]
+                self.local |= {engine.name: engine for engine in engines}
+            for index, url in enumerate(addresses(model)):
+                probe = UpstreamProbe(
+                    f"{name}/{index}", url, self._keys[name], every_s=model.probe_seconds, changed=changed, get=status_of
+                )
+                self.upstreams[probe.name] = probe
 
     def start(self) -> None:
-        for engine in self.local.values():
-            engine.start()
+        for part in (*self.local.values(), *self.upstreams.values()):
+            part.start()
 
     async def stop(self) -> None:
-        await asyncio.gather(*(engine.stop() for engine in self.local.values()))
+        await asyncio.gather(*(part.stop() for part in (*self.local.values(), *self.upstreams.values())))
 
     def specs(self) -> list[ModelSpec]:
         """The models as they stand now."""
         return [self._spec(name, model) for name, model in self._config.models.items()]
 
     def _spec(self, name: str, model: ModelConfig) -> ModelSpec:
-        local = self.local.get(name)
-        if local is not None:
-            replica = ReplicaSpec(local.name, local.base_url, local.ready, local.life)
+        local = model.engine == "llamacpp"
+        if local:
+            engines = [self.local[f"{name}/{index}"] for index in range(model.replicas)]
+            replicas = [ReplicaSpec(engine.name, engine.base_url, engine.ready, engine.life) for engine in engines]
         else:
-            assert model.base_url is not None
-            replica = ReplicaSpec(f"{name}/0", model.base_url, ready=True)
+            probes = [self.upstreams[f"{name}/{index}"] for index in range(len(addresses(model)))]
+            replicas = [ReplicaSpec(probe.name, probe.base_url, probe.ready) for probe in probes]
+        cost = model.cost.price() if model.cost is not None else None
         return ModelSpec(
             name=name,
             engine=model.engine,
-            replicas=(replica,),
+            replicas=tuple(replicas),
             upstream_model=model.upstream_model or name,
             api_key=self._keys[name],
             owned=model.engine == "llamacpp" or model.on_disconnect == "abort",
-            context=model.context or (EMBEDDED_CONTEXT if local is not None else None),
+            context=model.context or (EMBEDDED_CONTEXT if local else None),
             max_output_tokens=model.max_output_tokens,
             drain_seconds=model.drain_seconds,
             ttft_timeout_seconds=model.ttft_timeout_seconds,
             idle_timeout_seconds=model.idle_timeout_seconds,
+            slots=model.parallel if local else None,
+            aliases=model.aliases,
+            fallbacks=model.fallbacks,
+            overflow=model.overflow,
+            split=tuple(model.split.items()),
+            cost=ModelCost(self._config.currency, cost) if cost is not None and cost != Price(0, 0, 0) else None,
+            allow_loss=model.allow_loss,
         )
 
     async def counters(self) -> list[tuple[str, str | None, Counters]]:
@@ -191,17 +213,33 @@ class Fleet:
 
 async def get(base_url: str, path: bytes, timeout_s: float, api_key: str | None = None) -> bytes | None:
     """GET a small page from an engine; None when it does not answer with 200 in time."""
+    answer = await fetch(base_url, path, timeout_s, api_key)
+    return answer[1] if answer is not None and answer[0] == 200 else None
+
+
+async def status_of(base_url: str, path: bytes, timeout_s: float, api_key: str | None) -> int | None:
+    """The status that an engine answers a GET with; None when it does not answer in time."""
+    answer = await fetch(base_url, path, timeout_s, api_key)
+    return answer[0] if answer is not None else None
+
+
+async def fetch(base_url: str, path: bytes, timeout_s: float, api_key: str | None) -> tuple[int, bytes] | None:
+    """GET a small page: status and body; None when it does not come in time."""
     pool = Pool(Address(base_url, api_key), asyncio.get_running_loop())
     try:
         async with asyncio.timeout(timeout_s):
             connection = await pool.request(path, b"", timeout_s, method=b"GET")
             try:
-                body = await connection.body(4 * 1024 * 1024)
-                return body if connection.status == 200 else None
+                return connection.status, await connection.body(4 * 1024 * 1024)
             finally:
                 connection.abort()
     except (EngineLost, TimeoutError):
         return None
+
+
+def threads_for(replicas: int) -> int:
+    """The CPU threads of each of several replicas, which would else all want every core; 0 leaves the choice."""
+    return 0 if replicas == 1 else max(1, len(os.sched_getaffinity(0)) // replicas)
 
 
 def free_port() -> int:

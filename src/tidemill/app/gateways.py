@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import secrets
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 import structlog
@@ -13,6 +14,8 @@ from tidemill.app.config import Config
 from tidemill.app.datadir import DataDir
 from tidemill.app.worker import Command, Report, WorkerSpec
 from tidemill.errors import Conflict, Unavailable
+from tidemill.gateway.batches import BatchRules
+from tidemill.gateway.files import FileRules
 from tidemill.gateway.routing import ModelSpec
 
 ANNOUNCE_WITHIN_S = 2.0
@@ -149,6 +152,7 @@ class Gateways:
     def __init__(
         self,
         config: Config,
+        config_dir: Path,
         data: DataDir,
         *,
         port: int,
@@ -163,6 +167,7 @@ class Gateways:
         self.ended = ended
         self.stopping = False
         self._config = config
+        self._config_dir = config_dir
         self._store_url = store_url
         self._tickets = itertools.count(1)
         self.processes = [GatewayProcess(index, self) for index in range(workers)]
@@ -180,6 +185,8 @@ class Gateways:
             max_body_bytes=gateway.max_body_mib * 1024 * 1024,
             write_timeout_s=gateway.write_timeout_seconds,
             models=self.specs(),
+            files=file_rules(self._config, self._config_dir, self.data),
+            batch=BatchRules(tenant_open=self._config.batch.tenant_open),
         )
 
     async def start(self) -> None:
@@ -203,3 +210,17 @@ class Gateways:
         self.stopping = True
         await asyncio.gather(*(process.stop(grace_s) for process in self.processes))
         return all(process.all_finished for process in self.processes)
+
+
+def file_rules(config: Config, config_dir: Path, data: DataDir) -> FileRules:
+    """The limits of files, for the processes that keep them."""
+    files = config.files
+    directory = data.path / "files" if files.path is None else config_dir / Path(files.path).expanduser()
+    return FileRules(
+        directory=str(directory.resolve()),
+        max_file_bytes=files.max_file_mib * 2**20,
+        tenant_bytes=files.tenant_mib * 2**20,
+        tenant_files=files.tenant_files,
+        keep_s=int(files.keep_days * 86_400),
+        reserve_bytes=files.reserve_mib * 2**20,
+    )

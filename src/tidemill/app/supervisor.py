@@ -209,6 +209,7 @@ class Supervisor:
         self._fleet = Fleet(self.config, self._config_dir, self.data, self._models_changed)
         self._gateways = Gateways(
             self.config,
+            self._config_dir,
             self.data,
             port=self.port,
             workers=self._workers,

@@ -21,9 +21,11 @@ import uvloop
 from sqlalchemy import make_url
 
 from tidemill.app.logs import configure_logs
+from tidemill.gateway.batches import Batches, BatchRules
 from tidemill.gateway.door import Door
+from tidemill.gateway.files import FileRules, Files, open_blobs
 from tidemill.gateway.flight import Meter
-from tidemill.gateway.gateway import Gateway, RequestIds
+from tidemill.gateway.gateway import OPERATIONS, Gateway, RequestIds
 from tidemill.gateway.http import HttpServer
 from tidemill.gateway.routing import ModelSpec, Routes
 from tidemill.meter.leasing import Leasing
@@ -51,6 +53,8 @@ class WorkerSpec(msgspec.Struct, kw_only=True):
     max_body_bytes: int
     write_timeout_s: float
     models: list[ModelSpec]
+    files: FileRules
+    batch: BatchRules
 
 
 class Command(msgspec.Struct, kw_only=True):
@@ -90,12 +94,16 @@ async def serve(spec: WorkerSpec, commands: asyncio.StreamReader) -> None:
     door = Door(store, executor)
     routes = Routes(loop)
     routes.update(spec.models)
+    clerks = ThreadPoolExecutor(4, thread_name_prefix="files")
+    files = Files(door, store, await asyncio.to_thread(open_blobs, spec.files), spec.files, clerks)
+    batches = Batches(door, store, spec.batch, clerks, operations=OPERATIONS)
     server = HttpServer(
-        Gateway(door, routes, meter, started_at=int(time.time())),
+        Gateway(door, routes, meter, started_at=int(time.time()), more={**files.routes, **batches.routes}),
         RequestIds(),
         loop=loop,
         max_body_bytes=spec.max_body_bytes,
         write_timeout_s=spec.write_timeout_s,
+        streamed=Files.streamed,
     )
     await door.renew()
     try:
@@ -120,6 +128,7 @@ async def serve(spec: WorkerSpec, commands: asyncio.StreamReader) -> None:
     meter.log.close()
     tell(Report(say="stopped", all_finished=finished))
     executor.shutdown(wait=False)
+    clerks.shutdown(wait=False)
 
 
 async def _obey(commands: asyncio.StreamReader, door: Door, routes: Routes, meter: Meter, stop: asyncio.Event) -> float:

@@ -12,10 +12,10 @@ from typing import Annotated, Any
 import msgspec
 from cyclopts import Parameter
 
-from tidemill.cli.demo_platform import Answer, DemoPlatform, Operator, terminable
+from tidemill.cli.demo_platform import Answer, DemoPlatform, terminable
 from tidemill.cli.demo_stage import Stage
 from tidemill.cli.output import grouped, print_json
-from tidemill.errors import TidemillError
+from tidemill.errors import BadInput, TidemillError
 from tidemill.ledger.money import format_amount, parse_amount
 
 MODEL = "smollm2-135m-instruct"
@@ -104,6 +104,8 @@ def demo(
     as_json
         Show nothing, and print what was seen as one JSON document.
     """
+    if svg is not None and not svg.parent.is_dir():
+        raise BadInput(f"There is no directory {svg.parent} for the picture.", param="svg")
     stage = Stage(quiet=as_json)
     facts = play(stage)
     if svg is not None:
@@ -141,7 +143,7 @@ class _Story:
         self.stage = stage
         self.platform = platform
         self.facts = facts
-        self.operator: Operator = platform.operator()
+        self.operator = platform.operator()
         self.keys: dict[str, str] = {}
         self.answers: list[Answer] = []
         self.month = datetime.now(UTC).strftime("%Y-%m")
@@ -253,8 +255,8 @@ class _Story:
         self.facts.holds["invoice = its lines = its usage records"] = same
 
     def margin_and_meter(self) -> None:
-        self.stage.act("The margin, and the proof", "GET /api/v1/margin · tidemill meter reconcile")
-        self.facts.margin = margin = self.operator.margin()
+        self.stage.act("The margin, and the proof", "tidemill margin · tidemill meter reconcile")
+        self.facts.margin = margin = self.operator.margin(self.month)
         deadline = time.monotonic() + RECONCILE_WITHIN_S
         while True:
             self.facts.reconciliation = found = self.operator.reconcile()

@@ -28,13 +28,6 @@ ANSWER_WITHIN_S = 120.0
 Progress = Callable[[str], None]
 
 
-class Operator(Running):
-    """The admin API, as the CLI speaks it, and the margin."""
-
-    def margin(self) -> Json:
-        return self._json("GET", "/margin")
-
-
 class DemoPlatform:
     """`tidemill up` in `directory`, with `config` as its configuration. A context manager: it is stopped at the end."""
 
@@ -79,10 +72,10 @@ class DemoPlatform:
     ) -> None:
         self._stop()
 
-    def operator(self) -> Operator:
+    def operator(self) -> Running:
         """A client of the control plane with the admin token."""
         token = (self.data / "admin-token").read_text().strip()
-        return Operator(f"http://127.0.0.1:{self.control_port}", token)
+        return Running(f"http://127.0.0.1:{self.control_port}", token)
 
     def chat(self, key: str, answer: "Answer", **wanted: Any) -> None:
         """Send a chat request and follow its answer into `answer`, which may be looked at meanwhile."""

@@ -17,7 +17,7 @@ from tidemill.ledger.invoice import to_json as invoice_to_json
 from tidemill.ledger.invoice_text import to_text as invoice_to_text
 from tidemill.ledger.money import ZERO, Nanos, format_amount
 from tidemill.ledger.period import period_of
-from tidemill.ledger.pricing import PriceVersion
+from tidemill.ledger.pricing import PriceVersion, Tier
 from tidemill.ledger.statement import record_to_json, statement_of_rows
 from tidemill.ledger.statement import to_json as statement_to_json
 from tidemill.ledger.usage import UsageRecord
@@ -200,15 +200,18 @@ def _stopped_model(name: str, of_currency: Json) -> Json:
 
 def prices(connection: Connection, *, history: bool, now: datetime) -> Json:
     """The price versions in force at `now`; with `history` all that ever were, oldest first."""
-    found = price_versions(connection) if history else list(current_prices(connection, now).values())
-    if not history:
-        found.sort(key=lambda version: (version.model, version.currency))
+    if history:
+        found = price_versions(connection)
+    else:
+        found = [version for tier in Tier for version in current_prices(connection, now, tier).values()]
+        found.sort(key=lambda version: (version.model, version.currency, list(Tier).index(version.tier)))
     return {
         "prices": [
             {
                 "id": version.price_id,
                 "model": version.model,
                 "currency": version.currency,
+                "tier": version.tier.value,
                 **_price_json(version),
                 "valid_from": version.valid_from.isoformat(),
             }

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from tidemill.engines.protocol import Counts
-from tidemill.engines.sse import data_of
+from tidemill.engines.sse import BrokenStream, data_of, usage_object
 
 _decode = msgspec.json.Decoder().decode
 _encode = msgspec.json.Encoder().encode
@@ -27,11 +27,14 @@ class Collector:
         self.error: dict[str, Any] | None = None
 
     def feed(self, events: bytes) -> None:
-        """Add whole events."""
+        """Add whole events. Raises BrokenStream."""
         for event in events.split(b"\n\n"):
             payload = data_of(event)
             if payload:
-                self._add(_decode(payload))
+                try:
+                    self._add(_decode(payload))
+                except (msgspec.DecodeError, UnicodeDecodeError, AttributeError, TypeError) as error:
+                    raise BrokenStream(f"a chunk is not a JSON object of the right form: {error}") from error
 
     def _add(self, chunk: dict[str, Any]) -> None:
         if chunk.get("error"):
@@ -78,12 +81,7 @@ class Collector:
                 **self._head,
                 "object": str(self._head.get("object", "chat.completion")).removesuffix(".chunk"),
                 "choices": [self._choices[index] for index in sorted(self._choices)],
-                "usage": {
-                    "prompt_tokens": counts.prompt,
-                    "completion_tokens": counts.completion,
-                    "total_tokens": counts.prompt + counts.completion,
-                    "prompt_tokens_details": {"cached_tokens": counts.cached},
-                },
+                "usage": usage_object(counts),
             }
         )
 

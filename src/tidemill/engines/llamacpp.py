@@ -8,14 +8,18 @@ from collections.abc import Collection
 
 import msgspec
 
-from tidemill.engines.openai import encode, stream_options
+from tidemill.engines.openai import LIMIT_ALIASES, encode, stream_options
 from tidemill.engines.prometheus import counter_sum
 from tidemill.engines.protocol import Ask, Counters, Counts
-from tidemill.engines.sse import SseTap, data_of, usage_of
+from tidemill.engines.sse import SseTap, data_of, usage_object, usage_of
 
+_NOT_FOR_TENANTS = ("verbose", "return_progress", "id_slot")
+"""llama.cpp's own: they put more behind the timings, or choose among slots that other tenants use too."""
 _TIMINGS = b',"timings":{'
 _COUNT = re.compile(rb'"(cache_n|prompt_n|predicted_n)":(\d+)')
 _INDEX = re.compile(rb'"index":(\d+)')
+_REASONING = b'"reasoning_content":"'
+_decode_any = msgspec.json.Decoder().decode
 _decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
@@ -32,7 +36,9 @@ class LlamaCppEngine:
         fields["model"] = msgspec.Raw(encode(model))
         if not ask.generates:
             return encode(fields)
-        fields.pop("max_completion_tokens", None)
+        for name in LIMIT_ALIASES + _NOT_FOR_TENANTS:
+            fields.pop(name, None)
+        _choose_tool(fields)
         fields["max_tokens"] = msgspec.Raw(b"%d" % output_cap)
         fields["stream"] = msgspec.Raw(b"true")
         fields["stream_options"] = stream_options(ask)
@@ -40,7 +46,7 @@ class LlamaCppEngine:
         return encode(fields)
 
     def tap(self, ask: Ask) -> "LlamaCppTap":
-        return LlamaCppTap(wants_usage=ask.wants_usage, choices=ask.choices, prompts=ask.prompts)
+        return LlamaCppTap(wants_usage=ask.wants_usage, choices=ask.choices, prompts=ask.prompts, prefill=ask.prefill)
 
     def counters(self, metrics: str) -> Counters | None:
         """llama.cpp counts computed and cached prompt tokens apart; both were prompts."""
@@ -51,19 +57,35 @@ class LlamaCppEngine:
         return Counters(prompt + (counter_sum(metrics, "llamacpp:prompt_tokens_cached_total") or 0), completion)
 
 
+def _choose_tool(fields: dict[str, msgspec.Raw]) -> None:
+    """llama.cpp ignores the choice of one tool: to offer that one alone, and demand a call, is the same wish."""
+    choice = fields.get("tool_choice")
+    if choice is None or memoryview(choice)[0] != ord("{"):
+        return
+    name = (_decode_any(choice).get("function") or {}).get("name")
+    tools = _decode_any(fields.get("tools", b"[]"))
+    fields["tools"] = msgspec.Raw(encode([tool for tool in tools if tool.get("function", {}).get("name") == name]))
+    fields["tool_choice"] = msgspec.Raw(b'"required"')
+
+
 class LlamaCppTap(SseTap):
     """Reads the running counts out of each chunk and removes them again.
 
     Of several choices llama.cpp ends each with a usage of its own; OpenAI's clients expect one for all of them, at
     the end. In a chat these come as chunks without a choice, which are held back and summed; in a text completion
     the last chunk of each choice carries its own.
+
+    It begins an answer that goes on from a prefill with that prefill; this is left out.
     """
 
-    def __init__(self, *, wants_usage: bool, choices: int, prompts: int) -> None:
+    def __init__(self, *, wants_usage: bool, choices: int, prompts: int, prefill: str = "") -> None:
         super().__init__(wants_usage=wants_usage)
         self._choices = choices
         self._prompts = prompts
+        self._prefill = prefill
+        self._echo = ""
         self._by_choice: dict[bytes, Counts] = {}
+        self._reasoned: dict[bytes, int] = {}
         self._final: list[Counts] = []
 
     def feed(self, data: bytes) -> bytes:
@@ -82,10 +104,13 @@ class LlamaCppTap(SseTap):
         if usage is None:
             cached = int(timings.get(b"cache_n", 0))
             usage = Counts(int(timings.get(b"prompt_n", 0)) + cached, cached, int(timings.get(b"predicted_n", 0)))
-        index = _INDEX.search(event)
-        self._by_choice[index[1] if index else b"0"] = usage
+        found = _INDEX.search(event)
+        index = found[1] if found else b"0"
+        self._by_choice[index] = usage
+        if _REASONING in event:
+            self._reasoned[index] = usage.completion
         self._add_up(self._by_choice.values())
-        return event
+        return self._without_prefill(event) if self._prefill else event
 
     def _on_last_of_a_choice(self, event: bytes, usage: Counts) -> bytes | None:
         self._final.append(usage)
@@ -94,7 +119,21 @@ class LlamaCppTap(SseTap):
         self._add_up(self._final)
         if not self._wants_usage:
             return None
-        return event if self._choices == 1 else b"data: " + with_usage(data_of(event), self.counts)
+        if self._choices == 1 and not self._reasoned:
+            return event
+        return b"data: " + with_usage(data_of(event), self.counts)
+
+    def _without_prefill(self, event: bytes) -> bytes:
+        chunk = _decode_any(data_of(event))
+        for choice in chunk.get("choices") or ():
+            delta = choice.get("delta") or {}
+            self._echo += delta.get("content") or ""
+            if choice.get("finish_reason") or not self._prefill.startswith(self._echo):
+                delta["content"] = self._echo.removeprefix(self._prefill)
+                self._prefill = ""
+            elif "content" in delta:
+                delta["content"] = ""
+        return b"data: " + encode(chunk)
 
     def _add_up(self, counts: Collection[Counts]) -> None:
         """The sum over the choices; a prompt that several choices share counts once."""
@@ -103,18 +142,13 @@ class LlamaCppTap(SseTap):
             share = self._choices // self._prompts
             prompt = sum(each.prompt for each in counts) // share
             cached = sum(each.cached for each in counts) // share
-        self.counts = Counts(prompt, cached, sum(each.completion for each in counts))
+        completion = sum(each.completion for each in counts)
+        self.counts = Counts(prompt, cached, completion, min(sum(self._reasoned.values()), completion))
         self.exact = True
 
 
 def with_usage(chunk: bytes, counts: Counts) -> bytes:
     """A chunk with its usage object replaced by `counts`."""
     fields = _decode_object(chunk)
-    usage = {
-        "completion_tokens": counts.completion,
-        "prompt_tokens": counts.prompt,
-        "total_tokens": counts.prompt + counts.completion,
-        "prompt_tokens_details": {"cached_tokens": counts.cached},
-    }
-    fields["usage"] = msgspec.Raw(encode(usage))
+    fields["usage"] = msgspec.Raw(encode(usage_object(counts)))
     return encode(fields)

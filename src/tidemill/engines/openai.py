@@ -20,6 +20,11 @@ def stream_options(ask: Ask) -> msgspec.Raw:
     return msgspec.Raw(encode(options))
 
 
+LIMIT_ALIASES = ("max_tokens", "max_completion_tokens", "n_predict", "n_cmpl")
+"""Fields that some engine takes for the limit of the answer or for the number of answers, which a hold covers.
+llama.cpp takes its own `n_predict` before `max_tokens`, and `n_cmpl` before `n`."""
+
+
 class OpenAIEngine:
     """See `engines.protocol.Engine`."""
 
@@ -35,6 +40,8 @@ class OpenAIEngine:
         fields = dict(ask.fields)
         fields["model"] = msgspec.Raw(encode(model))
         if ask.generates:
+            for alias in LIMIT_ALIASES:
+                fields.pop(alias, None)
             fields[ask.max_tokens_field] = msgspec.Raw(b"%d" % output_cap)
         if ask.stream:
             fields["stream_options"] = stream_options(ask)

@@ -11,6 +11,10 @@ def counter_sum(page: str, name: str) -> int | None:
         if rest[:1] not in ("{", " ", "\t"):
             continue
         value = rest[rest.rfind("}") + 1 :].split()
-        if value:
+        if not value:
+            continue
+        try:
             total = (total or 0) + int(float(value[0]))
+        except (ValueError, OverflowError):  # NaN and Inf are allowed on the page
+            continue
     return total

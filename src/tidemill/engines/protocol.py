@@ -6,11 +6,13 @@ import msgspec
 
 
 class Counts(msgspec.Struct, frozen=True):
-    """Token counts as an engine reports them. `prompt` includes `cached`."""
+    """Token counts as an engine reports them. `prompt` includes `cached`, `completion` includes `reasoning`."""
 
     prompt: int = 0
     cached: int = 0
     completion: int = 0
+    reasoning: int = 0
+    """0 also where the engine does not tell."""
 
 
 class Counters(msgspec.Struct, frozen=True):
@@ -39,6 +41,8 @@ class Ask(msgspec.Struct):
     """How many prompts it carries; more than one only in a text completion."""
     generates: bool = True
     """False for embeddings: nothing is produced token by token, nothing is limited."""
+    prefill: str = ""
+    """The text that the answer goes on from, and that a tap leaves out where an engine says it again."""
 
 
 class Tap(Protocol):
@@ -53,12 +57,21 @@ class Tap(Protocol):
     """`counts` are the engine's own figures (so far), not an estimate."""
 
     @property
+    def begun(self) -> bool:
+        """Something of the answer has come; comments and other signs of life are nothing."""
+        ...
+
+    @property
     def produced(self) -> int:
         """Completion tokens so far, as well as they are known."""
         ...
 
     def feed(self, data: bytes) -> bytes:
         """Take bytes from the engine; return whole events for the client, without the final [DONE]."""
+        ...
+
+    def end(self) -> bytes:
+        """Take the end of the body: an event whose closing blank line is missing is returned after all."""
         ...
 
     def estimate(self, prompt_bytes: int) -> Counts:

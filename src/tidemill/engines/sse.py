@@ -24,8 +24,12 @@ def bounded(count: int) -> int:
     return min(max(count, 0), MAX_COUNT)
 
 
-class _Details(msgspec.Struct):
+class _PromptDetails(msgspec.Struct):
     cached_tokens: int | None = None
+
+
+class _CompletionDetails(msgspec.Struct):
+    reasoning_tokens: int | None = None
 
 
 class Usage(msgspec.Struct):
@@ -33,13 +37,37 @@ class Usage(msgspec.Struct):
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    prompt_tokens_details: _Details | None = None
+    prompt_tokens_details: _PromptDetails | None = None
+    completion_tokens_details: msgspec.Raw = msgspec.Raw(b"null")
 
     def counts(self) -> Counts:
         details = self.prompt_tokens_details
         cached = (details.cached_tokens or 0) if details is not None else 0
-        prompt = bounded(self.prompt_tokens)
-        return Counts(prompt, min(bounded(cached), prompt), bounded(self.completion_tokens))
+        reasoning = _reasoning_tokens(self.completion_tokens_details)
+        prompt, completion = bounded(self.prompt_tokens), bounded(self.completion_tokens)
+        return Counts(prompt, min(bounded(cached), prompt), completion, min(bounded(reasoning), completion))
+
+
+def _reasoning_tokens(details: msgspec.Raw) -> int:
+    """Told for information only: a form that is not known must not cost the counts that are billed."""
+    try:
+        said = _decode_details(details)
+    except msgspec.DecodeError:
+        return 0
+    return (said.reasoning_tokens or 0) if said is not None else 0
+
+
+def usage_object(counts: Counts) -> dict[str, object]:
+    """OpenAI's usage object for `counts`."""
+    usage: dict[str, object] = {
+        "prompt_tokens": counts.prompt,
+        "completion_tokens": counts.completion,
+        "total_tokens": counts.prompt + counts.completion,
+        "prompt_tokens_details": {"cached_tokens": counts.cached},
+    }
+    if counts.reasoning:
+        usage["completion_tokens_details"] = {"reasoning_tokens": counts.reasoning}
+    return usage
 
 
 class Chunk(msgspec.Struct):
@@ -47,11 +75,12 @@ class Chunk(msgspec.Struct):
 
     choices: list[msgspec.Raw] | None = None
     usage: Usage | None = None
-    error: msgspec.Raw | None = None
+    error: msgspec.Raw = msgspec.Raw(b"null")
 
 
 _decode_chunk = msgspec.json.Decoder(Chunk).decode
 _decode_usage = msgspec.json.Decoder(Chunk).decode
+_decode_details = msgspec.json.Decoder(_CompletionDetails | None).decode
 
 
 class BrokenStream(ValueError):
@@ -59,11 +88,13 @@ class BrokenStream(ValueError):
 
 
 def usage_of(body: bytes) -> Counts | None:
-    """The usage that a whole (non-streamed) answer reports, or None."""
+    """The usage that a whole (non-streamed) answer reports, or None. Raises BrokenStream when it is not JSON."""
     try:
         usage = _decode_usage(body).usage
-    except msgspec.DecodeError:
+    except msgspec.ValidationError:
         return None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BrokenStream(f"the answer is not JSON: {error}") from error
     return usage.counts() if usage is not None else None
 
 
@@ -92,17 +123,35 @@ class SseTap:
     def feed(self, data: bytes) -> bytes:
         """See `Tap.feed`. Raises BrokenStream."""
         data = self._whole_events(data)
+        if data.startswith(b"\n") or b"\n\n\n" in data:  # blank lines between events are nothing
+            data = b"".join(event.lstrip(b"\n") + b"\n\n" for event in data.split(b"\n\n") if event.strip(b"\n"))
         if not data:
             return b""
         events = data.count(b"\n\n")
         if events == 1:
             size = len(data)
             self._smallest = min(self._smallest, size)
+        if b":" == data[:1] or b"\n:" in data:
+            events -= sum(event.lstrip(b"\n").startswith(b":") for event in data.split(b"\n\n"))  # "I am still here"
         self._events += events
         self._bytes += len(data)
         if b'"usage"' in data or b"[DONE]" in data or b'"error"' in data:
             return self._each_event(data)
         return data
+
+    def end(self) -> bytes:
+        """See `Tap.end`. Raises BrokenStream."""
+        rest = self._rest.replace(b"\r", b"\n").strip(b"\n")
+        self._rest = b""
+        if not rest or rest.startswith(b":"):
+            return b""
+        payload = data_of(rest)
+        if payload.strip() != b"[DONE]":
+            try:
+                _decode_chunk(payload)
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise BrokenStream("it ends within an event") from error
+        return self.feed(rest + b"\n\n")
 
     def _whole_events(self, data: bytes) -> bytes:
         if self._rest:
@@ -145,7 +194,7 @@ class SseTap:
             chunk = _decode_chunk(payload)
         except msgspec.DecodeError:
             return event
-        if chunk.error is not None and chunk.error != b"null":
+        if bytes(chunk.error) != b"null":
             self.failed = True
         if chunk.usage is not None:
             self.counts = chunk.usage.counts()
@@ -153,6 +202,11 @@ class SseTap:
             if chunk.choices is not None and not chunk.choices and not self._wants_usage:
                 return None
         return event
+
+    @property
+    def begun(self) -> bool:
+        """See `Tap.begun`."""
+        return self.exact or self._events > 0
 
     @property
     def produced(self) -> int:

@@ -43,9 +43,9 @@ def output_bound(request: ModelRequest, route: Route) -> int:
 
 
 def prompt_bound(request: ModelRequest, route: Route) -> int:
-    """The most tokens that the prompt can have."""
+    """The most tokens that the prompt, or all prompts together, can have."""
     bound = request.body_bytes + TEMPLATE_TOKENS
-    return min(bound, route.spec.context) if route.spec.context else bound
+    return min(bound, route.spec.context * request.ask.prompts) if route.spec.context else bound
 
 
 def hold_now(

@@ -36,6 +36,8 @@ class Door:
         header = exchange.headers.get(b"authorization", b"")
         scheme, _, secret = header.partition(b" ")
         if scheme.lower() != b"bearer" or not secret:
+            secret = exchange.headers.get(b"x-api-key", b"")  # where Anthropic's clients put it
+        if not secret:
             raise InvalidKey("No API key was given.", hint="Send the header 'Authorization: Bearer sk-...'.")
         return self.snapshot.keys.get(key_digest(secret.strip()))
 
@@ -65,7 +67,9 @@ class Door:
         return point
 
     async def renew(self) -> None:
-        """Take over the store's current state, if it has changed; one read at a time."""
+        """Take over what the store holds now, if it has changed; one read at a time."""
+        if self._renewing is not None:
+            await asyncio.shield(self._renewing)  # it may have looked a moment before now
         if self._renewing is None:
             self._renewing = asyncio.create_task(self._renew())
         await asyncio.shield(self._renewing)

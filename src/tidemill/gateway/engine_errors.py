@@ -56,7 +56,8 @@ def engine_error(status: int, body: bytes, model: str) -> TidemillError:
         return EngineError(message or f"The engine of {model!r} is busy.", status=status, code=code)
     if 400 <= status < 500 and status not in (401, 403):
         return EngineError(message or "The engine refuses this request.", status=status, code=code or "invalid_request")
-    reason = message if status < 500 else ""  # what a broken engine says of itself is not for tenants
+    # What a broken engine says of itself is not for tenants, nor what an upstream says of the operator's key.
+    reason = message if status < 400 else ""
     return EngineError(
         f"The engine of {model!r} has failed (status {status}). {reason}".strip(), status=502, code="engine_error"
     )

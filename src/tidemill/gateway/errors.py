@@ -19,6 +19,12 @@ class BadRequest(TidemillError):
     code = "invalid_request_error"
 
 
+class UnsupportedParameter(BadRequest):
+    """A parameter that cannot be honoured: better refused by its name than left out unseen."""
+
+    code = "unsupported_parameter"
+
+
 class InvalidKey(TidemillError):
     """No key, or one that does not exist or was revoked."""
 
@@ -63,7 +69,8 @@ def error_body(error: TidemillError) -> bytes:
 
 def error_headers(error: TidemillError) -> bytes:
     """The header lines of an error answer; a passing one says when to try again."""
-    retry = b"retry-after: %d\r\n" % RETRY_AFTER_S if error.status in (429, 503) else b""
+    seconds = error.retry_after_s or RETRY_AFTER_S
+    retry = b"retry-after: %d\r\n" % seconds if error.status in (429, 503) else b""
     return b"content-type: application/json\r\n" + retry
 
 

@@ -1,15 +1,16 @@
 """A request in flight: from its hold to its record. Whatever happens in between, it is settled exactly once."""
 
-import time
+import msgspec
 
 from tidemill.engines.protocol import Counts, Tap
 from tidemill.gateway.admission import Hold
 from tidemill.gateway.http import Exchange
+from tidemill.gateway.replica import Leg
 from tidemill.gateway.replies import Reply
 from tidemill.gateway.requests import ModelRequest
-from tidemill.gateway.routing import Replica, Route
 from tidemill.gateway.snapshot import PricePoint, Principal
 from tidemill.gateway.upstream import Connection, EngineLost
+from tidemill.gateway.way import Way
 from tidemill.ledger.usage import Status, TokenUsage
 from tidemill.meter.leasing import Leasing
 from tidemill.meter.live import LiveTable, now_us
@@ -34,8 +35,8 @@ class Flight:
         meter: Meter,
         exchange: Exchange,
         request: ModelRequest,
-        route: Route,
-        replica: Replica,
+        way: Way,
+        leg: Leg,
         principal: Principal,
         price: PricePoint,
         hold: Hold,
@@ -45,11 +46,20 @@ class Flight:
         self._meter = meter
         self.exchange = exchange
         self.request = request
-        self.route = route
-        self.replica = replica
+        self.way = way
         self.hold = hold
         self.reply = reply
-        self.tap: Tap = route.engine.tap(request.ask)
+        self.attempts = 1
+        self.resent = False
+        """It was sent once more after an engine that had it was lost."""
+        self.device_ns = 0
+        """Its share of the time of replicas that it has left again."""
+        self._begun_at = leg.replica.pool.loop.time()
+        self._budget_s = way.route.spec.ttft_timeout_seconds
+        self._leg = leg
+        self.route = way.route
+        self.replica = leg.replica
+        self.tap: Tap = self.route.engine.tap(request.ask)
         self.connection: Connection | None = None
         self.given_up = False
         """The client has left."""
@@ -60,7 +70,7 @@ class Flight:
             tenant_id=principal.tenant_id,
             key_id=principal.key_id,
             model=request.model,
-            replica=replica.label,
+            replica=leg.replica.label,
             price_id=price.price_id,
             currency=principal.currency,
             price=(price.price.input, price.price.cached_input, price.price.output),
@@ -73,8 +83,32 @@ class Flight:
         except BaseException:
             meter.log.release()
             raise
-        self._ticket = replica.clock.start(time.monotonic_ns())
+        leg.start(self._begun_at, hold.output_cap, request.ask.choices)
         exchange.on_gone = self._client_left
+
+    def move(self, leg: Leg) -> None:
+        """Start over on another replica. The record will name that one; the time of all of them is in it.
+
+        Raises Unavailable (TooManyOpen), and then stays where it is.
+        """
+        opened = msgspec.structs.replace(self.opened, replica=leg.replica.label)
+        # A kill in between leaves two slots of one request, of which one record is made.
+        slot = self._meter.live.open(opened, self.hold.amount)
+        self._meter.live.close_slot(self._slot)
+        self.opened, self._slot = opened, slot
+        self.device_ns += self._leg.finish()
+        self._leg = leg
+        self.route = self.way.route
+        self.replica = leg.replica
+        self.tap = self.route.engine.tap(self.request.ask)
+        self.connection = None
+        self.first_token_us = 0
+        self.attempts += 1
+        leg.start(leg.replica.pool.loop.time(), self.hold.output_cap, self.request.ask.choices)
+
+    def time_left(self) -> float:
+        """Seconds until an answer must have begun: the limit of the model that it started with, for all attempts."""
+        return self._begun_at + self._budget_s - self.replica.pool.loop.time()
 
     def _client_left(self) -> None:
         """Docs/policies.md: an own engine is aborted; an upstream is read to its end, within a bound."""
@@ -89,19 +123,30 @@ class Flight:
 
     @property
     def over_the_cap(self) -> bool:
-        """More has been produced than the balance pays for; only an engine that ignores its limit gets here."""
-        return self.hold.cut_short and self.tap.produced > self.hold.output_cap * self.request.ask.choices
+        """More has been produced than the balance pays for; only an engine that ignores its limit gets here.
+
+        Events are not quite tokens: an engine that does not count them as it goes is stopped only far beyond.
+        """
+        cap = self.hold.output_cap * self.request.ask.choices
+        return self.hold.cut_short and self.tap.produced > (cap if self.tap.exact else 2 * cap + 16)
 
     @property
     def used_up(self) -> bool:
         """The answer has reached the limit that the balance set."""
-        return self.hold.cut_short and self.tap.produced >= self.hold.output_cap * self.request.ask.choices
+        return self.uses_up(self.tap.produced)
+
+    def uses_up(self, completion: int) -> bool:
+        """An answer of so many tokens has reached the limit that the balance set."""
+        return self.hold.cut_short and completion >= self.hold.output_cap * self.request.ask.choices
 
     def note(self) -> None:
         """Store the running counts where they outlive this process."""
         tap = self.tap
+        if not tap.begun:
+            return
         if not self.first_token_us:
             self.first_token_us = now_us()
+            self._leg.first_token()
         if tap.exact:
             counts, estimated = tap.counts, False
         else:
@@ -138,7 +183,7 @@ class Flight:
             hold=self.hold.amount,
             first_token_us=self.first_token_us,
             finished_us=now_us(),
-            device_ns=self.replica.clock.finish(self._ticket, time.monotonic_ns()),
+            device_ns=self.device_ns + self._leg.finish(),
         )
         self._meter.leasing.settle(self.opened.tenant_id, self.hold.amount, settled.charge)
         try:

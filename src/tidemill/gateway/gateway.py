@@ -1,6 +1,7 @@
 """The data plane's routes, and what every answer has in common."""
 
 import secrets
+from collections.abc import Mapping
 
 import msgspec
 import structlog
@@ -31,7 +32,15 @@ OPERATIONS = {
 class Gateway:
     """Answers exchanges: finds the route by method and path, renders every error in one place."""
 
-    def __init__(self, door: Door, routes: Routes, meter: Meter, *, started_at: int) -> None:
+    def __init__(
+        self,
+        door: Door,
+        routes: Routes,
+        meter: Meter,
+        *,
+        started_at: int,
+        more: Mapping[tuple[bytes, bytes], Handler] | None = None,
+    ) -> None:
         self._door = door
         self._routes = routes
         self._started_at = started_at
@@ -41,6 +50,7 @@ class Gateway:
             (b"GET", b"/healthz"): self._healthz,
             (b"GET", b"/readyz"): self._readyz,
             (b"GET", b"/"): self._welcome,
+            **(more or {}),
         }
         self._paths = {path for _, path in self._table}
 
@@ -50,7 +60,9 @@ class Gateway:
             if exchange.refusal is not None:
                 self._refuse(exchange, *exchange.refusal)
                 return
-            handler = self._table.get((exchange.method, exchange.path))
+            handler = self._table.get((exchange.method, exchange.path)) or self._table.get(
+                (exchange.method, shape_of(exchange.path))
+            )
             if handler is not None:
                 await handler(exchange)
             elif exchange.path.startswith(b"/v1/models/") and exchange.method == b"GET":
@@ -69,10 +81,11 @@ class Gateway:
         exchange.respond(status, _encode(error_object(message, status=status, code=code)), JSON, close=True)
 
     def _no_route(self, exchange: Exchange) -> None:
-        known = exchange.path in self._paths
+        path = exchange.path if exchange.path in self._paths else shape_of(exchange.path)
+        known = path in self._paths
         status = 405 if known else 404
         what = f"{exchange.method.decode()} {exchange.path.decode(errors='replace')[:200]}"
-        allowed = b", ".join(sorted(method for method, path in self._table if path == exchange.path))
+        allowed = b", ".join(sorted(method for method, known_path in self._table if known_path == path))
         headers = JSON + (b"allow: %b\r\n" % allowed if known else b"")
         message = f"There is no {what} here. See GET / for what there is."
         exchange.respond(status, _encode(error_object(message, status=status, code="not_found")), headers)
@@ -102,6 +115,15 @@ class Gateway:
 
     def _describe(self, name: str) -> dict[str, object]:
         return {"id": name, "object": "model", "created": self._started_at, "owned_by": "tidemill"}
+
+
+def shape_of(path: bytes) -> bytes:
+    """The route of a path that names a thing: `/v1/files/file_1/content` -> `/v1/files/{id}/content`."""
+    parts = path.split(b"/")
+    if len(parts) < 4 or not parts[3]:
+        return path
+    parts[3] = b"{id}"
+    return b"/".join(parts)
 
 
 class RequestIds:

@@ -9,13 +9,15 @@ buffer and wait has a bound.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import cast
 from urllib.parse import unquote_to_bytes
 
 import httptools
+
+from tidemill.gateway.incoming import IncomingBody
 
 MAX_HEAD_BYTES = 32 * 1024
 """Request line and headers together."""
@@ -27,9 +29,13 @@ HEAD_TIMEOUT_S = 20.0
 """From the first byte of a request to the end of its headers."""
 BODY_TIMEOUT_S = 120.0
 """Between two pieces of a request body."""
+LINGER_S = 30.0
+"""How long what a refused client still sends is taken and thrown away, so that it gets to read why."""
 KEEP_ALIVE_S = 75.0
 """An idle connection is kept this long, like nginx does."""
+LOOPBACK = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
 
+_OFFER = (b"upgrade", b"connection", b"http2-settings")
 _STATUS_LINES = {status.value: b"HTTP/1.1 %d %b\r\n" % (status.value, status.phrase.encode()) for status in HTTPStatus}
 
 
@@ -48,10 +54,12 @@ class Exchange:
         "ended",
         "gone",
         "headers",
+        "incoming",
         "keep_alive",
         "method",
         "on_gone",
         "path",
+        "query",
         "refusal",
         "request_id",
         "streaming",
@@ -65,8 +73,12 @@ class Exchange:
         """Status and message when the request cannot be taken as HTTP; the connection closes after the answer."""
         self.method = method
         self.path = path
+        self.query = b""
+        """What follows the question mark, undecoded."""
         self.headers: dict[bytes, bytes] = {}
         self.body = b""
+        self.incoming: IncomingBody | None = None
+        """The body of a route that takes it piece by piece (`HttpServer.streamed`); `body` is then empty."""
         self.keep_alive = True
         self.request_id = request_id
         self.streaming = False
@@ -81,12 +93,22 @@ class Exchange:
         """The answer has begun."""
         return self._answered
 
+    @property
+    def unread(self) -> bool:
+        """A part of the body is still to come: the connection cannot go on behind an answer to it."""
+        return self.incoming is not None and not self.incoming.complete
+
+    @property
+    def from_here(self) -> bool:
+        """The client is on this machine (the source of a connection to an address of one's own cannot be forged)."""
+        return self._protocol.from_here
+
     def respond(self, status: int, body: bytes, headers: bytes = b"", *, close: bool = False) -> None:
         """Send a whole answer. `headers` are complete lines, each with its CRLF."""
         if self._answered or self.gone:
             return
         self._answered = self.ended = True
-        self.keep_alive = self.keep_alive and not close
+        self.keep_alive = self.keep_alive and not close and not self.unread
         head = b"%bx-request-id: %b\r\n%b%bcontent-length: %d\r\n\r\n" % (
             self._head(status),
             self.request_id.encode(),
@@ -174,12 +196,13 @@ class ServerProtocol(asyncio.Protocol):
         self._unblock: asyncio.Future[None] | None = None
         # Of the request that is being received:
         self._receiving: Exchange | None = None
+        self._messages = 0
         self._in_head = True
         self._head_bytes = 0
         self._fed_in_head = 0
         self._url = b""
         self._headers: dict[bytes, bytes] = {}
-        self._parts: list[bytes] = []
+        self._body: bytes | bytearray = b""
         self._body_bytes = 0
         self._refusal: tuple[int, str] | None = None
         self._deaf = False
@@ -197,19 +220,59 @@ class ServerProtocol(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._deaf:
             return
+        before = (self._messages, self._in_head)
         try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._refuse(400, "This server does not change protocols.")
+            self._feed(data)
         except httptools.HttpParserError:
             self._refuse(*(self._refusal or (400, "What was sent is not an HTTP/1.1 request.")))
-        else:
-            if self._in_head:
-                self._fed_in_head += len(data)
-                if self._fed_in_head > MAX_HEAD_BYTES:
-                    self._refuse(431, "The request's headers are too large.")
-            if self._working is None:
-                self.deadline = self.server.now + (HEAD_TIMEOUT_S if self._in_head else BODY_TIMEOUT_S)
+            return
+        if self._in_head and before == (self._messages, True):  # all of it belongs to a head that had begun before
+            self._fed_in_head += len(data)
+            if self._fed_in_head > MAX_HEAD_BYTES:
+                self._refuse(431, "The request's headers are too large.")
+        elif self._working is None:
+            self.deadline = self.server.now + (HEAD_TIMEOUT_S if self._in_head else BODY_TIMEOUT_S)
+        elif self.deadline != float("inf"):
+            self._await_body()
+
+    @property
+    def from_here(self) -> bool:
+        if self._transport is None:
+            return False
+        peer, own = (self._transport.get_extra_info(name) for name in ("peername", "sockname"))
+        return bool(peer) and (peer[0] in LOOPBACK or peer[0] == own[0])
+
+    def hold_body(self) -> None:
+        self.deadline = float("inf")
+        if self._transport is not None:
+            self._transport.pause_reading()
+
+    def take_body(self) -> None:
+        self._await_body()
+        if self._transport is not None:
+            self._transport.resume_reading()
+
+    def _await_body(self) -> None:
+        """Of a body that is being taken piece by piece, the next piece must come in time."""
+        if self._working is not None and self._working.unread:
+            self.deadline = self.server.now + BODY_TIMEOUT_S
+
+    def _feed(self, data: bytes) -> None:
+        while data:
+            try:
+                self._parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                data = data[upgrade.args[0] :]
+            # An offer to change protocols, such as Java's `Upgrade: h2c`, may be ignored (RFC 9110, 7.8). The parser
+            # has stopped behind the head, so that is parsed once more without the offer.
+            method = self._parser.get_method()
+            if method == b"CONNECT":
+                raise httptools.HttpParserError("not a proxy")
+            self._parser = httptools.HttpRequestParser(self)
+            lines = [b"%b %b HTTP/1.1" % (method, self._url)]
+            lines += [b"%b: %b" % header for header in self._headers.items() if header[0] not in _OFFER]
+            data = b"\r\n".join(lines) + b"\r\n\r\n" + data
 
     def eof_received(self) -> bool:
         # Clients of an API do not half-close: an end of input is a client that left (as nginx and hyper take it).
@@ -222,6 +285,8 @@ class ServerProtocol(asyncio.Protocol):
         exchange = self._working
         if exchange is not None:
             exchange.gone = True
+            if exchange.incoming is not None:
+                exchange.incoming.fail("The client has left.")
             if exchange.on_gone is not None:
                 exchange.on_gone()
         self.resume_writing()
@@ -255,7 +320,13 @@ class ServerProtocol(asyncio.Protocol):
         self.deadline = self.server.now + KEEP_ALIVE_S
         if self._transport is None:
             return
-        if not exchange.keep_alive or self.server.stopping:
+        if (exchange.refusal is not None or exchange.unread) and self._transport.can_write_eof():
+            self._deaf = True
+            # Closing while the client still sends would reset the connection, and the answer with it (RFC 9112, 9.6).
+            self._transport.write_eof()
+            self._transport.resume_reading()
+            self.deadline = self.server.now + LINGER_S
+        elif not exchange.keep_alive or self.server.stopping:
             self._deaf = True
             self._transport.close()
         elif self._waiting:
@@ -273,6 +344,7 @@ class ServerProtocol(asyncio.Protocol):
     def _begin(self, exchange: Exchange) -> None:
         self._working = exchange
         self.deadline = float("inf")
+        self._await_body()
         self.server.start(exchange)
 
     def _received(self, exchange: Exchange) -> None:
@@ -286,6 +358,9 @@ class ServerProtocol(asyncio.Protocol):
     def _refuse(self, status: int, message: str) -> None:
         """Answer a request that is not taken, and close: what follows on the connection cannot be trusted."""
         self._deaf = True
+        if self._receiving is not None and self._receiving.incoming is not None:  # its handler has it already
+            self._receiving.incoming.fail(message)
+            return
         exchange = self._receiving or Exchange(self, b"GET", b"", self.server.new_request_id())
         exchange.refusal = (status, message)
         exchange.keep_alive = False
@@ -299,11 +374,12 @@ class ServerProtocol(asyncio.Protocol):
             self._refusal = (400, f"Send at most {MAX_PIPELINED} requests ahead on a connection.")
             raise ValueError("too many requests ahead")
         self._receiving = None
+        self._messages += 1
         self._in_head = True
         self._head_bytes = self._fed_in_head = self._body_bytes = 0
         self._url = b""
         self._headers = {}
-        self._parts = []
+        self._body = b""
 
     def on_url(self, url: bytes) -> None:
         self._url += url
@@ -311,7 +387,8 @@ class ServerProtocol(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._count_head(len(name) + len(value) + 4)
-        self._headers[name.lower()] = value
+        if self._in_head:  # else a trailer, which must not change what the head has said
+            self._headers[name.lower()] = value
 
     def _count_head(self, size: int) -> None:
         self._head_bytes += size
@@ -320,25 +397,40 @@ class ServerProtocol(asyncio.Protocol):
             raise ValueError("head too large")
 
     def on_headers_complete(self) -> None:
+        if self._parser.should_upgrade():
+            return
         self._in_head = False
         headers = self._headers
-        path = self._url.partition(b"?")[0]
+        path, _, query = self._url.partition(b"?")
         if b"%" in path:
             path = unquote_to_bytes(path)
         exchange = Exchange(self, self._parser.get_method(), path, self.server.new_request_id())
+        exchange.query = query
         exchange.headers = headers
         exchange.keep_alive = self._parser.should_keep_alive()
         if self._parser.get_http_version() == "1.0":
             exchange.without_chunks()
         self._receiving = exchange
         length = headers.get(b"content-length")
-        if length is not None and int(length) > self.server.max_body_bytes:
+        streamed = (exchange.method, path) in self.server.streamed
+        if length is not None and int(length) > self.server.max_body_bytes and not streamed:
             self._too_large()
         if headers.get(b"expect", b"").lower() == b"100-continue" and self._working is None:
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if streamed:
+            exchange.incoming = IncomingBody(self)
+            self._received(exchange)
 
     def on_body(self, body: bytes) -> None:
-        self._parts.append(body)
+        if self._receiving is not None and self._receiving.incoming is not None:
+            self._receiving.incoming.feed(body)
+            return
+        if not self._body:
+            self._body = body
+        else:
+            if isinstance(self._body, bytes):
+                self._body = bytearray(self._body)
+            self._body += body  # a list of pieces would let chunks of one byte take thirty times their room
         self._body_bytes += len(body)
         if self._body_bytes > self.server.max_body_bytes:
             self._too_large()
@@ -349,14 +441,19 @@ class ServerProtocol(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         exchange = self._receiving
-        assert exchange is not None
-        parts = self._parts
-        exchange.body = parts[0] if len(parts) == 1 else b"".join(parts)
-        self._parts = []
+        if exchange is None:
+            return  # see `_feed`
+        exchange.body = bytes(self._body)
+        self._body = b""
         self._receiving = None
         self._in_head = True
         self._fed_in_head = 0
-        self._received(exchange)
+        if exchange.incoming is None:
+            self._received(exchange)
+            return
+        exchange.incoming.end()
+        if self._working is exchange:
+            self.deadline = float("inf")
 
 
 class HttpServer:
@@ -373,11 +470,14 @@ class HttpServer:
         loop: asyncio.AbstractEventLoop,
         max_body_bytes: int,
         write_timeout_s: float,
+        streamed: Collection[tuple[bytes, bytes]] = (),
     ) -> None:
         self.loop = loop
         self.handler = handler
         self.new_request_id = new_request_id
         self.max_body_bytes = max_body_bytes
+        self.streamed = streamed
+        """Routes, by method and path, whose handlers take the body piece by piece, and limit it themselves."""
         self.too_large_message = (
             f"The request body is larger than {max_body_bytes // (1024 * 1024)} MiB. Send a smaller one."
         )

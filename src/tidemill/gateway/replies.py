@@ -12,8 +12,8 @@ from tidemill.gateway.requests import ModelRequest
 class Reply(Protocol):
     """Writes one answer in the form of its endpoint."""
 
-    def events(self, events: bytes) -> bytes:
-        """Whole events of the engine's stream, as the client shall get them."""
+    def events(self, events: bytes, counts: Counts) -> bytes:
+        """Whole events of the engine's stream, as the client shall get them; `counts` is what it counted so far."""
         ...
 
     def end(self, counts: Counts) -> bytes:
@@ -24,8 +24,8 @@ class Reply(Protocol):
         """What ends a stream that an error has stopped."""
         ...
 
-    def whole(self, answer: bytes) -> bytes:
-        """An answer that was not streamed."""
+    def whole(self, answer: bytes, counts: Counts) -> bytes:
+        """An answer that was not streamed, and what is billed for it."""
         ...
 
     def error(self, error: TidemillError) -> bytes:
@@ -36,10 +36,10 @@ class Reply(Protocol):
 class OpenAIReply:
     """OpenAI's own form: everything passes as it is."""
 
-    def __init__(self, request: ModelRequest) -> None:
-        self._request = request
+    def __init__(self, request: ModelRequest, request_id: str) -> None:
+        pass
 
-    def events(self, events: bytes) -> bytes:
+    def events(self, events: bytes, counts: Counts) -> bytes:
         return events
 
     def end(self, counts: Counts) -> bytes:
@@ -48,7 +48,7 @@ class OpenAIReply:
     def stopped(self, error: TidemillError) -> bytes:
         return error_event(error) + DONE_EVENT
 
-    def whole(self, answer: bytes) -> bytes:
+    def whole(self, answer: bytes, counts: Counts) -> bytes:
         return answer
 
     def error(self, error: TidemillError) -> bytes:

@@ -1,7 +1,8 @@
-"""Models and the replicas that serve them."""
+"""Models and the replicas that serve them, as this gateway process knows them."""
 
 import asyncio
 import difflib
+from collections.abc import Collection
 
 import msgspec
 
@@ -10,18 +11,17 @@ from tidemill.engines.openai import OpenAIEngine
 from tidemill.engines.protocol import Engine
 from tidemill.errors import Unavailable
 from tidemill.gateway.errors import ModelNotFound
-from tidemill.gateway.upstream import Address, Pool
-from tidemill.ledger.costing import BusyClock
+from tidemill.gateway.replica import Replica, ReplicaSpec
+from tidemill.ledger.pricing import Price
+
+__all__ = ["ModelCost", "ModelSpec", "NoReplica", "Replica", "ReplicaSpec", "Route", "Routes"]
 
 
-class ReplicaSpec(msgspec.Struct, frozen=True):
-    """One replica, as the supervisor announces it."""
+class ModelCost(msgspec.Struct, frozen=True):
+    """What an upstream charges the operator."""
 
-    name: str
-    base_url: str
-    ready: bool
-    life: str = ""
-    """Changes each time the engine is started anew; it names the engine's own counters (see meter.reconcile)."""
+    currency: str
+    price: Price
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,26 +38,29 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     drain_seconds: float
     ttft_timeout_seconds: float
     idle_timeout_seconds: float
+    slots: int | None = None
+    """Requests that a replica works on at a time, where that is known; more wait there."""
+    aliases: tuple[str, ...] = ()
+    fallbacks: tuple[str, ...] = ()
+    """Models that answer for this one when it cannot, in this order."""
+    overflow: bool = False
+    """They do so also when all replicas of this one are full."""
+    split: tuple[tuple[str, float], ...] = ()
+    """Models that get a share of this one's requests, and the share in percent."""
+    cost: ModelCost | None = None
+    """None: no token of it costs anything by itself."""
+    allow_loss: bool = False
+    """Another model may answer for this one also when that costs more than the tenant pays."""
 
 
 class NoReplica(Unavailable):
-    """No replica of the model is ready."""
+    """No replica of the model, nor of its fallbacks, can be used now."""
 
     code = "model_not_ready"
 
-
-class Replica:
-    """A replica in use: its connections, and how its time is shared among requests."""
-
-    def __init__(self, spec: ReplicaSpec, api_key: str | None, loop: asyncio.AbstractEventLoop) -> None:
-        self.spec = spec
-        self.pool = Pool(Address(spec.base_url, api_key), loop)
-        self.clock = BusyClock()
-
-    @property
-    def label(self) -> str:
-        """The name that usage records carry: the replica and its life."""
-        return f"{self.spec.name}#{self.spec.life}" if self.spec.life else self.spec.name
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message, hint="Try again in a few seconds.")
+        self.retry_after_s = retry_after_s
 
 
 class Route:
@@ -72,12 +75,28 @@ class Route:
     def ready(self) -> bool:
         return any(replica.spec.ready for replica in self.replicas)
 
+    @property
+    def straight(self) -> Replica | None:
+        """The one replica that all requests of this model go to while it is well: nothing has to be decided."""
+        replica = self.replicas[0]
+        spec = self.spec
+        if len(self.replicas) > 1 or spec.split or spec.overflow or not replica.spec.ready:
+            return None
+        return replica if replica.breaker.calm else None
+
     def pick(self) -> Replica:
-        """The ready replica with the fewest requests in flight. Raises NoReplica."""
+        """A ready replica with the fewest requests in flight, for small work beside the requests. Raises NoReplica."""
         ready = [replica for replica in self.replicas if replica.spec.ready]
         if not ready:
-            raise NoReplica(f"The model {self.spec.name!r} is starting.", hint="Try again in a few seconds.")
+            raise self.no_replica(0.0)
         return min(ready, key=lambda replica: replica.clock.active)
+
+    def no_replica(self, now: float) -> NoReplica:
+        """The error when nothing is left, with the time until something may be."""
+        starting = not self.ready and self.spec.engine == "llamacpp"
+        what = "is starting" if starting else "cannot be reached now"
+        waits = [replica.breaker.opens_in(now) for replica in self.replicas if replica.spec.ready]
+        return NoReplica(f"The model {self.spec.name!r} {what}.", retry_after_s=max(1, round(min(waits, default=1.0))))
 
     def update(self, spec: ModelSpec, loop: asyncio.AbstractEventLoop) -> None:
         """Take over what the supervisor announces; a replica that lives on keeps its connections."""
@@ -99,8 +118,10 @@ class Routes:
     """All models of this gateway process."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+        self.loop = loop
         self.by_name: dict[str, Route] = {}
+        """By the model's own name."""
+        self._by_any_name: dict[str, Route] = {}
 
     def update(self, specs: list[ModelSpec]) -> None:
         """Replace what is known by what the supervisor announces."""
@@ -108,17 +129,24 @@ class Routes:
         for spec in specs:
             route = self.by_name.get(spec.name)
             if route is None or route.spec.engine != spec.engine:
-                route = Route(spec, self._loop)
+                route = Route(spec, self.loop)
             else:
-                route.update(spec, self._loop)
+                route.update(spec, self.loop)
             routes[spec.name] = route
         self.by_name = routes
+        aliases = {alias: route for route in routes.values() for alias in route.spec.aliases}
+        self._by_any_name = aliases | routes
+
+    @property
+    def names(self) -> Collection[str]:
+        """All names that a model can be asked for by: its own, and its aliases."""
+        return self._by_any_name.keys()
 
     def find(self, name: str) -> Route:
-        """The route of a model. Raises ModelNotFound with the nearest name."""
-        route = self.by_name.get(name)
+        """The route of a model, by its name or an alias. Raises ModelNotFound with the nearest name."""
+        route = self._by_any_name.get(name)
         if route is None:
-            near = difflib.get_close_matches(name[:128], self.by_name, n=1)
+            near = difflib.get_close_matches(name[:128], self._by_any_name, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else "GET /v1/models lists the models."
             raise ModelNotFound(f"There is no model {name[:128]!r}.", hint=hint, param="model")
         return route

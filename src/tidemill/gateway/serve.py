@@ -1,6 +1,7 @@
 """The way of a request: door, admission, route, engine, settle. Read it from the top."""
 
 from collections.abc import Callable
+from math import ceil
 
 import msgspec
 import structlog
@@ -17,8 +18,10 @@ from tidemill.gateway.flight import Flight, Meter
 from tidemill.gateway.http import ClientGone, Exchange
 from tidemill.gateway.replies import Reply
 from tidemill.gateway.requests import ModelRequest
+from tidemill.gateway.retry import Failure, Refused, judge, retry_after, starts_over
 from tidemill.gateway.routing import Replica, Route, Routes
 from tidemill.gateway.upstream import Connection, EngineLost
+from tidemill.gateway.way import Way
 from tidemill.ledger.usage import Status
 
 log = structlog.get_logger()
@@ -27,6 +30,7 @@ MAX_ANSWER_BYTES = 64 * 1024 * 1024
 """The longest answer that is taken from an engine in one piece."""
 MAX_ERROR_BYTES = 1024 * 1024
 COUNT_TIMEOUT_S = 10.0
+MAX_RETRY_AFTER_S = 86_400
 JSON = b"content-type: application/json\r\n"
 EVENT_STREAM = b"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
 
@@ -36,7 +40,8 @@ class Operation(msgspec.Struct, frozen=True):
 
     name: str
     read: Callable[[bytes], ModelRequest]
-    reply: Callable[[ModelRequest], Reply]
+    reply: Callable[[ModelRequest, str], Reply]
+    """Takes the request's id, too."""
 
 
 class Serve:
@@ -53,20 +58,25 @@ class Serve:
         principal = self._door.admit(exchange) or await self._door.ask_store(exchange)
         request = self._operation.read(exchange.body)
         route = self._routes.find(request.model)
+        request.model = route.spec.name  # from here on, whichever of its names was used
         price = self._door.price(request.model, principal)
-        replica = route.pick()
+        way = Way(self._routes, route, request, principal, price, exchange)
+        leg = way.first()
         hold = hold_now(request, route, principal, price, self._meter.leasing)
         if hold is None:
+            where = way.route, leg.replica
             hold = await hold_scarce(
-                request, route, principal, price, self._meter.leasing, lambda: count_prompt(request, route, replica)
+                request, route, principal, price, self._meter.leasing, lambda: count_prompt(request, *where)
             )
         if exchange.gone:
             self._meter.leasing.settle(principal.tenant_id, hold.amount, 0)
             return
         try:
-            reply = self._operation.reply(request)
-            flight = Flight(self._meter, exchange, request, route, replica, principal, price, hold, reply)
-        except Unavailable:
+            reply = self._operation.reply(request, exchange.request_id)
+            flight = Flight(
+                self._meter, exchange, request, way, leg, principal, price, hold, reply
+            )
+        except BaseException:
             self._meter.leasing.settle(principal.tenant_id, hold.amount, 0)
             raise
         await fly(flight)
@@ -90,17 +100,32 @@ async def fly(flight: Flight) -> None:
 
 
 async def _ask(flight: Flight) -> None:
+    """Ask an engine, and another one when it fails, as long as nobody pays for that twice (`gateway.retry`)."""
+    while True:
+        failure = await _attempt(flight)
+        judge(flight, failure)
+        if failure is None:
+            return
+        if not starts_over(flight, failure):
+            break
+    if isinstance(failure, Refused):
+        await _engine_refuses(flight, failure)
+    else:
+        await _fail(flight, failure)
+
+
+async def _attempt(flight: Flight) -> Failure | None:
+    """Ask the engine and pass its answer on; None when the request is settled by it."""
     request, engine, spec = flight.request, flight.route.engine, flight.route.spec
     body = engine.body(request.ask, model=spec.upstream_model, output_cap=flight.hold.output_cap)
     try:
-        connection = await flight.replica.pool.request(request.ask.path, body, spec.ttft_timeout_seconds, owner=flight)
+        connection = await flight.replica.pool.request(request.ask.path, body, flight.time_left(), owner=flight)
     except EngineLost as lost:
-        await _fail(flight, lost)
-        return
+        return lost
     try:
         if connection.status != 200:
-            await _engine_refuses(flight, connection)
-        elif request.ask.stream:
+            return await _refusal(flight, connection)
+        if request.ask.stream:
             await _stream(flight, connection)
         elif engine.collects and request.ask.generates:
             await _collect(flight, connection)
@@ -112,21 +137,24 @@ async def _ask(flight: Flight) -> None:
         if flight.settled:
             raise
         connection.abort()
-        await _fail(flight, lost)
+        return lost
     finally:
         connection.release()
+    return None
 
 
 async def _stream(flight: Flight, connection: Connection) -> None:
     """Pass a stream through, event by event; `[DONE]` only once the record is on disk."""
     exchange, tap, reply = flight.exchange, flight.tap, flight.reply
-    exchange.start_stream(EVENT_STREAM)
+    if not (flight.way.branches and flight.route.engine.owned):
+        _begin(exchange)  # else with the first event: until then the request may start over
     while data := await connection.next():
         events = tap.feed(data)
         flight.note()
         if events and not exchange.gone:
+            _begin(exchange)
             try:
-                exchange.send(reply.events(events))
+                exchange.send(reply.events(events, tap.counts))
                 if exchange.must_drain:
                     await exchange.drain()
             except ClientGone:
@@ -137,6 +165,15 @@ async def _stream(flight: Flight, connection: Connection) -> None:
             connection.expire_in(flight.route.spec.idle_timeout_seconds)
     if not tap.done and not connection.complete:
         connection.abort()  # over the cap
+    elif not tap.done:
+        rest = tap.end()
+        flight.note()
+        if not tap.begun:
+            raise EngineLost("The engine's answer is empty.")
+        _begin(exchange)
+        if rest and not exchange.gone:
+            exchange.send(reply.events(rest, tap.counts))
+    _begin(exchange)
     if flight.used_up:
         await flight.settle(Status.BALANCE_EXHAUSTED, *flight.passed())
         exchange.end(reply.stopped(mid_stream_stop()))
@@ -146,6 +183,11 @@ async def _stream(flight: Flight, connection: Connection) -> None:
     else:
         await flight.settle(Status.CLIENT_CLOSED if flight.given_up else Status.OK, *flight.passed())
         exchange.end(reply.end(flight.passed()[0]))
+
+
+def _begin(exchange: Exchange) -> None:
+    if not exchange.streaming:
+        exchange.start_stream(EVENT_STREAM)
 
 
 async def _collect(flight: Flight, connection: Connection) -> None:
@@ -163,7 +205,7 @@ async def _collect(flight: Flight, connection: Connection) -> None:
         raise EngineLost("The engine's answer broke off.")
     counts, estimated = flight.passed()
     await flight.settle(Status.BALANCE_EXHAUSTED if flight.used_up else Status.OK, counts, estimated)
-    flight.exchange.respond(200, flight.reply.whole(collector.answer(counts)), JSON)
+    flight.exchange.respond(200, flight.reply.whole(collector.answer(counts), counts), JSON)
 
 
 async def _whole(flight: Flight, connection: Connection) -> None:
@@ -173,15 +215,23 @@ async def _whole(flight: Flight, connection: Connection) -> None:
     estimated = counts is None
     if counts is None:
         counts = Counts(flight.request.body_bytes // 4, 0, len(body) // 4)
-    status = Status.CLIENT_CLOSED if flight.given_up else Status.OK
-    await flight.settle(status, counts, estimated)
-    flight.exchange.respond(200, flight.reply.whole(body), JSON)
+    status = Status.BALANCE_EXHAUSTED if flight.uses_up(counts.completion) else Status.OK
+    await flight.settle(Status.CLIENT_CLOSED if flight.given_up else status, counts, estimated)
+    flight.exchange.respond(200, flight.reply.whole(body, counts), JSON)
 
 
-async def _engine_refuses(flight: Flight, connection: Connection) -> None:
-    """The engine has answered with an error: nothing is billed, and the client gets it in the API's shape."""
+async def _refusal(flight: Flight, connection: Connection) -> Refused:
     body = await connection.body(MAX_ERROR_BYTES)
     error = engine_error(connection.status, body, flight.route.spec.name)
+    seconds = retry_after(connection.headers)
+    if seconds is not None:
+        error.retry_after_s = min(ceil(seconds), MAX_RETRY_AFTER_S)
+    return Refused(error, seconds)
+
+
+async def _engine_refuses(flight: Flight, refused: Refused) -> None:
+    """The engine has answered with an error: nothing is billed, and the client gets it in the API's shape."""
+    error = refused.error
     await flight.settle(Status.ENGINE_ERROR, Counts(), False)
     flight.exchange.respond(error.status, flight.reply.error(error), error_headers(error))
 
@@ -196,9 +246,12 @@ async def _fail(flight: Flight, lost: EngineLost | BrokenStream) -> None:
             flight.note()
     counts, estimated = flight.passed()
     status = Status.CLIENT_CLOSED if flight.given_up else Status.ENGINE_LOST
-    if flight.tap.done:
+    if flight.tap.done and not flight.tap.failed:
         status = Status.OK  # all of it had come; the client left before the gateway saw that
-    elif flight.given_up and not flight.route.engine.owned and not flight.tap.exact:
+    elif not flight.given_up:
+        if not exchange.streaming:
+            counts, estimated = Counts(), False  # the client gets an error, and nothing else
+    elif not flight.route.engine.owned and not flight.tap.exact and getattr(lost, "sent", True):
         # The upstream goes on and bills its answer, of which we know no more than what has passed.
         counts, estimated = flight.tap.estimate(flight.request.body_bytes), True
     if not flight.given_up:

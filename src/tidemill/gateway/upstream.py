@@ -89,7 +89,8 @@ class Connection(asyncio.Protocol):
 
     def send(self, head: bytes, body: bytes) -> None:
         """Send a request. The connection must be fresh from `Pool.acquire`."""
-        assert self._transport is not None
+        if self._transport is None:
+            return  # lost since it was made; `response` says so
         self._parser = httptools.HttpResponseParser(self)
         self._got_bytes = self._head_done = self._keep_alive = self.complete = False
         self.status = 0
@@ -175,6 +176,10 @@ class Connection(asyncio.Protocol):
     def usable(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
+    def late(self, now: float) -> bool:
+        """The deadline has passed while the owner waits. An engine that waits for its owner is not late."""
+        return self._waiter is not None and 0.0 < self.deadline < now
+
     @property
     def reused_and_silent(self) -> bool:
         """True when a kept connection broke before any byte came back: the engine had closed it while it was idle."""
@@ -209,7 +214,7 @@ class Connection(asyncio.Protocol):
         self._got_bytes = True
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self.abort(EngineLost(f"The engine's answer is not HTTP: {error}."))
             return
         if self._buffered > BUFFER_BYTES and not self._paused and self._transport is not None:
@@ -330,7 +335,8 @@ class Pool:
                 return connection
             except EngineLost as lost:
                 connection.abort()
-                if not connection.reused_and_silent or lost.timed_out:
+                given_up = owner is not None and owner.given_up
+                if not connection.reused_and_silent or lost.timed_out or given_up:
                     raise
                 connection = await self.connect()
             except BaseException:
@@ -351,7 +357,7 @@ class Pool:
 
     def sweep(self, now: float) -> None:
         """Give up on engines that have been silent past their deadline. Called a few times a second."""
-        late = [connection for connection in self._busy if 0.0 < connection.deadline < now]
+        late = [connection for connection in self._busy if connection.late(now)]
         for connection in late:
             connection.abort(EngineLost("The engine fell silent.", timed_out=True))
 

@@ -15,7 +15,7 @@ from tidemill.ledger.errors import LedgerError
 from tidemill.ledger.money import Nanos, check_currency, format_amount, minor_digits, round_to_minor
 from tidemill.ledger.period import Period
 from tidemill.ledger.posting import Transaction, tenant_account
-from tidemill.ledger.pricing import Price, PriceVersion
+from tidemill.ledger.pricing import Price, PriceVersion, Tier
 from tidemill.ledger.statement import check_record
 from tidemill.ledger.usage import UsageRecord
 
@@ -72,6 +72,7 @@ class InvoiceLine(msgspec.Struct, frozen=True):
     """Nanos per million tokens."""
     amount: Nanos
     requests: int
+    tier: Tier = Tier.STANDARD
 
 
 class CreditLine(msgspec.Struct, frozen=True):
@@ -252,6 +253,7 @@ def to_json(invoice: Invoice) -> dict[str, object]:
                 "model": line.model,
                 "price_id": line.price_id,
                 "price_from": line.price_from.isoformat(),
+                "tier": line.tier.value,
                 "kind": line.kind.value,
                 "tokens": line.tokens,
                 "price_per_million": amount(line.unit_price),
@@ -311,6 +313,7 @@ def _line(row: LineSum, prices: Mapping[str, PriceVersion], currency: str) -> In
         unit_price=_unit_price(version.price, row.kind),
         amount=row.amount,
         requests=row.requests,
+        tier=version.tier,
     )
 
 

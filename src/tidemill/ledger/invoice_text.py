@@ -11,6 +11,7 @@ from datetime import datetime
 from tidemill.ledger.invoice import CreditLine, Invoice, InvoiceLine, InvoiceStatus, TokenKind
 from tidemill.ledger.money import NANOS_PER_UNIT, format_amount, minor_digits
 from tidemill.ledger.period import zone_named
+from tidemill.ledger.pricing import Tier
 
 WIDTH = 78
 """Columns of a terminal or a monospaced page; a CJK character takes two."""
@@ -100,7 +101,8 @@ class _Page:
                     out.append("")
                 above = line.model, line.price_id
                 day = self.day(line.price_from)
-                out += wrap(f"{line.model}, at the price of {day} ({line.price_id})", WIDTH)
+                what = line.model if line.tier is Tier.STANDARD else f"{line.model} in batches"
+                out += wrap(f"{what}, at the price of {day} ({line.price_id})", WIDTH)
             out += self.usage_row(line)
         if not self.invoice.lines:
             out.append("No usage in this period." if not self.invoice.requests else "No billable usage.")

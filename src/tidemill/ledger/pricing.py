@@ -5,6 +5,7 @@ version, in force from its own moment on, and each usage record names the versio
 """
 
 from datetime import datetime
+from enum import StrEnum
 
 import msgspec
 
@@ -22,6 +23,14 @@ each charge, and what is `uncollected` of it, within the 64 bits of a database c
 
 MAX_OUTPUT = 2**31 - 1
 """The answer of `affordable_output` when money is no bound."""
+
+
+class Tier(StrEnum):
+    """What a model's price depends on beside the currency."""
+
+    STANDARD = "standard"
+    BATCH = "batch"
+    """The lines of batches, which wait for free capacity."""
 
 
 class Price(msgspec.Struct, frozen=True):
@@ -49,15 +58,24 @@ class Price(msgspec.Struct, frozen=True):
                         f" the highest is {format_amount(MAX_PRICE)}"
                     )
 
+    def scaled(self, numerator: int, denominator: int) -> "Price":
+        """This price times a fraction, each kind of token rounded apart."""
+        return Price(
+            round_ratio(self.input * numerator, denominator),
+            round_ratio(self.cached_input * numerator, denominator),
+            round_ratio(self.output * numerator, denominator),
+        )
+
 
 class PriceVersion(msgspec.Struct, frozen=True):
-    """One model's price in one currency from `valid_from` (aware UTC) until the next version."""
+    """One model's price in one currency and tier from `valid_from` (aware UTC) until the next version."""
 
     price_id: str
     model: str
     currency: str
     price: Price
     valid_from: datetime
+    tier: Tier = Tier.STANDARD
 
     def __post_init__(self) -> None:
         check_currency(self.currency)
@@ -124,6 +142,13 @@ def hold_for(price: Price, *, prompt_tokens: int, output_tokens: int) -> Nanos:
         + round_ratio(output_tokens * price.output, TOKENS_PER_PRICE)
         + (2 if dearer else 0)
     )
+
+
+def covers(price: Price, cost: Price) -> bool:
+    """Whether selling at `price` can never lose against `cost`, whatever the request: each kind of token covers its
+    own cost. A comparison of sums would let a long cached prompt be sold below cost because answers earn well.
+    """
+    return price.input >= cost.input and price.cached_input >= cost.cached_input and price.output >= cost.output
 
 
 def affordable_output(price: Price, *, budget: Nanos, prompt_tokens: int) -> int:

@@ -1,20 +1,25 @@
 """Keeping the wallets filled: leases are taken from the store in the background, well before they are empty.
 
-Only a tenant's first request in a process, and one that meets an empty wallet, waits for the store.
+Only a tenant's first request in a process, and one that meets an empty wallet, waits for the store, and not for long.
+A purse is a tenant's balance, or one period of a budget; a request holds what it may cost in each that binds it.
 """
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from tidemill.errors import Unavailable
 from tidemill.meter.wallet import Wallet
+from tidemill.store.budgets import BudgetPeriod, extend_budget_lease, return_budget_lease
 from tidemill.store.engine import Store
 from tidemill.store.leases import extend_lease, return_lease
 
 T = TypeVar("T")
+
+PurseId = str | BudgetPeriod
+"""A tenant's id for its balance, or a period of a budget."""
 
 SLICES = 8
 """A process takes at most this fraction of what a tenant has free, unless a hold needs more."""
@@ -24,16 +29,19 @@ DRY_FOR_S = 0.25
 """How long a refusal of the store is believed before it is asked again."""
 IDLE_FOR_S = 10.0
 """A wallet with nothing held for this long returns what it does not need."""
+STORE_PATIENCE_S = 3.0
+"""How long a request waits for a store that does not answer."""
 
 
 class Purse:
     """A wallet and the state of its refilling."""
 
-    __slots__ = ("dry_until", "failure", "idle_since", "last_grant", "refill", "wallet")
+    __slots__ = ("asked_at", "dry_until", "failure", "idle_since", "last_grant", "refill", "wallet")
 
     def __init__(self) -> None:
         self.wallet = Wallet()
         self.refill: asyncio.Task[None] | None = None
+        self.asked_at = 0.0
         self.dry_until = 0.0
         self.failure: Unavailable | None = None
         self.last_grant = 0
@@ -41,7 +49,7 @@ class Purse:
 
 
 class Leasing:
-    """The purses of one gateway process, by tenant. All methods run on the event loop."""
+    """The purses of one gateway process. All methods run on the event loop."""
 
     def __init__(
         self,
@@ -55,48 +63,84 @@ class Leasing:
         self._worker_id = worker_id
         self._executor = executor
         self._clock = clock
-        self._purses: dict[str, Purse] = {}
+        self._purses: dict[PurseId, Purse] = {}
 
-    def purse(self, tenant_id: str) -> Purse:
-        """The purse of a tenant, made empty at its first use."""
-        purse = self._purses.get(tenant_id)
+    def purse(self, purse_id: PurseId) -> Purse:
+        """The purse of a tenant or budget, made empty at its first use."""
+        purse = self._purses.get(purse_id)
         if purse is None:
-            purse = self._purses[tenant_id] = Purse()
+            purse = self._purses[purse_id] = Purse()
         return purse
 
-    def hold_now(self, tenant_id: str, amount: int) -> bool:
+    def hold_now(self, purse_id: PurseId, amount: int) -> bool:
         """Hold `amount` if the wallet has it at hand; refill in the background when it runs low. The hot path."""
-        purse = self.purse(tenant_id)
+        purse = self.purse(purse_id)
         if not purse.wallet.hold(amount):
             return False
         low = purse.wallet.available < purse.last_grant * LOW_WATER
         if low and purse.refill is None and self._clock() >= purse.dry_until:
-            self._start_refill(tenant_id, purse, purse.last_grant)
+            self._start_refill(purse_id, purse, purse.last_grant)
         return True
 
-    async def hold(self, tenant_id: str, amount: int) -> bool:
+    async def hold(self, purse_id: PurseId, amount: int) -> bool:
         """Hold `amount`, asking the store for more as long as it gives. False when the balance does not cover it.
 
-        Raises Unavailable when the wallet is empty and the store does not answer.
+        Raises Unavailable when the wallet is empty and the store does not answer in time.
         """
-        purse = self.purse(tenant_id)
+        purse = self.purse(purse_id)
         while not purse.wallet.hold(amount):
             if purse.refill is None:
                 if self._clock() < purse.dry_until:
                     return False
-                self._start_refill(tenant_id, purse, amount - purse.wallet.available)
-            assert purse.refill is not None
-            await asyncio.shield(purse.refill)
+                self._start_refill(purse_id, purse, amount - purse.wallet.available)
+            refill = purse.refill
+            assert refill is not None
+            await asyncio.wait([refill], timeout=max(purse.asked_at + STORE_PATIENCE_S - self._clock(), 0.0))
+            if not refill.done():
+                raise Unavailable("The database does not answer.", hint="Try again in a moment.")
             if purse.failure is not None and purse.wallet.available < amount:
                 raise purse.failure
         return True
 
-    def settle(self, tenant_id: str, hold: int, charge: int) -> None:
+    def settle(self, purse_id: PurseId, hold: int, charge: int) -> None:
         """Turn a hold into a charge."""
-        purse = self.purse(tenant_id)
+        purse = self.purse(purse_id)
         purse.wallet.settle(hold, charge)  # type: ignore[arg-type]
         if purse.wallet.holds == 0:
             purse.idle_since = self._clock()
+
+    def hold_all_now(self, purse_ids: Sequence[PurseId], amount: int) -> bool:
+        """Hold `amount` in each purse, or in none. The hot path."""
+        for at, purse_id in enumerate(purse_ids):
+            if not self.hold_now(purse_id, amount):
+                self.settle_all(purse_ids[:at], amount, 0)
+                return False
+        return True
+
+    async def hold_all(self, purse_ids: Sequence[PurseId], amount: int) -> PurseId | None:
+        """Hold `amount` in each purse, or in none: then gives the first that does not cover it.
+
+        Raises Unavailable as `hold` does, with nothing held.
+        """
+        for at, purse_id in enumerate(purse_ids):
+            covered = False
+            try:
+                covered = await self.hold(purse_id, amount)
+            finally:
+                if not covered:
+                    self.settle_all(purse_ids[:at], amount, 0)
+            if not covered:
+                return purse_id
+        return None
+
+    def settle_all(self, purse_ids: Sequence[PurseId], hold: int, charge: int) -> None:
+        """Turn the holds of one request into its charge."""
+        for purse_id in purse_ids:
+            self.settle(purse_id, hold, charge)
+
+    def scarcest(self, purse_ids: Sequence[PurseId]) -> PurseId:
+        """The purse with the least at hand."""
+        return min(purse_ids, key=lambda purse_id: self.purse(purse_id).wallet.available)
 
     def refresh(self) -> None:
         """Forget refusals: a balance may have risen."""
@@ -106,7 +150,7 @@ class Leasing:
     async def return_idle(self, *, all_of_it: bool = False) -> None:
         """Give back what idle wallets have left (at shutdown: what every wallet has left)."""
         now = self._clock()
-        for tenant_id, purse in list(self._purses.items()):
+        for purse_id, purse in list(self._purses.items()):
             wallet = purse.wallet
             idle = wallet.holds == 0 and now - purse.idle_since > IDLE_FOR_S
             if purse.refill is not None or not (idle or all_of_it):
@@ -115,16 +159,19 @@ class Leasing:
             if surplus:
                 purse.last_grant = 0
                 try:
-                    await self._in_thread(return_lease_in, tenant_id, surplus)
+                    await self._in_thread(return_lease_in, purse_id, surplus)
                 except Unavailable:
                     wallet.grant(surplus)  # still ours as far as the store knows
+            if isinstance(purse_id, BudgetPeriod) and not (wallet.holds or wallet.available or purse.refill):
+                del self._purses[purse_id]  # its day may be over; what was spent of it, the store learns from the log
 
-    def _start_refill(self, tenant_id: str, purse: Purse, missing: int) -> None:
-        purse.refill = asyncio.create_task(self._refill(tenant_id, purse, missing))
+    def _start_refill(self, purse_id: PurseId, purse: Purse, missing: int) -> None:
+        purse.asked_at = self._clock()
+        purse.refill = asyncio.create_task(self._refill(purse_id, purse, missing))
 
-    async def _refill(self, tenant_id: str, purse: Purse, missing: int) -> None:
+    async def _refill(self, purse_id: PurseId, purse: Purse, missing: int) -> None:
         try:
-            granted = await self._in_thread(extend_lease_in, tenant_id, missing)
+            granted = await self._in_thread(extend_lease_in, purse_id, missing)
             if granted:
                 purse.wallet.grant(granted)
                 purse.last_grant = granted
@@ -136,23 +183,28 @@ class Leasing:
         finally:
             purse.refill = None
 
-    async def _in_thread(self, call: Callable[[Store, str, str, int], T], tenant_id: str, amount: int) -> T:
+    async def _in_thread(self, call: Callable[[Store, str, PurseId, int], T], purse_id: PurseId, amount: int) -> T:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, call, self._store, self._worker_id, tenant_id, amount)
+        return await loop.run_in_executor(self._executor, call, self._store, self._worker_id, purse_id, amount)
 
 
-def extend_lease_in(store: Store, worker_id: str, tenant_id: str, missing: int) -> int:
-    """Lease at least `missing` nanos if they are free, and up to a slice of the balance beyond."""
+def extend_lease_in(store: Store, worker_id: str, purse_id: PurseId, missing: int) -> int:
+    """Lease at least `missing` nanos if they are free, and up to a slice of the purse beyond."""
     with store.write() as connection:
-        return extend_lease(connection, worker_id=worker_id, tenant_id=tenant_id, need=missing, slices=SLICES)
+        if isinstance(purse_id, BudgetPeriod):
+            return extend_budget_lease(connection, worker_id=worker_id, period=purse_id, need=missing, slices=SLICES)
+        return extend_lease(connection, worker_id=worker_id, tenant_id=purse_id, need=missing, slices=SLICES)
 
 
-def return_lease_in(store: Store, worker_id: str, tenant_id: str, amount: int) -> None:
+def return_lease_in(store: Store, worker_id: str, purse_id: PurseId, amount: int) -> None:
     """Give `amount` nanos of a lease back. Raises Unavailable when the store surely has not taken them."""
     asked = False
     try:
         with store.write() as connection:
-            return_lease(connection, worker_id=worker_id, tenant_id=tenant_id, amount=amount)
+            if isinstance(purse_id, BudgetPeriod):
+                return_budget_lease(connection, worker_id=worker_id, period=purse_id, amount=amount)
+            else:
+                return_lease(connection, worker_id=worker_id, tenant_id=purse_id, amount=amount)
             asked = True
     except Unavailable:
         if not asked:

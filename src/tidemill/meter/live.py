@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from tidemill.errors import Unavailable
+from tidemill.ledger.money import MAX_NANOS
 from tidemill.meter.records import Opened, decode_opened, encode_opened
 
 SLOT_BYTES = 1024
@@ -25,6 +26,8 @@ _STATE = struct.Struct("<III")  # 1 when taken, length and crc32 of the opened r
 _COUNTS = struct.Struct("<QQQQQI")  # prompt, cached, completion tokens; first token, micros; hold, nanos; estimated
 _COUNTS_AT = 16
 _BODY_AT = 64
+LONGEST_US = 10 * 24 * 3600 * 1_000_000
+"""A first token later than ten days after its request was not the engine's."""
 _FREE = bytes(_STATE.size)
 MAX_OPENED = 832
 """Bytes of an opened record at the most; with its outcome it must fit into what the log reserves for it."""
@@ -117,7 +120,9 @@ def read_unfinished(path: Path) -> list[Unfinished]:
             continue  # free, or half-written: never dispatched, or settled already
         prompt, cached, completion, first_us, hold, estimated = _COUNTS.unpack_from(data, base + _COUNTS_AT)
         opened = decode_opened(body)
-        found.append(Unfinished(opened, prompt, cached, completion, first_us, hold, bool(estimated)))
+        # The counts have no checksum, which would cost as much as they do. A damaged page must still give a record.
+        first_us = first_us if 0 <= first_us - opened.started_us < LONGEST_US else 0
+        found.append(Unfinished(opened, prompt, cached, completion, first_us, min(hold, MAX_NANOS), bool(estimated)))
     return found
 
 

@@ -26,6 +26,7 @@ from tidemill.meter.frames import (
 )
 from tidemill.meter.live import Unfinished, read_unfinished
 from tidemill.meter.records import decode_settled, settle, to_record
+from tidemill.store.budgets import charge_budgets
 from tidemill.store.engine import Store
 from tidemill.store.leases import leasing_workers, release_worker, return_lease
 from tidemill.store.schema import log_positions
@@ -142,6 +143,7 @@ class Loader:
         for tenant_id in sorted(spent):
             if spent[tenant_id]:
                 return_lease(connection, worker_id=worker_id, tenant_id=tenant_id, amount=spent[tenant_id])
+        charge_budgets(connection, worker_id, fresh, zone=self._zone)
         return len(fresh)
 
     def _finish(self, directory: Path) -> int:

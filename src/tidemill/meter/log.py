@@ -24,6 +24,10 @@ LINGER_S = 0.001
 """How long a commit waits for company while commits serve several requests anyway: fewer, larger ones cost less."""
 
 
+SEGMENT_RETRY_S = 1.0
+"""How long a disk without room for another segment is left alone."""
+
+
 class LogFull(Unavailable):
     """The disk has no room to meter another request, so none is accepted."""
 
@@ -54,6 +58,7 @@ class UsageLog:
         self._fd = allocate_segment(directory, self._number, segment_bytes)
         self._next_fd: int | None = allocate_segment(directory, self._number + 1, segment_bytes)
         self._offset = 0
+        self._retry_at = 0.0
         self._reserved = 0
         # A deque, as the two threads must never hold different ideas of which list an append has gone to.
         self._pending: deque[tuple[bytes, asyncio.Future[None]]] = deque()
@@ -113,19 +118,18 @@ class UsageLog:
         return records
 
     def _run(self) -> None:
-        crowded = False
         while True:
-            self._wake.acquire(timeout=None if self._next_fd is not None else 1.0)
+            self._wake.acquire(timeout=None if self._next_fd is not None else SEGMENT_RETRY_S)
             while self._pending:
                 self._commit([self._pending.popleft() for _ in range(len(self._pending))])
+                self._keep_ready()  # also when there is no pause between commits
             self._thread_waits = True
             if self._pending:  # appended between the check and the flag
                 self._thread_waits = False
                 self._wake.release()
             elif self._closing:
                 return
-            if self._next_fd is None:
-                self._prepare_next()
+            self._keep_ready()
 
     def _commit(self, batch: list[tuple[bytes, "asyncio.Future[None]"]]) -> None:
         failure: OSError | None = self.failure
@@ -172,11 +176,16 @@ class UsageLog:
         self._fd, self._next_fd = self._next_fd, None
         self._number, self._offset = self._number + 1, 0
 
+    def _keep_ready(self) -> None:
+        if self._next_fd is None and time.monotonic() >= self._retry_at:
+            self._prepare_next()
+
     def _prepare_next(self) -> None:
         try:
             self._next_fd = allocate_segment(self._directory, self._number + 1, self._segment_bytes)
         except OSError:
-            self._next_fd = None  # reserve() refuses once the current segment is promised; retried each second
+            self._next_fd = None  # reserve() refuses once the current segment is promised
+            self._retry_at = time.monotonic() + SEGMENT_RETRY_S
 
     def _resolve(self, batch: list[tuple[bytes, "asyncio.Future[None]"]], failure: OSError | None) -> None:
         self._reserved -= len(batch)

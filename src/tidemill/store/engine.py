@@ -8,7 +8,8 @@ from typing import Any
 from urllib.parse import quote
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as NoConnectionFree
 from sqlalchemy.pool import QueuePool
 
 from tidemill.errors import ConfigError, Unavailable
@@ -52,9 +53,10 @@ class Store:
 def _answering() -> Iterator[None]:
     try:
         yield
-    except OperationalError as error:
+    except (OperationalError, InterfaceError, NoConnectionFree) as error:
+        reason = getattr(error, "orig", None) or error
         raise Unavailable(
-            f"The database does not answer: {error.orig}.", hint="Check that it runs and has room, then try again."
+            f"The database does not answer: {reason}.", hint="Check that it runs and has room, then try again."
         ) from error
 
 
@@ -64,9 +66,10 @@ def store_url(text: str | None, data_dir: Path) -> URL:
         return URL.create("sqlite", database=str(data_dir / "tidemill.db"))
     try:
         url = make_url(text)
-    except ArgumentError as error:
+    except (ArgumentError, ValueError) as error:
+        # Not repeated: a password may be in it.
         raise ConfigError(
-            f"store.url: {text!r} is not a database URL.", hint="Write postgresql://USER:PASSWORD@HOST/NAME."
+            "store.url: is not a database URL.", hint="Write postgresql://USER:PASSWORD@HOST/NAME."
         ) from error
     backend = url.get_backend_name()
     if backend == "postgresql":

@@ -4,10 +4,12 @@ Invariant, kept by every function here and by the loader: for each tenant, the s
 the balance. So what all processes together promise is never more than there is.
 """
 
-from sqlalchemy import Connection, case, delete, func, insert, select, update
+from sqlalchemy import Connection, case, delete, func, insert, select, union, update
 
 from tidemill.store.accounts import tenant_balance
-from tidemill.store.schema import leases
+from tidemill.store.budgets import release_budgets
+from tidemill.store.schema import budget_leases, leases, slot_shares
+from tidemill.store.shares import release_slots
 
 
 def extend_lease(connection: Connection, *, worker_id: str, tenant_id: str, need: int, slices: int) -> int:
@@ -40,8 +42,13 @@ def return_lease(connection: Connection, *, worker_id: str, tenant_id: str, amou
 
 
 def release_worker(connection: Connection, worker_id: str) -> None:
-    """Give back all that a worker leased. Only once its log was drained: until then it holds what was spent."""
+    """Give back all that a worker leased: of balances, budgets and concurrency limits.
+
+    Only once its log was drained: until then a lease holds what was spent.
+    """
     connection.execute(delete(leases).where(leases.c.worker_id == worker_id))
+    release_budgets(connection, worker_id)
+    release_slots(connection, worker_id)
 
 
 def leased(connection: Connection, tenant_id: str) -> int:
@@ -51,5 +58,7 @@ def leased(connection: Connection, tenant_id: str) -> int:
 
 
 def leasing_workers(connection: Connection) -> set[str]:
-    """The workers that have a lease."""
-    return {str(worker) for worker in connection.execute(select(leases.c.worker_id).distinct()).scalars()}
+    """The workers that have a lease of any kind."""
+    tables = (leases, budget_leases, slot_shares)
+    every = union(*(select(table.c.worker_id) for table in tables))
+    return {str(worker) for worker in connection.execute(every).scalars()}

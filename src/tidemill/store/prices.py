@@ -4,18 +4,20 @@ from datetime import datetime
 
 from sqlalchemy import Connection, Row, insert, select
 
-from tidemill.ledger.pricing import Price, PriceVersion
+from tidemill.ledger.pricing import Price, PriceVersion, Tier
 from tidemill.store.clock import from_micros, to_micros
 from tidemill.store.ids import new_id
 from tidemill.store.revision import bump_revision
 from tidemill.store.schema import prices
 
 
-def set_price(connection: Connection, *, model: str, currency: str, price: Price, now: datetime) -> PriceVersion:
-    """Put `price` in force for a model and currency from `now` on; the same price again makes no new version."""
+def set_price(
+    connection: Connection, *, model: str, currency: str, price: Price, now: datetime, tier: Tier = Tier.STANDARD
+) -> PriceVersion:
+    """Put `price` in force for a model, currency and tier from `now` on; the same again makes no new version."""
     latest = connection.execute(
         select(prices)
-        .where(prices.c.model == model, prices.c.currency == currency)
+        .where(prices.c.model == model, prices.c.currency == currency, prices.c.tier == tier.value)
         .order_by(prices.c.valid_from.desc(), prices.c.price_id.desc())
         .limit(1)
     ).first()
@@ -25,7 +27,12 @@ def set_price(connection: Connection, *, model: str, currency: str, price: Price
     if latest is not None:
         valid_from = max(valid_from, latest.valid_from + 1)
     version = PriceVersion(
-        price_id=new_id("prc"), model=model, currency=currency, price=price, valid_from=from_micros(valid_from)
+        price_id=new_id("prc"),
+        model=model,
+        currency=currency,
+        price=price,
+        valid_from=from_micros(valid_from),
+        tier=tier,
     )
     connection.execute(
         insert(prices).values(
@@ -36,6 +43,7 @@ def set_price(connection: Connection, *, model: str, currency: str, price: Price
             cached_input=price.cached_input,
             output=price.output,
             valid_from=valid_from,
+            tier=tier.value,
         )
     )
     bump_revision(connection)
@@ -50,12 +58,14 @@ def price_versions(connection: Connection, price_ids: set[str] | None = None) ->
     return [_version(row) for row in connection.execute(query)]
 
 
-def current_prices(connection: Connection, now: datetime) -> dict[tuple[str, str], PriceVersion]:
-    """The version in force at `now`, by (model, currency)."""
+def current_prices(
+    connection: Connection, now: datetime, tier: Tier = Tier.STANDARD
+) -> dict[tuple[str, str], PriceVersion]:
+    """A tier's version in force at `now`, by (model, currency)."""
     return {
         (version.model, version.currency): version
         for version in price_versions(connection)
-        if version.valid_from <= now
+        if version.tier is tier and version.valid_from <= now
     }
 
 
@@ -67,4 +77,5 @@ def _version(row: Row[tuple[object, ...]]) -> PriceVersion:
         currency=values["currency"],
         price=Price(input=values["input"], cached_input=values["cached_input"], output=values["output"]),
         valid_from=from_micros(values["valid_from"]),
+        tier=Tier(values["tier"]),
     )

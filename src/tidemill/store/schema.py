@@ -12,9 +12,11 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     String,
     Table,
+    Text,
 )
 
 metadata = MetaData(
@@ -42,7 +44,9 @@ tenants = Table(
     Column("name", String(128), nullable=False, unique=True),
     Column("currency", String(3), nullable=False),
     Column("created_at", BigInteger, nullable=False),
+    Column("weight", Integer, nullable=False, server_default="1"),
 )
+"""`weight`: a tenant's share when a model is full, relative to the others'."""
 
 keys = Table(
     "keys",
@@ -54,8 +58,16 @@ keys = Table(
     Column("hint", String(16), nullable=False),
     Column("created_at", BigInteger, nullable=False),
     Column("revoked_at", BigInteger),
+    Column("expires_at", BigInteger),
+    Column("allowed_models", String(8192)),
+    Column("allowed_ips", String(2048)),
+    Column("line_id", String(32)),
 )
-"""API keys. `digest` is the SHA-256 of the key in hex; `hint` is what of it may be shown (`sk-tm-...abcd`)."""
+"""API keys. `digest` is the SHA-256 of the key in hex; `hint` is what of it may be shown (`sk-tm-...abcd`).
+
+`allowed_models` and `allowed_ips` (networks in CIDR notation) are lists with commas; null allows all. `line_id` is the
+first key of a line of rotated keys, and null for that itself.
+"""
 
 prices = Table(
     "prices",
@@ -67,9 +79,13 @@ prices = Table(
     Column("cached_input", BigInteger, nullable=False),
     Column("output", BigInteger, nullable=False),
     Column("valid_from", BigInteger, nullable=False),
+    Column("tier", String(16), nullable=False, server_default="standard"),
     Index(None, "model", "currency", "valid_from"),
 )
-"""Price versions: nanos per million tokens. Rows are added, never changed."""
+"""Price versions: nanos per million tokens. Rows are added, never changed.
+
+`tier`: `standard`, or `batch` for the lines of batches; each tier of a model has versions of its own.
+"""
 
 accounts = Table(
     "accounts",
@@ -111,6 +127,65 @@ leases = Table(
     CheckConstraint("amount >= 0", name="amount_not_negative"),
 )
 """Slices of balances that gateway workers may spend without asking. Their sum never exceeds the balance."""
+
+limits = Table(
+    "limits",
+    metadata,
+    Column("limit_id", String(32), primary_key=True),
+    Column("tenant_id", String(32), ForeignKey("tenants.tenant_id"), nullable=False, index=True),
+    Column("key_id", String(32), ForeignKey("keys.key_id")),
+    Column("model", String(128)),
+    Column("kind", String(16), nullable=False),
+    Column("per", String(8)),
+    Column("amount", BigInteger, nullable=False),
+    Column("soft_percent", Integer),
+    Column("scope", String(256), nullable=False, unique=True),
+    Column("created_at", BigInteger, nullable=False),
+    CheckConstraint("amount >= 0", name="amount_not_negative"),
+)
+"""Limits (`ledger.limits`). `scope` spells out whom and what a limit binds, so that there is one of each."""
+
+rate_shares = Table(
+    "rate_shares",
+    metadata,
+    Column("limit_id", String(32), primary_key=True),
+    Column("worker_id", String(48), primary_key=True),
+    Column("booked", String(8192), nullable=False),
+)
+"""What each gateway worker has of a limit per minute: permits by second (`ledger.windows`), as a JSON object."""
+
+slot_shares = Table(
+    "slot_shares",
+    metadata,
+    Column("limit_id", String(32), primary_key=True),
+    Column("worker_id", String(48), primary_key=True),
+    Column("slots", BigInteger, nullable=False),
+    Column("used", BigInteger, nullable=False),
+    Column("valid", BigInteger, nullable=False),
+)
+"""Slots of concurrency limits that gateway workers have on lease until the second `valid` (`ledger.slots`)."""
+
+budgets = Table(
+    "budgets",
+    metadata,
+    Column("limit_id", String(32), primary_key=True),
+    Column("period", String(16), primary_key=True),
+    Column("spent", BigInteger, nullable=False),
+    Column("warned_at", BigInteger),
+)
+"""What was spent of a budget in a day or month: the charges of the usage records that it binds and that were begun in
+that period, kept in the transaction that stores them."""
+
+budget_leases = Table(
+    "budget_leases",
+    metadata,
+    Column("worker_id", String(48), primary_key=True),
+    Column("limit_id", String(32), primary_key=True),
+    Column("period", String(16), primary_key=True),
+    Column("amount", BigInteger, nullable=False),
+    CheckConstraint("amount >= 0", name="amount_not_negative"),
+)
+"""Slices of budgets that gateway workers may spend without asking. With what is spent, never more than the budget."""
 
 usage_records = Table(
     "usage_records",
@@ -169,3 +244,74 @@ engine_counters = Table(
 
 `labelled`: usage records name this life, as Tidemill started it; otherwise they are found by their time.
 """
+
+files = Table(
+    "files",
+    metadata,
+    Column("file_id", String(40), primary_key=True),
+    Column("tenant_id", String(32), ForeignKey("tenants.tenant_id"), nullable=False),
+    Column("site", String(32), nullable=False),
+    Column("purpose", String(24), nullable=False),
+    Column("filename", String(512), nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("expires_at", BigInteger),
+    Index(None, "tenant_id", "created_at"),
+    Index(None, "expires_at"),
+)
+"""Files of the Files API. Their bytes lie on a disk: `site` is the directory (see `store.blobs`)."""
+
+batches = Table(
+    "batches",
+    metadata,
+    Column("batch_id", String(40), primary_key=True),
+    Column("tenant_id", String(32), ForeignKey("tenants.tenant_id"), nullable=False),
+    Column("key_id", String(32), nullable=False),
+    Column("site", String(32), nullable=False),
+    Column("endpoint", String(64), nullable=False),
+    Column("input_file_id", String(40), nullable=False, index=True),
+    Column("completion_window", String(8), nullable=False),
+    Column("metadata", Text),
+    Column("output_expires_s", BigInteger),
+    Column("model", String(128)),
+    Column("status", String(16), nullable=False),
+    Column("outcome", String(16)),
+    Column("errors", Text),
+    Column("total", Integer, nullable=False),
+    Column("completed", Integer, nullable=False),
+    Column("failed", Integer, nullable=False),
+    Column("input_tokens", BigInteger, nullable=False),
+    Column("cached_tokens", BigInteger, nullable=False),
+    Column("output_tokens", BigInteger, nullable=False),
+    Column("reasoning_tokens", BigInteger, nullable=False),
+    Column("output_file_id", String(40)),
+    Column("error_file_id", String(40)),
+    Column("created_at", BigInteger, nullable=False),
+    Column("expires_at", BigInteger, nullable=False),
+    Column("in_progress_at", BigInteger),
+    Column("finalizing_at", BigInteger),
+    Column("completed_at", BigInteger),
+    Column("failed_at", BigInteger),
+    Column("expired_at", BigInteger),
+    Column("cancelling_at", BigInteger),
+    Column("cancelled_at", BigInteger),
+    Index(None, "tenant_id", "created_at"),
+    Index(None, "status", "expires_at"),
+)
+"""Batches of the Batch API. `metadata` and `errors` are JSON; `outcome` is what a finalizing batch becomes."""
+
+responses = Table(
+    "responses",
+    metadata,
+    Column("response_id", String(48), primary_key=True),
+    Column("tenant_id", String(32), ForeignKey("tenants.tenant_id"), nullable=False),
+    Column("previous_id", String(48)),
+    Column("bytes", BigInteger, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("expires_at", BigInteger, nullable=False),
+    Column("input", LargeBinary, nullable=False),
+    Column("response", LargeBinary, nullable=False),
+    Index(None, "tenant_id", "created_at"),
+    Index(None, "expires_at"),
+)
+"""Responses that tenants asked to be kept (`store.responses`): their input items and themselves, JSON under zlib."""

@@ -35,6 +35,7 @@ class InvoiceLine(Answer):
     model: str
     price_id: str
     price_from: Instant
+    tier: Annotated[Literal["standard", "batch"], Meta(description="`batch`: the lines of batches.")]
     kind: Literal["input", "cached_input", "output"]
     tokens: int
     price_per_million: Amount

@@ -1,7 +1,7 @@
 """/api/v1/models and /api/v1/prices: what is served, and at what price."""
 
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Annotated, Literal
 
 from litestar import get
 from litestar.params import QueryParameter
@@ -44,6 +44,7 @@ class Price(Rates):
     id: str
     model: str
     currency: Currency
+    tier: Annotated[Literal["standard", "batch"], Meta(description="`batch`: the lines of batches.")]
     valid_from: Instant
 
 

@@ -1,0 +1,40 @@
+"""POST /v1/messages/count_tokens: how long a prompt is, without an answer. Nothing is billed.
+
+Exact where the engine can count a chat (`Engine.count_path`), else an estimate; a header says which.
+"""
+
+from collections.abc import Callable
+
+import msgspec
+
+from tidemill.engines.sse import BYTES_PER_TOKEN
+from tidemill.gateway.door import Door
+from tidemill.gateway.http import Exchange
+from tidemill.gateway.requests import ModelRequest
+from tidemill.gateway.routing import Routes
+from tidemill.gateway.serve import JSON, count_prompt, refuse_what_is_ignored
+
+_encode = msgspec.json.Encoder().encode
+
+EXACT = JSON + b"x-token-count: exact\r\n"
+ESTIMATED = JSON + b"x-token-count: estimate\r\n"
+"""A token for four bytes of the request."""
+
+
+class CountTokens:
+    """One counting endpoint of one gateway process."""
+
+    def __init__(self, read: Callable[[bytes], ModelRequest], door: Door, routes: Routes) -> None:
+        self._read = read
+        self._door = door
+        self._routes = routes
+
+    async def __call__(self, exchange: Exchange) -> None:
+        """Answer one request. Raises TidemillError."""
+        self._door.admit(exchange) or await self._door.ask_store(exchange)
+        request = self._read(exchange.body)
+        route = self._routes.find(request.model)
+        refuse_what_is_ignored(request, route)
+        counted = await count_prompt(request, route, route.pick())
+        tokens = counted if counted is not None else max(1, request.body_bytes // BYTES_PER_TOKEN)
+        exchange.respond(200, _encode({"input_tokens": tokens}), EXACT if counted is not None else ESTIMATED)

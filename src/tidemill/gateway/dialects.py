@@ -1,0 +1,31 @@
+"""The APIs that clients speak here, as far as every answer differs by them: how errors look, and which id they carry."""
+
+import msgspec
+
+from tidemill.errors import TidemillError
+from tidemill.gateway import anthropic_errors, errors
+from tidemill.gateway.http import Exchange
+
+ANTHROPIC_PATHS = b"/v1/messages"
+
+
+class Dialect(msgspec.Struct, frozen=True):
+    """One API's manners."""
+
+    name: str
+
+    def error_body(self, error: TidemillError, request_id: str) -> bytes:
+        if self.name == "anthropic":
+            return anthropic_errors.error_body(error, request_id)
+        return errors.error_body(error)
+
+
+OPENAI = Dialect("openai")
+ANTHROPIC = Dialect("anthropic")
+
+
+def dialect_of(exchange: Exchange) -> Dialect:
+    """What a client speaks: its path says it, or the version header that Anthropic's clients always send."""
+    if exchange.path.startswith(ANTHROPIC_PATHS) or b"anthropic-version" in exchange.headers:
+        return ANTHROPIC
+    return OPENAI

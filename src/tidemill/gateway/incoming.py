@@ -1,0 +1,78 @@
+"""A request body that its handler takes piece by piece: an upload is never held in memory."""
+
+import asyncio
+from typing import Protocol
+
+BUFFER_BYTES = 256 * 1024
+"""Bytes kept for a handler that takes them more slowly than the client sends; then the client has to wait."""
+
+
+class BrokenBody(Exception):
+    """The body will not become whole: the client has left, or does not speak HTTP."""
+
+
+class Flow(Protocol):
+    """The connection that a body comes by."""
+
+    def hold_body(self) -> None:
+        """Take nothing more for now."""
+        ...
+
+    def take_body(self) -> None:
+        """Go on."""
+        ...
+
+
+class IncomingBody:
+    """The body of one request, as it arrives."""
+
+    def __init__(self, flow: Flow) -> None:
+        self.complete = False
+        """All of it has arrived."""
+        self._flow = flow
+        self._buffer = bytearray()
+        self._held = False
+        self._failure: BrokenBody | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def next(self) -> bytes:
+        """What has arrived since the last call, or b"" when that was all of it. Raises BrokenBody."""
+        while not self._buffer:
+            if self._failure is not None:
+                raise self._failure
+            if self.complete:
+                return b""
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        data = bytes(self._buffer)
+        self._buffer.clear()
+        if self._held:
+            self._held = False
+            self._flow.take_body()
+        return data
+
+    # The connection's side
+
+    def feed(self, data: bytes) -> None:
+        self._buffer += data
+        if len(self._buffer) > BUFFER_BYTES and not self._held:
+            self._held = True
+            self._flow.hold_body()
+        self._wake()
+
+    def end(self) -> None:
+        self.complete = True
+        self._wake()
+
+    def fail(self, reason: str) -> None:
+        """Nothing more will come. What came before that is still handed over."""
+        if self._failure is None and not self.complete:
+            self._failure = BrokenBody(reason)
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

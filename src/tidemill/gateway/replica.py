@@ -1,0 +1,108 @@
+"""Replicas: where a model runs, how each does, and what a request on it adds to its load."""
+
+import asyncio
+import hashlib
+import time
+
+import msgspec
+
+from tidemill.gateway.breaker import Breaker
+from tidemill.gateway.prefix import Keys, PrefixIndex
+from tidemill.gateway.upstream import Address, Pool
+from tidemill.ledger.costing import BusyClock, Ticket
+from tidemill.tides.routing import Standing, work_of
+
+
+class ReplicaSpec(msgspec.Struct, frozen=True):
+    """One replica, as the supervisor announces it."""
+
+    name: str
+    base_url: str
+    ready: bool
+    life: str = ""
+    """Changes each time the engine is started anew; it names the engine's own counters (see meter.reconcile)."""
+
+
+def spread_key(text: bytes) -> int:
+    """64 bits of a text, evenly spread, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+
+
+class Replica:
+    """A replica in use: its connections, its health, and how its time is shared among requests."""
+
+    def __init__(self, spec: ReplicaSpec, api_key: str | None, loop: asyncio.AbstractEventLoop) -> None:
+        self._spec = spec
+        self.pool = Pool(Address(spec.base_url, api_key), loop)
+        self.clock = BusyClock()
+        self.breaker = Breaker()
+        self.prefix = PrefixIndex()
+        self.seat = spread_key(spec.name.encode())
+        """Its place in `tides.routing.home`; it outlives restarts."""
+        self.in_flight = 0
+        """Work in flight from this gateway process, in tokens of prefill."""
+        self.label = f"{spec.name}#{spec.life}" if spec.life else spec.name
+        """The name that usage records carry: the replica and its life."""
+
+    @property
+    def spec(self) -> ReplicaSpec:
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: ReplicaSpec) -> None:
+        """The supervisor's word; a probe of its that got through ends the wait of a breaker that is open."""
+        if spec.ready and not self._spec.ready:
+            self.breaker.reached()
+        self._spec = spec
+
+    def standing(self, now: float, slots: int | None) -> Standing:
+        """How it stands now; `slots` is how many requests it works on at a time."""
+        if not self._spec.ready:
+            return Standing.DOWN
+        if not self.breaker.calm:
+            standing = self.breaker.standing(now)
+            if standing is not Standing.READY:
+                return standing
+        return Standing.FULL if slots is not None and self.clock.active >= slots else Standing.READY
+
+
+class Leg:
+    """One attempt of a request, on one replica: its share of the replica's time, and its load there.
+
+    A request has one leg at a time, and most have one in all. `keys` are the prompt's, where there was a choice.
+    """
+
+    __slots__ = ("_cached", "_decode", "_keys", "_prefill", "_prompt", "_ticket", "replica")
+
+    def __init__(self, replica: Replica, prompt_tokens: int, cached_tokens: int = 0, keys: Keys = ()) -> None:
+        self.replica = replica
+        self._prompt = prompt_tokens
+        self._cached = cached_tokens
+        self._keys = keys
+        self._prefill = self._decode = 0
+        self._ticket: Ticket | None = None
+
+    def start(self, now: float, output_bound: int, choices: int) -> None:
+        """The request is sent; `now` is the loop's time."""
+        replica = self.replica
+        work = work_of(self._prompt, self._cached, output_bound, choices)
+        self._prefill, self._decode = work.prefill, work.decode
+        replica.in_flight += work.prefill + work.decode
+        if self._keys:
+            replica.prefix.note(self._keys)
+        if not replica.breaker.calm:
+            replica.breaker.begun(now)
+        self._ticket = replica.clock.start(time.monotonic_ns())
+
+    def first_token(self) -> None:
+        """The prompt is computed; what is left is the answer."""
+        self.replica.in_flight -= self._prefill
+        self._prefill = 0
+
+    def finish(self) -> int:
+        """The attempt is over; its share of the replica's time, ns."""
+        assert self._ticket is not None
+        replica = self.replica
+        replica.in_flight -= self._prefill + self._decode
+        ticket, self._ticket = self._ticket, None
+        return replica.clock.finish(ticket, time.monotonic_ns())

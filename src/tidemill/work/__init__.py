@@ -1,0 +1,1 @@
+"""What fills the trough: batches of requests (and, later, jobs)."""

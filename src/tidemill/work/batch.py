@@ -1,0 +1,252 @@
+"""The batch runner: lines of batches go through the platform's own data plane, as many at a time as there is slack.
+
+The data plane meters and bills a line as it does any request, under a request id that is the line's own. What is
+recorded of a line, and when it is run again, is written down in docs/batch.md.
+"""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Collection
+
+import msgspec
+import structlog
+
+from tidemill.errors import Unavailable
+from tidemill.store.batches import Batch, BatchStatus
+from tidemill.work.attempt import Again, Call, Done, Lost, Send, judge, judge_lost, refused
+from tidemill.work.attempt import LONGEST_WAIT_S as LONGEST_PAUSE_S
+from tidemill.work.hand import BatchInHand
+from tidemill.work.lifecycle import Lifecycle
+from tidemill.work.lines import decode_line
+from tidemill.work.results import request_id
+from tidemill.work.slack import Slack
+
+log = structlog.get_logger()
+
+LOOK_EVERY_S = 0.5
+"""How often the store is asked for new batches, and told how far the others have come."""
+SYNC_EVERY_S = 1.0
+FINISH_S = 600.0
+"""How long lines in flight may go on once their batch was cancelled or has expired."""
+SWEEP_EVERY_S = 30.0
+ORPHANS_EVERY_S = 3600.0
+HOLD_S = 30.0
+"""How long a batch rests that could not be worked on for a fault of the platform."""
+
+_decode_stream = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+
+
+class Pause(msgspec.Struct):
+    """A tenant's lines for a model rest: they were refused for a while."""
+
+    until: float = 0.0
+    refusals: int = 0
+
+
+class BatchRunner:
+    """Works on the batches of one site. There is one runner for a site (its process holds a lock)."""
+
+    def __init__(
+        self, lifecycle: Lifecycle, send: Send, slack: Slack, models: Callable[[], Collection[str]]
+    ) -> None:
+        self._lifecycle = lifecycle
+        self._send = send
+        self._slack = slack
+        self._models = models
+        self._hands: dict[str, BatchInHand] = {}
+        self._busy: dict[str, asyncio.Task[None]] = {}
+        """Batches that are being taken in hand or put away."""
+        self._held: dict[str, float] = {}
+        """Batches that rest, and until when."""
+        self._running: Counter[str] = Counter()
+        """Lines in flight, by model."""
+        self._pauses: dict[tuple[str, str], Pause] = {}
+        """By tenant and model."""
+        self._wake = asyncio.Event()
+        self._full = False
+        """The disk has refused a result: no line is begun until it is recorded."""
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Work until `stop` is set. What runs then goes on; see `close`."""
+        chores = [
+            asyncio.create_task(self._every(LOOK_EVERY_S, self._look)),
+            asyncio.create_task(self._every(SYNC_EVERY_S, self._sync)),
+            asyncio.create_task(self._every(SWEEP_EVERY_S, self._sweep())),
+        ]
+        stopped = asyncio.create_task(stop.wait())
+        while not stop.is_set():
+            self._dispatch()
+            waking = asyncio.create_task(self._wake.wait())
+            await asyncio.wait([waking, stopped], timeout=LOOK_EVERY_S / 2, return_when=asyncio.FIRST_COMPLETED)
+            waking.cancel()
+            self._wake.clear()
+        for chore in chores:
+            chore.cancel()
+        await asyncio.gather(*chores, return_exceptions=True)
+
+    async def close(self, grace_s: float) -> None:
+        """Let lines in flight end for `grace_s` seconds and record them; the others will be run again."""
+        lines = [task for hand in self._hands.values() for task in hand.running.values()]
+        if lines:
+            await asyncio.wait(lines, timeout=grace_s)
+        for task in lines:
+            task.cancel()
+        await asyncio.gather(*lines, *self._busy.values(), return_exceptions=True)
+        for hand in self._hands.values():
+            try:
+                hand.results.sync()
+                self._lifecycle.note(hand)
+            except (OSError, Unavailable) as error:
+                log.warning("a batch is left as it is on disk", batch=hand.batch.batch_id, reason=str(error))
+            hand.close()
+
+    # What is to be done
+
+    async def _look(self) -> None:
+        """Find new batches, cancelled and expired ones; tell the store how far the others are."""
+        loop = asyncio.get_running_loop()
+        for batch in await asyncio.to_thread(self._lifecycle.open):
+            hand = self._hands.get(batch.batch_id)
+            if hand is None:
+                if batch.batch_id not in self._busy and self._held.get(batch.batch_id, 0.0) <= loop.time():
+                    self._begin(batch.batch_id, self._take(batch))
+            elif batch.status is BatchStatus.CANCELLING:
+                hand.close_as(BatchStatus.CANCELLED, loop.time())
+        for hand in list(self._hands.values()):
+            if hand.batch.expires_at.timestamp() <= time.time():
+                hand.close_as(BatchStatus.EXPIRED, loop.time())
+            if hand.closing_since and loop.time() - hand.closing_since > FINISH_S:
+                for task in hand.running.values():
+                    task.cancel()
+            if not hand.finishing:
+                await asyncio.to_thread(self._lifecycle.note, hand)
+
+    def _dispatch(self) -> None:
+        """Begin as many lines as there are slots for, those of the most urgent batch first; end batches that are done."""
+        now = asyncio.get_running_loop().time()
+        hands = sorted(self._hands.values(), key=lambda hand: hand.deadline)
+        if not self._full:
+            for model in sorted({model for hand in hands for model in hand.index.models}):
+                self._fill(model, hands, now)
+        for hand in hands:
+            if hand.idle and self._held.get(hand.batch.batch_id, 0.0) <= now:
+                hand.finishing = True
+                self._begin(hand.batch.batch_id, self._put_away(hand))
+
+    def _fill(self, model: str, hands: list[BatchInHand], now: float) -> None:
+        free = self._slack.slots(model) - self._running[model]
+        for hand in hands:
+            pause = self._pauses.get((hand.batch.tenant_id, model))
+            if pause is not None and pause.until > now:
+                continue
+            while free > 0:
+                place = hand.next_place(model, now)
+                if place is None:
+                    break
+                free -= 1
+                self._running[model] += 1
+                hand.running[place] = asyncio.create_task(self._work_on(hand, place, model))
+
+    # A line
+
+    async def _work_on(self, hand: BatchInHand, place: int, model: str) -> None:
+        now = asyncio.get_running_loop().time
+        try:
+            custom_id, verdict = await self._attempt(hand, place)
+            if isinstance(verdict, Again):
+                hand.put_back(place, now() + verdict.after_s)
+                if verdict.pause:
+                    self._pause(hand.batch.tenant_id, model, verdict.after_s)
+            else:
+                self._pauses.pop((hand.batch.tenant_id, model), None)
+                self._record(hand, place, custom_id, verdict)
+        except asyncio.CancelledError:
+            hand.put_back(place, now())
+            raise
+        except Exception:
+            log.exception("a line of a batch could not be worked on", batch=hand.batch.batch_id, place=place)
+            hand.put_back(place, now() + HOLD_S)
+        finally:
+            del hand.running[place]
+            self._running[model] -= 1
+            self._wake.set()
+
+    async def _attempt(self, hand: BatchInHand, place: int) -> tuple[str, Again | Done]:
+        custom_id, url, body = decode_line(await asyncio.to_thread(hand.read, place))
+        batch, tries = hand.batch, hand.tries(place)
+        named = request_id(batch.batch_id, hand.index.numbers[place])
+        if bytes(_decode_stream(body).get("stream", b"false")) == b"true":
+            return custom_id, refused("A batch's answers are not streamed. Leave 'stream' out.", named, "stream")
+        call = Call(
+            path=url, body=bytes(body), tenant_id=batch.tenant_id, key_id=batch.key_id, request_id=named
+        )
+        try:
+            answer = await self._send(call)
+        except Lost as lost:
+            return custom_id, judge_lost(lost, tries)
+        return custom_id, judge(answer, named, tries, alone=self._in_flight(batch.tenant_id) == 1)
+
+    def _record(self, hand: BatchInHand, place: int, custom_id: str, done: Done) -> None:
+        try:
+            hand.record(place, custom_id, done)
+        except OSError as error:
+            self._full = True
+            hand.unrecorded[place] = (custom_id, done)
+            log.error("a result cannot be recorded; no line is begun until it is", reason=error.strerror)
+
+    def _pause(self, tenant_id: str, model: str, after_s: float) -> None:
+        pause = self._pauses.setdefault((tenant_id, model), Pause())
+        now = asyncio.get_running_loop().time()
+        if pause.until <= now:  # else it is one of those that were refused together
+            pause.refusals += 1
+            pause.until = now + min(max(after_s, 0.25 * 2**pause.refusals), LONGEST_PAUSE_S)
+
+    def _in_flight(self, tenant_id: str) -> int:
+        return sum(len(hand.running) for hand in self._hands.values() if hand.batch.tenant_id == tenant_id)
+
+    # Batches and chores
+
+    async def _take(self, batch: Batch) -> None:
+        hand = await asyncio.to_thread(self._lifecycle.take, batch, set(self._models()))
+        if hand is not None:
+            self._hands[batch.batch_id] = hand
+
+    async def _put_away(self, hand: BatchInHand) -> None:
+        try:
+            await asyncio.to_thread(self._lifecycle.put_away, hand)
+        except BaseException:
+            hand.finishing = False
+            raise
+        del self._hands[hand.batch.batch_id]
+
+    def _begin(self, batch_id: str, doing: "asyncio.Future[None] | object") -> None:
+        self._busy[batch_id] = asyncio.create_task(self._guarded(batch_id, doing))  # type: ignore[arg-type]
+
+    async def _guarded(self, batch_id: str, doing: "asyncio.Future[None]") -> None:
+        """What goes wrong with one batch is no other's business; it rests, and is tried again."""
+        try:
+            await doing
+            self._held.pop(batch_id, None)
+        except Exception as error:
+            self._held[batch_id] = asyncio.get_running_loop().time() + (1.0 if isinstance(error, Unavailable) else HOLD_S)
+            log.exception("a batch cannot be worked on for now", batch=batch_id)
+        finally:
+            del self._busy[batch_id]
+            self._wake.set()
+
+    async def _sync(self) -> None:
+        """Put results on disk, also those that it had no room for."""
+        still_full = False
+        for hand in list(self._hands.values()):
+            for place, (custom_id, done) in list(hand.unrecorded.items()):
+                try:
+                    hand.record(place, custom_id, done)
+                except OSError:
+                    still_full = True
+                    break
+                del hand.unrecorded[place]
+            if not hand.finishing:
+                await asyncio.to_thread(hand.results.sync)
+        self._full = still_full
+        self._wake.set()

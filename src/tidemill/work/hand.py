@@ -1,0 +1,103 @@
+"""A batch in hand: which of its lines are done, which run, which wait."""
+
+import asyncio
+import heapq
+import os
+from collections import deque
+from datetime import datetime
+
+from tidemill.store.batches import Batch, BatchStatus, Counts
+from tidemill.work.attempt import Done, Tries
+from tidemill.work.lines import Index, decode_line
+from tidemill.work.results import Entry, Failure, Results, entry_id
+
+_GIVEN_UP = {
+    BatchStatus.EXPIRED: Failure(
+        "batch_expired", "This request could not be executed before the completion window expired."
+    ),
+    BatchStatus.CANCELLED: Failure("batch_cancelled", "The batch was cancelled before this request was executed."),
+}
+
+
+class BatchInHand:
+    """The state of one batch that is worked on. A line is known by its place in the index."""
+
+    def __init__(self, batch: Batch, index: Index, input_fd: int, results: Results) -> None:
+        self.batch = batch
+        self.index = index
+        self.results = results
+        self.running: dict[int, asyncio.Task[None]] = {}
+        self.unrecorded: dict[int, tuple[str, Done]] = {}
+        """Results that the disk had no room for, each with the line's custom id."""
+        self.noted = Counts()
+        """The counts that the store knows."""
+        self.outcome = BatchStatus.COMPLETED
+        self.closing_since = 0.0
+        """Loop time at which the batch was cancelled or expired: no line is begun any more."""
+        self.finishing = False
+        self._input_fd = input_fd
+        self._tries: dict[int, Tries] = {}
+        self._waiting: dict[str, deque[int]] = {model: deque() for model in index.models}
+        self._later: dict[str, list[tuple[float, int]]] = {model: [] for model in index.models}
+        for place, number in enumerate(index.numbers):
+            if number not in results.done:
+                self._waiting[index.model(place)].append(place)
+
+    @property
+    def deadline(self) -> tuple[datetime, datetime, str]:
+        """What the most urgent batch has least of."""
+        return self.batch.expires_at, self.batch.created_at, self.batch.batch_id
+
+    @property
+    def idle(self) -> bool:
+        """Nothing runs, and nothing more will be begun."""
+        if self.running or self.unrecorded or self.finishing:
+            return False
+        return bool(self.closing_since) or not (any(self._waiting.values()) or any(self._later.values()))
+
+    def close_as(self, outcome: BatchStatus, now: float) -> None:
+        """Begin no more lines: the batch is cancelled, or its time is over."""
+        if not self.closing_since:
+            self.closing_since = now
+            self.outcome = outcome
+
+    def next_place(self, model: str, now: float) -> int | None:
+        """Take the next line for a model; None when none is to be begun now."""
+        if self.closing_since or self.finishing:
+            return None
+        later = self._later.get(model)
+        if later and later[0][0] <= now:
+            return heapq.heappop(later)[1]
+        waiting = self._waiting.get(model)
+        return waiting.popleft() if waiting else None
+
+    def put_back(self, place: int, not_before: float) -> None:
+        """Try a line again later."""
+        heapq.heappush(self._later[self.index.model(place)], (not_before, place))
+
+    def tries(self, place: int) -> Tries:
+        return self._tries.setdefault(place, Tries())
+
+    def read(self, place: int) -> bytes:
+        """The line, from its file. Blocking."""
+        return self.index.read(self._input_fd, place)
+
+    def record(self, place: int, custom_id: str, done: Done) -> None:
+        """Write a line's result down. Blocking for a moment. Raises OSError; then it is not written."""
+        number = self.index.numbers[place]
+        entry = Entry(entry_id(self.batch.batch_id, number), custom_id, done.response, done.failure)
+        self.results.record(number, entry, done.usage)
+        self._tries.pop(place, None)
+
+    def give_up_rest(self) -> None:
+        """Write down that the lines without a result were not executed. Blocking. Raises OSError; may be repeated."""
+        failure = _GIVEN_UP.get(self.outcome)
+        if failure is None:
+            return
+        for place, number in enumerate(self.index.numbers):
+            if number not in self.results.done:
+                self.record(place, decode_line(self.read(place))[0], Done(None, failure))
+
+    def close(self) -> None:
+        self.results.close()
+        os.close(self._input_fd)

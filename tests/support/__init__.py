@@ -1,0 +1,1 @@
+"""What the tests share: a platform that really runs, engines that misbehave, sockets with bare hands."""

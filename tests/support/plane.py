@@ -1,0 +1,175 @@
+"""The data plane of one gateway process, in the test's own event loop: real store, real log, real sockets."""
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from support.wire import Answer, Line, post
+from tidemill.gateway.door import Door
+from tidemill.gateway.flight import Meter
+from tidemill.gateway.gateway import Gateway, RequestIds
+from tidemill.gateway.http import HttpServer
+from tidemill.gateway.routing import ModelSpec, ReplicaSpec, Routes
+from tidemill.ledger.money import parse_amount
+from tidemill.ledger.posting import credit_grant
+from tidemill.ledger.pricing import Price
+from tidemill.meter.frames import read_frames
+from tidemill.meter.leasing import Leasing
+from tidemill.meter.live import LiveTable
+from tidemill.meter.log import UsageLog
+from tidemill.meter.records import Settled, decode_settled
+from tidemill.store.accounts import post as post_money
+from tidemill.store.engine import open_store, store_url
+from tidemill.store.ids import new_id
+from tidemill.store.keys import create_key
+from tidemill.store.migrate import migrate
+from tidemill.store.prices import set_price
+from tidemill.store.tenants import create_tenant
+
+CHAT = "/v1/chat/completions"
+PRICE = Price(1_000_000_000, 250_000_000, 2_000_000_000)
+"""1.00, 0.25 and 2.00 per million tokens: 1000, 250 and 2000 nanos a token."""
+SWEEP_S = 0.05
+MAX_BODY_BYTES = 2 * 1024 * 1024
+
+
+def model(port: int, name: str = "mock", **changes: Any) -> ModelSpec:
+    """A model on an OpenAI-compatible engine at `port`."""
+    spec = ModelSpec(
+        name=name,
+        engine="openai",
+        replicas=(ReplicaSpec(f"{name}/0", f"http://127.0.0.1:{port}/v1", ready=True),),
+        upstream_model=f"{name}-upstream",
+        api_key="upstream-key",
+        owned=False,
+        context=None,
+        max_output_tokens=256,
+        drain_seconds=5.0,
+        ttft_timeout_seconds=5.0,
+        idle_timeout_seconds=5.0,
+    )
+    return msgspec.structs.replace(spec, **changes)
+
+
+class Plane:
+    """Open with `async with Plane(tmp_path, [model(port)]) as plane`. At its end nothing may be left hanging."""
+
+    def __init__(
+        self, path: Path, models: list[ModelSpec], *, credit: str = "100", write_timeout_s: float = 30.0
+    ) -> None:
+        self._path = path
+        self._models = models
+        self._credit = credit
+        self._write_timeout_s = write_timeout_s
+
+    async def __aenter__(self) -> "Plane":
+        loop = asyncio.get_running_loop()
+        self.store = open_store(store_url(None, self._path))
+        migrate(self.store)
+        now = datetime.now(UTC)
+        with self.store.write() as connection:
+            tenant = create_tenant(connection, name="acme", currency="USD", now=now)
+            self.tenant_id = tenant.tenant_id
+            _, self.key = create_key(connection, tenant_id=self.tenant_id, name="test", now=now)
+            for spec in self._models:
+                set_price(connection, model=spec.name, currency="USD", price=PRICE, now=now)
+            if amount := parse_amount(self._credit):
+                post_money(
+                    connection,
+                    credit_grant(new_id("txn"), tenant_id=self.tenant_id, currency="USD", amount=amount, at=now),
+                )
+        self.executor = ThreadPoolExecutor(2)
+        self._log_directory = self._path / "log"
+        self._log_directory.mkdir()
+        self.log = UsageLog(self._log_directory, loop, segment_bytes=256 * 1024)
+        self.live = LiveTable(self._path / "live", slots=256)
+        self.leasing = Leasing(self.store, "worker", self.executor)
+        self.door = Door(self.store, self.executor)
+        await self.door.renew()
+        self.routes = Routes(loop)
+        self.routes.update(self._models)
+        self.gateway = Gateway(
+            self.door, self.routes, Meter(self.log, self.live, self.leasing), started_at=int(time.time())
+        )
+        self.server = HttpServer(
+            self.gateway,
+            RequestIds(),
+            loop=loop,
+            max_body_bytes=MAX_BODY_BYTES,
+            write_timeout_s=self._write_timeout_s,
+        )
+        await self.server.listen("127.0.0.1", 0)
+        assert self.server._server is not None
+        self.port = self.server._server.sockets[0].getsockname()[1]
+        self._sweeping = asyncio.create_task(self._sweep())
+        return self
+
+    async def __aexit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                await self.settled()
+        finally:
+            await self.server.stop(0.0)
+            await self.server.cut_off()
+            self._sweeping.cancel()
+            self.log.close()
+            self.live.close()
+            self.executor.shutdown()
+            self.store.close()
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            self.routes.sweep(asyncio.get_running_loop().time())
+
+    @property
+    def wallet(self) -> Any:
+        return self.leasing.purse(self.tenant_id).wallet
+
+    async def settled(self, within_s: float = 10.0) -> list[Settled]:
+        """Wait until no request is open; gives the records. Holds, slots, reservations: none may be left."""
+        async with asyncio.timeout(within_s):
+            while self.live.open_requests or self.server.working:
+                await asyncio.sleep(0.01)
+        assert (self.wallet.held, self.wallet.holds) == (0, 0)
+        assert self.log._reserved == 0
+        assert self.wallet.available >= 0
+        assert all(replica.clock.active == 0 for route in self.routes.by_name.values() for replica in route.replicas)
+        found = [decode_settled(each.payload) for each in read_frames(self._log_directory, (1, 0))]
+        assert len({each.opened.request_id for each in found}) == len(found)
+        assert self.wallet.spent == sum(each.charge for each in found)
+        return found
+
+    async def record(self) -> Settled:
+        """The one record there is, once it is there."""
+        async with asyncio.timeout(10.0):
+            while not self.log.records:
+                await asyncio.sleep(0.01)
+        (found,) = await self.settled()
+        return found
+
+    def request(self, **fields: Any) -> bytes:
+        """A chat request, ready to be sent."""
+        body = {"model": "mock", "messages": [{"role": "user", "content": "one two three"}], **fields}
+        return post(CHAT, body, self.key)
+
+    async def line(self, **options: Any) -> Line:
+        return await Line.open(self.port, **options)
+
+    async def ask(self, *, within_s: float = 10.0, **fields: Any) -> Answer:
+        """Send a chat request on a connection of its own."""
+        return await self.send(self.request(**fields), within_s=within_s)
+
+    async def send(self, data: bytes, *, within_s: float = 10.0) -> Answer:
+        """Send bytes on a connection of their own; gives the answer."""
+        line = await self.line()
+        try:
+            await line.send(data)
+            return await line.answer(within_s=within_s)
+        finally:
+            line.close()
