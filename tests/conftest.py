@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 
 import pytest
+
 from support.mock import Mock
 from support.platform import Platform, start_platform
 
 EMBEDDED = """
 [models.smollm2-135m-instruct]
 engine = "llamacpp"
+threads = 1  # two that wait for each other are slower than one where tests take the other core
 
 [prices.smollm2-135m-instruct]
 input = "1.00"
@@ -35,6 +37,6 @@ def running(tmp_path_factory: pytest.TempPathFactory, mock: Mock) -> Iterator[Pl
 
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    """A platform with the default configuration: the real model alone. One for a file's tests."""
-    with start_platform(tmp_path_factory.mktemp("embedded")) as platform:
+    """A platform with the real model alone. One for a file's tests."""
+    with start_platform(tmp_path_factory.mktemp("embedded"), EMBEDDED) as platform:
         yield platform

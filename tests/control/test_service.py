@@ -70,8 +70,8 @@ def test_the_openapi_document_is_whole(client: TestClient[Any]) -> None:
     operations = [(path, method, each) for path, item in document["paths"].items() for method, each in item.items()]
     assert {path for path, _, _ in operations} == {
         "/api/v1/" + path
-        for path in "tenants keys keys/revoke credits usage invoices invoices/text models prices margin"
-        " meter/reconcile meter/reconcile/text status".split()
+        for path in "tenants tenants/weight keys keys/rotate keys/revoke limits limits/remove credits usage invoices"
+        " invoices/text models prices margin meter/reconcile meter/reconcile/text status".split()
     }
     assert len({each["operationId"] for _, _, each in operations}) == len(operations)
     for path, method, each in operations:

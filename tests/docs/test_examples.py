@@ -7,14 +7,16 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from docs.examples import Reader, normal, pattern_of, steps_of
-from support.platform import free_port
+from support.platform import Platform, free_port
 from tidemill.app.config import load_config
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(ROOT.glob("docs/**/*.md"))
+FRONT = [ROOT / name for name in ("README.md", "README.zh-CN.md", "CHANGELOG.md")]
 NEEDED = (".venv", "Makefile", "pyproject.toml", "uv.lock", "src")
 
 
@@ -29,12 +31,13 @@ def reader(tmp_path: Path) -> Iterator[Reader]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("page", "at_least"), [("README.md", 6), ("docs/tutorial.md", 20)])
 def test_every_block_does_what_the_page_says(page: str, at_least: int, reader: Reader) -> None:
     assert reader.work_through(ROOT / page) >= at_least
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*FRONT, *PAGES], ids=lambda page: page.name)
 def test_configuration_in_the_pages_is_taken(page: Path, tmp_path: Path) -> None:
     for step in steps_of(page):
         if step.kind == "toml":
@@ -43,7 +46,7 @@ def test_configuration_in_the_pages_is_taken(page: Path, tmp_path: Path) -> None
             load_config(file)
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*FRONT, *PAGES], ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
         if "://" not in target:
@@ -54,10 +57,25 @@ def test_the_operator_page_names_every_key_of_the_configuration() -> None:
     from tidemill.app import config
 
     page = (ROOT / "docs/operator.md").read_text(encoding="utf-8")
-    structs = (config.Config, config.ModelConfig, config.PriceConfig, config.FirstTenantConfig)
-    for struct in (*structs, config.StoreConfig, config.GatewayConfig):
-        for key in struct.__struct_fields__:
-            assert f"`{key}`" in page or f"`[{key}" in page, f"{key} of {struct.__name__}"
+    for name, struct in vars(config).items():
+        if name.endswith("Config") and isinstance(struct, type):
+            for key in struct.__struct_fields__:
+                assert f"`{key}`" in page or f"`[{key}" in page, f"{key} of {name}"
+
+
+def test_the_architecture_page_names_files_that_exist() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    policies = (ROOT / "docs/policies.md").read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:\w+/)+\w+\.py)`", page + policies):
+        assert (ROOT / "src/tidemill" / name).is_file(), name
+
+
+def test_the_api_page_names_every_route(embedded: Platform) -> None:
+    page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    routes = httpx.get(f"http://127.0.0.1:{embedded.port}/").json()["routes"]
+    admin = httpx.get(f"{embedded.control_url}/api/openapi.json").json()["paths"]
+    for path in [*(route.split()[1] for route in routes), *admin]:
+        assert path in page, f"{path} is not in docs/api.md"
 
 
 def test_what_stands_for_something_else() -> None:

@@ -2,10 +2,12 @@
 
 import asyncio
 import re
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+
 from support.mock import Mock
 from support.platform import Platform
 from support.wire import Line, post
@@ -63,7 +65,7 @@ async def test_embedded_in_mid_stream(running: Platform, how: str) -> None:
     while seen < 8:
         seen += (await line.reader.readuntil(b"\n\n")).count(b'"content":"')
     await leave(line, how)
-    await until_at_work(running, 0, 2.0)
+    await until_at_work(running, 0, 5.0)
     record = running.record(f"mid-{how}")
     assert (record["status"], record["estimated"]) == ("client_closed", False)
     assert seen <= record["completion_tokens"] < 200
@@ -75,13 +77,13 @@ async def test_embedded_in_mid_stream(running: Platform, how: str) -> None:
 async def test_embedded_before_the_first_byte(running: Platform, how: str) -> None:
     """A prompt that takes a while: the engine is let go in the middle of it, and nothing is billed for no answer."""
     key = running.new_tenant(f"before-{how}")
-    words = " ".join(f"{how}{n}" for n in range(700))
+    words = " ".join(f"{how}{n}" for n in range(100))
     line = await ask(running, key, model=MODEL, stream=True, messages=[{"role": "user", "content": words}])
-    await until_at_work(running, 1, 5.0)
+    await until_at_work(running, 1, 10.0)
     await leave(line, how)
     record = running.record(f"before-{how}")
     assert (record["status"], record["completion_tokens"], record["estimated"]) == ("client_closed", 0, False)
-    await until_at_work(running, 0, 10.0)
+    await until_at_work(running, 0, 20.0)
 
 
 @LEAVE
@@ -91,7 +93,7 @@ async def test_embedded_whole_answer_that_nobody_waits_for(running: Platform, ho
     await until_at_work(running, 1, 5.0)
     await asyncio.sleep(0.5)
     await leave(line, how)
-    await until_at_work(running, 0, 2.0)
+    await until_at_work(running, 0, 5.0)
     record = running.record(f"whole-{how}")
     assert (record["status"], record["estimated"], record["streamed"]) == ("client_closed", False, False)
     assert 0 < record["completion_tokens"] < 600
@@ -104,8 +106,9 @@ async def test_upstream_and_a_client_that_never_reads(running: Platform, mock: M
     (gateway,) = running.pids("gateway")
 
     def memory() -> int:
-        with open(f"/proc/{gateway}/status") as status:
-            return int(re.search(r"VmRSS:\s+(\d+)", status.read())[1]) * 1024  # type: ignore[index]
+        found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{gateway}/status").read_text())
+        assert found
+        return int(found[1]) * 1024
 
     before = memory()
     behaviour = {"chunks": 30_000, "token": "x" * 1000}  # 35 MB
@@ -128,7 +131,7 @@ async def test_upstream_and_a_client_that_never_reads(running: Platform, mock: M
     assert mock.counter("mock_aborted_total") == aborted + 8
     assert {each["status"] for each in running.usage("deaf")["records"]} == {"client_closed"}
     assert 0 < record["completion_tokens"] < 30_000 and record["estimated"]
-    assert grown < 8 * 2 * 1024 * 1024, f"grown by {grown} bytes"
+    assert grown < 8 * 4 * 1024 * 1024, f"grown by {grown} bytes"
     for line in lines:
         line.close()
 
@@ -192,3 +195,36 @@ async def test_upstream_before_the_first_byte(running: Platform, mock: Mock) -> 
     await leave(line, "reset")
     record = running.record("early")
     assert (record["status"], record["completion_tokens"], record["estimated"]) == ("client_closed", 5, False)
+
+
+@pytest.mark.slow
+async def test_embedded_many_leave_at_once(running: Platform) -> None:
+    """Three times as many as it works on at a time, so some leave while they wait. What the engine counted and the
+    records do not have are the few tokens between a client's leaving and the engine's noticing."""
+    before = running.reconcile()["replicas"][0]["difference"]
+    key = running.new_tenant("crowd")
+    short = {**LONG, "max_tokens": 12}
+    lines = [await ask(running, key, model=MODEL, stream=True, **short) for _ in range(24)]
+
+    async def one(n: int, line: Line) -> None:
+        if n % 2:
+            assert (await line.answer(within_s=60)).chunks
+            line.close()
+            return
+        if n % 4:
+            await asyncio.sleep(0.05 * n)
+        else:
+            await line.reader.readuntil(b'"content":"')
+        await leave(line, ("close", "reset")[n % 3 == 0])
+
+    await asyncio.gather(*(one(n, line) for n, line in enumerate(lines)))
+    await until_at_work(running, 0, 20.0)
+    await asyncio.sleep(0.2)
+    records = running.usage("crowd")["records"]
+    assert 18 <= len(records) <= 24, "who leaves before a word may have left before the engine was asked"
+    assert {record["status"] for record in records} <= {"ok", "client_closed"}
+    assert sum(record["status"] == "ok" for record in records) >= 12
+    assert not any(record["estimated"] for record in records)
+    after = running.reconcile()["replicas"][0]["difference"]
+    assert 0 <= after["completion_tokens"] - before["completion_tokens"] <= 12 * 4
+    assert after["prompt_tokens"] >= before["prompt_tokens"]

@@ -12,6 +12,7 @@ import httpx
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
+
 from support.platform import Platform
 
 MODEL = "smollm2-135m-instruct"
@@ -156,16 +157,10 @@ def test_json_schema(client: OpenAI, seen: Seen) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_tools(client: OpenAI, seen: Seen, stream: bool) -> None:
-    """The small model's template knows no tools, so it answers in words; that it is asked and metered is the point.
-
-    Calls are put together in tests/engines/test_collect.py.
-    """
-    options: Any = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
-    answer: Any = client.chat.completions.create(
-        model=MODEL, messages=ASK, tools=[WEATHER], tool_choice="auto", max_tokens=6, **options
-    )
-    seen.add(list(answer)[-1].usage if stream else answer.usage)
+def test_tools_are_not_dropped_in_silence(client: OpenAI, stream: bool) -> None:
+    """The small model's template knows none, and llama.cpp would leave them out (calls: tests/engines)."""
+    with pytest.raises(openai.BadRequestError, match="tools"):
+        client.chat.completions.create(model=MODEL, messages=ASK, tools=[WEATHER], max_tokens=6, stream=stream)
 
 
 def test_the_whole_answer_is_the_engines_own(embedded: Platform, seen: Seen, client: OpenAI) -> None:
@@ -173,7 +168,7 @@ def test_the_whole_answer_is_the_engines_own(embedded: Platform, seen: Seen, cli
     for more in (
         {},
         {"logprobs": True, "top_logprobs": 2},
-        {"tools": [WEATHER], "tool_choice": "auto"},
+        {"response_format": {"type": "json_object"}, "max_tokens": 20},
         {"stop": ["5"]},
     ):
         body: Any = {"model": MODEL, "messages": ASK, "max_tokens": 16, "temperature": 0, "cache_prompt": False, **more}
@@ -204,6 +199,15 @@ def test_completions(client: OpenAI, seen: Seen) -> None:
         model=MODEL, prompt="One, two,", max_tokens=5, stream=True, stream_options={"include_usage": True}
     )
     seen.add([chunk.usage for chunk in stream if chunk.usage][-1])
+
+
+@pytest.mark.parametrize("choices", [1, 2])
+def test_completions_of_several_prompts(client: OpenAI, seen: Seen, choices: int) -> None:
+    """The prompts differ in length, so a count that is shared out wrongly would show in the engine's own."""
+    prompts = ["One, two,", "The tide rises and the tide falls, and the mill turns with", "A"]
+    answer = client.completions.create(model=MODEL, prompt=prompts, max_tokens=4, n=choices)
+    assert [choice.index for choice in answer.choices] == list(range(3 * choices))
+    seen.add(answer.usage)
 
 
 async def test_many_at_once_asynchronously(embedded: Platform, key: str, seen: Seen) -> None:

@@ -16,11 +16,11 @@ from .streams import event
 HEAD = {"id": "c1", "created": 5, "model": "m", "object": "chat.completion.chunk"}
 
 
-def collect(*choices: dict[str, Any] | None, counts: Counts = Counts(9, 4, 3)) -> Any:
+def collect(*choices: dict[str, Any] | None) -> Any:
     collector = Collector()
     for choice in choices:
         collector.feed(event({**HEAD, "choices": [] if choice is None else [choice]}))
-    return json.loads(collector.answer(counts))
+    return json.loads(collector.answer(Counts(9, 4, 3)))
 
 
 def delta(index: int = 0, finish: str | None = None, **fields: Any) -> dict[str, Any]:

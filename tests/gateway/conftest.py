@@ -6,9 +6,9 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-import pytest
 import pytest_asyncio
 import uvloop
+
 from support.plane import Plane, model
 from support.upstream import Script, Upstream
 

@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+
 from support.upstream import (
     DONE,
     LAST_CHUNK,
@@ -16,8 +17,7 @@ from support.upstream import (
     usage_object,
     word,
 )
-
-from tidemill.gateway.admission import TEMPLATE_TOKENS
+from tidemill.gateway.holding import TEMPLATE_TOKENS
 from tidemill.store.accounts import tenant_balance
 
 from .conftest import Start
@@ -195,6 +195,7 @@ async def test_several_choices_are_held_for(start: Start) -> None:
                 await caller.chunk(word("a ", index))
         for index in range(4):
             await caller.chunk(finish("stop", index))
+        await asyncio.sleep(0.05)
         await caller.chunk(usage(3, 4 * (limit - 1)) + DONE)
         await caller.send(LAST_CHUNK)
 

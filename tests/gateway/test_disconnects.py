@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+
 from support.upstream import (
     DONE,
     LAST_CHUNK,

@@ -2,16 +2,20 @@
 
 import asyncio
 import json
+import threading
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from support.plane import CHAT, MAX_BODY_BYTES, Plane
 from support.upstream import Asked, Caller, completion, usage_object
 from support.wire import Line, get, post
-
+from tidemill.gateway import door
+from tidemill.gateway.snapshot import Snapshot, key_digest, read_snapshot
+from tidemill.store.engine import Store
 from tidemill.store.keys import create_key, revoke_key
 
 from .conftest import Start
@@ -165,17 +169,26 @@ async def test_a_key_works_from_the_moment_it_is_made_until_it_is_revoked(start:
 
 
 async def test_a_renewal_that_began_before_is_not_enough(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`key create` must not return while a gateway still joins a look that was taken a moment earlier."""
+    """`key create` must not return while a gateway joins a look that was taken a moment earlier."""
     plane, _ = await start(polite)
-    with plane.store.write() as connection:  # so that the first look finds news at all
-        create_key(connection, tenant_id=plane.tenant_id, name="other", now=datetime.now(UTC))
+    looked, go_on = threading.Event(), threading.Event()
+
+    def look_slowly(store: Store, known: int) -> Snapshot | None:
+        seen = read_snapshot(store, known)
+        looked.set()
+        go_on.wait(5)
+        return seen
+
+    monkeypatch.setattr(door, "read_snapshot", look_slowly)
     first = asyncio.create_task(plane.door.renew())
-    await asyncio.sleep(0)  # it is on its way
+    await asyncio.to_thread(looked.wait, 5)
     with plane.store.write() as connection:
         _, secret = create_key(connection, tenant_id=plane.tenant_id, name="new", now=datetime.now(UTC))
-    await plane.door.renew()
-    await first
-    assert (await plane.send(post(CHAT, {"model": "mock", "messages": MESSAGES}, secret))).status == 200
+    second = asyncio.create_task(plane.door.renew())
+    await asyncio.sleep(0.01)
+    go_on.set()
+    await asyncio.gather(first, second)
+    assert key_digest(secret.encode()) in plane.door.snapshot.keys
 
 
 @pytest.mark.parametrize("chunked", [False, True])

@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+from contextlib import suppress
 
 import pytest
+
 from support.upstream import (
     DONE,
     LAST_CHUNK,
@@ -18,6 +20,7 @@ from support.upstream import (
     usage_object,
     word,
 )
+from tidemill.gateway.upstream import Connection
 
 from .conftest import Start
 
@@ -122,6 +125,22 @@ async def test_an_engine_that_hangs_up_at_once(start: Start) -> None:
     await upstream.start()
 
 
+async def test_a_connection_that_is_lost_before_it_is_used(start: Start) -> None:
+    plane, _ = await start(good_stream)
+    pool = plane.routes.by_name["mock"].replicas[0].pool
+    connect = pool.connect
+
+    async def connect_and_lose() -> Connection:
+        connection = await connect()
+        connection.connection_lost(ConnectionResetError())
+        return connection
+
+    pool.connect = connect_and_lose  # type: ignore[method-assign]
+    answer = await plane.ask()
+    assert answer.status == 502 and answer.error["code"] == "engine_lost"
+    assert (await plane.record()).charge == 0
+
+
 async def test_an_engine_that_is_not_there(start: Start) -> None:
     plane, upstream = await start(good_stream)
     await upstream.stop()
@@ -154,9 +173,12 @@ async def test_an_engine_that_changes_protocols(start: Start) -> None:
         await caller.send(b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n")
         await caller.hangs_up()
 
+    complaints: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
     plane, _ = await start(script)
     assert (await plane.ask()).status == 502
     assert (await plane.record()).charge == 0
+    assert not complaints
 
 
 async def test_a_body_that_ends_with_the_connection(start: Start) -> None:
@@ -266,9 +288,6 @@ async def test_every_byte_alone(start: Start) -> None:
     """Boundaries inside characters, inside SSE lines, inside chunk heads."""
     text = ["Grüße, ", "東京 ", "🌊🌊", " \u2028 end"]
     events = [role(), *(word(each) for each in text), finish(), usage(5, 6), DONE]
-    events = [
-        each.decode().encode().decode("unicode_escape").encode("utf-16", "surrogatepass") for each in ()
-    ] or events
     body = STREAM_HEAD + b"".join(b"%x\r\n%b\r\n" % (len(each), each) for each in events) + LAST_CHUNK
 
     async def script(asked: Asked, caller: Caller) -> None:
@@ -432,6 +451,20 @@ async def test_an_upstream_of_another_account_that_refuses_the_key(start: Start)
     assert "upstream-key" not in answer.error["message"]
 
 
+@pytest.mark.parametrize("endless", [b"HTTP/1.1 200 OK\r\nx: ", b"HTTP/1.1 200 ", b"HTTP/1.1 100 Continue\r\n\r\n"])
+async def test_a_head_that_never_ends(start: Start, endless: bytes) -> None:
+    async def script(asked: Asked, caller: Caller) -> None:
+        await caller.send(endless)
+        with suppress(ConnectionError):
+            while True:
+                await caller.send(endless * 100 if endless.endswith(b"\n\r\n") else b"x" * 4096)
+                await asyncio.sleep(0)
+
+    plane, _ = await start(script)
+    assert (await plane.ask()).status == 502
+    assert (await plane.record()).charge == 0
+
+
 async def test_a_huge_answer_of_an_error_page(start: Start) -> None:
     async def script(asked: Asked, caller: Caller) -> None:
         await caller.whole(b"x" * 3_000_000, 500)
@@ -468,3 +501,72 @@ async def test_the_limit_goes_into_the_clients_own_field(start: Start) -> None:
     await plane.ask(max_tokens=12, n_predict=100_000, n_cmpl=50)
     assert "n_predict" not in upstream.asked[-1].json, "llama.cpp takes it before max_tokens"
     assert "n_cmpl" not in upstream.asked[-1].json, "llama.cpp takes it before n"
+
+
+# llama.cpp, whose stream is put together for a client that wants the whole
+
+
+def counted(text: str, predicted: int) -> bytes:
+    """A chunk as llama.cpp sends it, its running counts last."""
+    choice = {"index": 0, "delta": {"content": text}, "finish_reason": None}
+    chunk = {"choices": [choice], "id": "c1", "object": "chat.completion.chunk"}
+    timings = {"cache_n": 2, "prompt_n": 7, "predicted_n": predicted}
+    return b"data: " + json.dumps({**chunk, "timings": timings}, separators=(",", ":")).encode() + b"\n\n"
+
+
+OUR_OWN = {"engine": "llamacpp", "owned": True}
+
+
+async def test_a_stream_put_together(start: Start) -> None:
+    async def script(asked: Asked, caller: Caller) -> None:
+        assert asked.json["stream"] is True
+        await caller.stream(counted("one ", 1), counted("two", 2), finish(), DONE)
+
+    plane, _ = await start(script, **OUR_OWN)
+    answer = await plane.ask()
+    assert answer.json["choices"][0]["message"] == {"role": "assistant", "content": "one two"}
+    usage = answer.json["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (9, 2, 11)
+    record = await plane.record()
+    assert (record.status, record.prompt, record.cached, record.completion) == ("ok", 9, 2, 2)
+    assert not record.estimated
+
+
+ERROR = b'data: {"error":{"code":500,"message":"Compute error.","type":"server_error"}}\n\n'
+
+
+@pytest.mark.parametrize("end", ["close", "reset", "error", "garbage"])
+async def test_a_stream_that_cannot_be_put_together_costs_nothing(start: Start, end: str) -> None:
+    """The client gets an error and not a word, so it pays for none."""
+
+    async def script(asked: Asked, caller: Caller) -> None:
+        last = {"error": (ERROR, DONE), "garbage": (b"data: {\n\n", DONE)}.get(end, ())
+        await caller.stream(counted("one ", 1), counted("two ", 2), *last, end=bool(last))
+        if not last:
+            await asyncio.sleep(0.05)
+            getattr(caller, end)()
+
+    plane, _ = await start(script, **OUR_OWN)
+    answer = await plane.ask()
+    assert answer.status == 502 and answer.error["code"] == "engine_lost"
+    record = await plane.record()
+    assert (record.status, record.completion, record.charge) == ("engine_lost", 0, 0)
+
+
+@pytest.mark.parametrize("end", ["close", "error"])
+async def test_a_stream_of_our_own_engine_that_breaks_off_is_billed_as_far_as_it_came(start: Start, end: str) -> None:
+    async def script(asked: Asked, caller: Caller) -> None:
+        await caller.stream(counted("one ", 1), counted("two ", 2), end=False)
+        await asyncio.sleep(0.05)
+        if end == "error":
+            await caller.chunk(ERROR + DONE)
+            await caller.send(LAST_CHUNK)
+        else:
+            caller.close()
+
+    plane, _ = await start(script, **OUR_OWN)
+    answer = await plane.ask(stream=True)
+    assert "error" in answer.chunks[-1]
+    record = await plane.record()
+    assert (record.status, record.prompt, record.completion) == ("engine_lost", 9, 2)
+    assert not record.estimated

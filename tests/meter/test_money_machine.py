@@ -36,7 +36,7 @@ from tidemill.ledger.usage import Status, TokenUsage
 from tidemill.meter.leasing import DRY_FOR_S, IDLE_FOR_S, Leasing
 from tidemill.meter.live import LiveTable
 from tidemill.meter.loader import LIVE_FILE, Loader, claim_directory
-from tidemill.meter.log import UsageLog
+from tidemill.meter.log import LogFull, UsageLog
 from tidemill.meter.records import Opened, encode_settled, settle
 from tidemill.store.accounts import tenant_balances
 from tidemill.store.engine import open_store, store_url
@@ -164,7 +164,11 @@ class Money(RuleBasedStateMachine):
                 continue
             request_id = f"req_{next(self.requests)}"
             opened = Opened(request_id, tenant_id, "key", "m", "m/0", "prc", "CNY", PRICE, True, START_US)
-            chosen.log.reserve()
+            try:
+                chosen.log.reserve()
+            except LogFull:
+                chosen.leasing.settle(tenant_id, amount, 0)
+                continue
             flight = Flight(chosen, opened, chosen.live.open(opened, amount), amount)
             self.payer[request_id] = tenant_id
             self.charged[request_id] = 0
@@ -299,8 +303,12 @@ class Money(RuleBasedStateMachine):
 
     # The end
 
+    async def refills(self) -> None:
+        await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
+
     def teardown(self) -> None:
         try:
+            self.run(self.refills())
             for process in self.processes:
                 if process.alive:
                     process.die()

@@ -14,6 +14,7 @@ from tidemill.gateway.door import Door
 from tidemill.gateway.flight import Meter
 from tidemill.gateway.gateway import Gateway, RequestIds
 from tidemill.gateway.http import HttpServer
+from tidemill.gateway.responses_shelf import Shelf
 from tidemill.gateway.routing import ModelSpec, ReplicaSpec, Routes
 from tidemill.ledger.money import parse_amount
 from tidemill.ledger.posting import credit_grant
@@ -93,8 +94,13 @@ class Plane:
         await self.door.renew()
         self.routes = Routes(loop)
         self.routes.update(self._models)
+        self.shelf = Shelf(self.store)
         self.gateway = Gateway(
-            self.door, self.routes, Meter(self.log, self.live, self.leasing), started_at=int(time.time())
+            self.door,
+            self.routes,
+            Meter(self.log, self.live, self.leasing),
+            started_at=int(time.time()),
+            shelf=self.shelf,
         )
         self.server = HttpServer(
             self.gateway,
@@ -119,6 +125,7 @@ class Plane:
             self._sweeping.cancel()
             self.log.close()
             self.live.close()
+            await self.shelf.close(within_s=5.0)
             self.executor.shutdown()
             self.store.close()
 

@@ -7,6 +7,7 @@ a minute and never a month's revenue.
 import re
 import tomllib
 from collections.abc import Callable
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 from urllib.parse import urlsplit
@@ -91,6 +92,13 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """How long an engine may take until its answer begins."""
     idle_timeout_seconds: float = 60.0
     """How long an engine may be silent within an answer."""
+    max_concurrent: int | None = None
+    """Requests that it works on at a time; more wait here, in order. 0: as many as come. When not set: of llamacpp
+    `parallel` times `replicas` (unless it overflows), of an upstream as many as come."""
+    max_queued: int = 1024
+    """Requests that may wait."""
+    queue_seconds: float = 60.0
+    """How long a request may wait."""
     batch_parallel: int | None = None
     """Lines of batches that are worked on at a time; half of `parallel` when not set, of an upstream 8."""
     cost_per_hour: str = "0"
@@ -152,6 +160,8 @@ class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How long open requests may go on when the platform stops."""
     write_timeout_seconds: float = 30.0
     """A client that takes nothing of its stream for this long is taken for gone."""
+    trusted_proxies: tuple[str, ...] = ()
+    """Networks (CIDR) of reverse proxies, whose X-Forwarded-For is believed where keys are bound to addresses."""
 
 
 class FilesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -186,7 +196,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     issuer: str = ""
     """Who sends the invoices."""
     host: str = "127.0.0.1"
-    """The address that both planes listen on."""
+    """The address that the data plane listens on; 0.0.0.0 for all of the machine's."""
+    control_host: str = "127.0.0.1"
+    """The address that the control plane listens on, apart, so that tenants need not reach it."""
     models: dict[str, ModelConfig] = {}
     prices: dict[str, dict[str, PriceConfig]] = {}
     """By model, then by currency."""
@@ -369,6 +381,13 @@ def _check(config: Config) -> None:
     if not 1 <= config.gateway.write_timeout_seconds <= 86_400:
         raise ConfigError("gateway.write_timeout_seconds: is from 1 to 86400 seconds.")
     _check_files(config.files, config.batch)
+    for text in config.gateway.trusted_proxies:
+        try:
+            ip_network(text)
+        except ValueError as error:
+            raise ConfigError(
+                f"gateway.trusted_proxies: {text!r} is not a network.", hint='Write "10.0.0.0/8" or "192.0.2.7".'
+            ) from error
     first = config.first_tenant.name.strip()
     if not 1 <= len(first) <= 128 or not first.isprintable():
         raise ConfigError("first_tenant.name: is a name of 1 to 128 printable characters.")
@@ -415,6 +434,12 @@ def _check_model(name: str, model: ModelConfig) -> None:
     for key in ("drain_seconds", "ttft_timeout_seconds", "idle_timeout_seconds"):
         if not 0 < getattr(model, key) <= 86_400:
             raise ConfigError(f"models.{name}.{key}: is more than 0 and at most 86400 seconds.")
+    for key, low in (("max_concurrent", 0), ("max_queued", 1)):
+        value = getattr(model, key)
+        if value is not None and not low <= value <= 1_000_000:
+            raise ConfigError(f"models.{name}.{key}: {value} is out of range; it is from {low} to 1000000.")
+    if not 0 < model.queue_seconds <= 3600:
+        raise ConfigError(f"models.{name}.queue_seconds: is more than 0 and at most 3600 seconds.")
     for key in ("upstream_model", "api_key_env"):
         if getattr(model, key) == "":
             raise ConfigError(f"models.{name}.{key}: is empty.", hint="Remove it, or write a name.")

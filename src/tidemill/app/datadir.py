@@ -48,6 +48,7 @@ class DataDir:
 
     def open(self) -> None:
         """Make what is missing and take the lock. Raises Conflict when another platform runs on it."""
+        os.umask(0o077)  # what this process and its children write is for the operator alone
         try:
             for each in (self.path, self.meter, self.path / "logs"):
                 each.mkdir(mode=0o700, parents=True, exist_ok=True)

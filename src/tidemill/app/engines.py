@@ -16,6 +16,7 @@ from tidemill.app.config import Config, ModelConfig
 from tidemill.app.datadir import DataDir
 from tidemill.app.probes import UpstreamProbe
 from tidemill.app.routes_config import addresses
+from tidemill.engines.capabilities import template_lacks
 from tidemill.engines.llamacpp import LlamaCppEngine
 from tidemill.engines.llamacpp_child import LlamaCppLaunch
 from tidemill.engines.openai import OpenAIEngine
@@ -49,6 +50,8 @@ class LocalEngine:
         self.base_url = "http://127.0.0.1:1/v1"
         self.starts = 0
         self.last_words = ""
+        self.lacks: tuple[str, ...] = ()
+        """See `ModelSpec.lacks`."""
         self._model = model
         self._config = config
         self._path = path
@@ -111,6 +114,8 @@ class LocalEngine:
         self._child = child
         while line := await child.line():
             if line.startswith(b"ready "):
+                props = await get(self.base_url.removesuffix("/v1"), b"/props", HEALTH_EVERY_S)
+                self.lacks = template_lacks(props or b"")
                 self.ready = True
                 self._changed()
                 log.info("engine ready", replica=self.name, life=self.life, pid=child.pid)
@@ -150,16 +155,25 @@ class Fleet:
                 self.local |= {engine.name: engine for engine in engines}
             for index, url in enumerate(addresses(model)):
                 probe = UpstreamProbe(
-                    f"{name}/{index}", url, self._keys[name], every_s=model.probe_seconds, changed=changed, get=status_of
+                    f"{name}/{index}",
+                    url,
+                    self._keys[name],
+                    every_s=model.probe_seconds,
+                    changed=changed,
+                    get=status_of,
                 )
                 self.upstreams[probe.name] = probe
 
+    @property
+    def _watched(self) -> list[LocalEngine | UpstreamProbe]:
+        return [*self.local.values(), *self.upstreams.values()]
+
     def start(self) -> None:
-        for part in (*self.local.values(), *self.upstreams.values()):
-            part.start()
+        for each in self._watched:
+            each.start()
 
     async def stop(self) -> None:
-        await asyncio.gather(*(part.stop() for part in (*self.local.values(), *self.upstreams.values())))
+        await asyncio.gather(*(each.stop() for each in self._watched))
 
     def specs(self) -> list[ModelSpec]:
         """The models as they stand now."""
@@ -187,6 +201,10 @@ class Fleet:
             ttft_timeout_seconds=model.ttft_timeout_seconds,
             idle_timeout_seconds=model.idle_timeout_seconds,
             slots=model.parallel if local else None,
+            max_concurrent=max_concurrent(model),
+            max_queued=model.max_queued,
+            queue_seconds=model.queue_seconds,
+            lacks=engines[0].lacks if local else (),
             aliases=model.aliases,
             fallbacks=model.fallbacks,
             overflow=model.overflow,
@@ -209,6 +227,13 @@ class Fleet:
                 if counters is not None:
                     found.append((replica.name, replica.life or None, counters))
         return found
+
+
+def max_concurrent(model: ModelConfig) -> int | None:
+    """How many requests a model works on at a time, before the gateways let the next wait; None: no bound."""
+    if model.max_concurrent is not None:
+        return model.max_concurrent or None
+    return model.parallel * model.replicas if model.engine == "llamacpp" and not model.overflow else None
 
 
 async def get(base_url: str, path: bytes, timeout_s: float, api_key: str | None = None) -> bytes | None:

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import secrets
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +35,8 @@ class GatewayProcess:
     def __init__(self, index: int, owner: "Gateways") -> None:
         self.index = index
         self.listening = False
+        self.active: dict[str, int] = {}
+        """Its requests in flight, by model."""
         self.all_finished = True
         self._owner = owner
         self._child: Child | None = None
@@ -89,6 +92,8 @@ class GatewayProcess:
             except OSError as error:  # no process or no log file to be had, for now
                 code = error.errno or 1
             self.listening = False
+            self.active = {}
+            self._owner.add_up_load()
             for waiting in self._waiting.values():
                 if not waiting.done():
                     waiting.set_result(None)
@@ -144,6 +149,9 @@ class GatewayProcess:
                     waiting.set_result(None)
             case "stopped":
                 self.all_finished = report.all_finished
+            case "load":
+                self.active = report.active
+                self._owner.add_up_load()
 
 
 class Gateways:
@@ -158,13 +166,17 @@ class Gateways:
         port: int,
         workers: int,
         store_url: str,
+        internal_token: str,
         specs: Callable[[], list[ModelSpec]],
         ended: Callable[[], None],
+        load_changed: Callable[[dict[str, int]], None],
     ) -> None:
         self.data = data
         self.port = port
         self.specs = specs
         self.ended = ended
+        self._load_changed = load_changed
+        self._internal_token = internal_token
         self.stopping = False
         self._config = config
         self._config_dir = config_dir
@@ -177,6 +189,10 @@ class Gateways:
         gateway = self._config.gateway
         return WorkerSpec(
             worker_id=f"gw{index}-{secrets.token_hex(6)}",
+            index=index,
+            workers=len(self.processes),
+            zone=self._config.timezone,
+            trusted_proxies=gateway.trusted_proxies,
             meter_dir=str(self.data.meter.resolve()),
             store_url=self._store_url,
             host=self._config.host,
@@ -187,6 +203,7 @@ class Gateways:
             models=self.specs(),
             files=file_rules(self._config, self._config_dir, self.data),
             batch=BatchRules(tenant_open=self._config.batch.tenant_open),
+            internal_token=self._internal_token,
         )
 
     async def start(self) -> None:
@@ -200,6 +217,12 @@ class Gateways:
         for process in self.processes:
             if process.listening:
                 process.tell(command)
+
+    def add_up_load(self) -> None:
+        total: Counter[str] = Counter()
+        for process in self.processes:
+            total.update(process.active)
+        self._load_changed(dict(total))
 
     async def refresh(self) -> None:
         ticket = next(self._tickets)

@@ -22,7 +22,7 @@ MAX_NAMES = 64
 
 
 class CostConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[models.NAME.cost]`: what an upstream charges the operator per million tokens, in the installation's currency."""
+    """`[models.NAME.cost]`: what an upstream charges the operator per million tokens, in `currency`."""
 
     input: str
     output: str

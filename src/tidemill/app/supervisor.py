@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import secrets
 import signal
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from granian.constants import Interfaces
 from granian.server.embed import Server as ControlServer
 
 from tidemill import __version__
+from tidemill.app.batches import BatchProcess
 from tidemill.app.bootstrap import FirstTenant, prepare_store
 from tidemill.app.config import Config
 from tidemill.app.datadir import DataDir, Runtime
@@ -92,6 +94,8 @@ class Supervisor:
         self._tasks: list[asyncio.Task[None]] = []
         self._state = "starting"
         self._started_at = datetime.now(UTC)
+        self._internal_token = secrets.token_urlsafe(32)
+        """See `gateway.internal`: made anew at each start, stored nowhere."""
         self.first_tenant: FirstTenant | None = None
 
     # What the control plane asks for
@@ -120,7 +124,7 @@ class Supervisor:
 
     @property
     def control_url(self) -> str:
-        return f"http://{_reachable(self.config.host)}:{self.control_port}"
+        return f"http://{_reachable(self.config.control_host)}:{self.control_port}"
 
     async def drain_usage(self) -> None:
         """All that was settled until now is in the store afterwards."""
@@ -214,8 +218,19 @@ class Supervisor:
             port=self.port,
             workers=self._workers,
             store_url=url.render_as_string(hide_password=False),
+            internal_token=self._internal_token,
             specs=self._fleet.specs,
             ended=self._gateway_ended,
+            load_changed=self._load_changed,
+        )
+        self._batches = BatchProcess(
+            self.config,
+            self._config_dir,
+            self.data,
+            gateway_url=self.url.removesuffix("/v1"),
+            store_url=url.render_as_string(hide_password=False),
+            token=self._internal_token,
+            specs=self._fleet.specs,
         )
         self._progress("starting the engines and the gateway")
         self._fleet.start()
@@ -224,6 +239,7 @@ class Supervisor:
         self.data.announce(Runtime(pid=os.getpid(), url=self.url, control_url=self.control_url))
         self._tasks += [asyncio.create_task(self._keep_loading()), asyncio.create_task(self._keep_sampling())]
         await self._await_engines()
+        self._batches.start()
         self._state = "ready"
 
     async def _recover(self) -> None:
@@ -264,7 +280,7 @@ class Supervisor:
                 names = ", ".join(engine.name for engine in waiting)
                 self._progress(f"these engines do not start, see {self.data.path / 'logs'}: {names}")
                 return
-            text = "loading " + ", ".join(engine.name.rpartition("/")[0] for engine in waiting)
+            text = "loading " + ", ".join(dict.fromkeys(engine.name.rpartition("/")[0] for engine in waiting))
             if text != said:
                 self._progress(text)
                 said = text
@@ -276,14 +292,14 @@ class Supervisor:
         app = self._control_app(self, digest_of(self.data.admin_token()))
         self._control = ControlServer(
             app,
-            address=self.config.host,
+            address=self.config.control_host,
             port=self.control_port,
             interface=Interfaces.ASGI,
             log_enabled=False,
             websockets=False,
         )
         try:
-            await _try_port(self.config.host, self.control_port)
+            await _try_port(self.config.control_host, self.control_port)
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise Conflict(
@@ -293,17 +309,18 @@ class Supervisor:
         self._control_task: asyncio.Task[None] = asyncio.create_task(self._control.serve())
 
     async def _shut_down(self) -> bool:
-        self._state = "draining"
         finished = True
         if hasattr(self, "_gateways"):
-            self._progress("stopping: open requests may finish (Ctrl-C again cuts them off)")
+            if self._state == "ready":
+                self._progress("stopping: open requests may finish (Ctrl-C again cuts them off)")
+            self._state = "draining"
             self._stop.clear()
             grace = self.config.gateway.drain_seconds
-            stopping = asyncio.create_task(self._gateways.stop(grace))
+            stopping = asyncio.create_task(self._stop_serving(grace))
             impatient = asyncio.create_task(self._stop.wait())
             await asyncio.wait([stopping, impatient], return_when=asyncio.FIRST_COMPLETED)
             if not stopping.done():
-                await self._gateways.stop(0.0)
+                await self._stop_serving(0.0)
             impatient.cancel()
             finished = await stopping
         for task in self._tasks:
@@ -331,9 +348,17 @@ class Supervisor:
         self.data.close()
         return finished
 
+    async def _stop_serving(self, grace_s: float) -> bool:
+        finished, _ = await asyncio.gather(self._gateways.stop(grace_s), self._batches.stop(grace_s))
+        return finished
+
     def _models_changed(self) -> None:
         if hasattr(self, "_gateways"):
             self._gateways.announce_models()
+            self._batches.announce_models()
+
+    def _load_changed(self, active: dict[str, int]) -> None:
+        self._batches.note_load(active)
 
     def _gateway_ended(self) -> None:
         """Nothing to do at once: the loader finds the directory of the dead process unlocked and finishes it."""

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import resource
 import signal
 import sys
 import time
@@ -21,13 +22,20 @@ import uvloop
 from sqlalchemy import make_url
 
 from tidemill.app.logs import configure_logs
+from tidemill.gateway.admission import Admission
 from tidemill.gateway.batches import Batches, BatchRules
 from tidemill.gateway.door import Door
 from tidemill.gateway.files import FileRules, Files, open_blobs
 from tidemill.gateway.flight import Meter
 from tidemill.gateway.gateway import OPERATIONS, Gateway, RequestIds
 from tidemill.gateway.http import HttpServer
+from tidemill.gateway.internal import InternalRoad
+from tidemill.gateway.key_rules import networks_of
+from tidemill.gateway.limits import Limits
+from tidemill.gateway.queueing import Queues
+from tidemill.gateway.responses_shelf import Shelf
 from tidemill.gateway.routing import ModelSpec, Routes
+from tidemill.gateway.shares import BEAT_S, Shares
 from tidemill.meter.leasing import Leasing
 from tidemill.meter.live import LiveTable
 from tidemill.meter.loader import LIVE_FILE, claim_directory
@@ -38,6 +46,9 @@ SWEEP_S = 0.25
 ORPHAN_GRACE_S = 5.0
 """How long open requests may go on after the supervisor was killed."""
 
+SHELF_GRACE_S = 5.0
+"""How long a stop waits for kept responses to be written."""
+
 log = structlog.get_logger()
 
 
@@ -45,6 +56,12 @@ class WorkerSpec(msgspec.Struct, kw_only=True):
     """All that a gateway process is told when it starts."""
 
     worker_id: str
+    index: int = 0
+    workers: int = 1
+    """How many gateway processes this platform has, and which of them this is: bounds of models are shared out."""
+    zone: str = "UTC"
+    """The operator's time zone, which bounds the days of budgets."""
+    trusted_proxies: tuple[str, ...] = ()
     meter_dir: str
     store_url: str
     host: str
@@ -55,6 +72,8 @@ class WorkerSpec(msgspec.Struct, kw_only=True):
     models: list[ModelSpec]
     files: FileRules
     batch: BatchRules
+    internal_token: str
+    """See `gateway.internal`."""
 
 
 class Command(msgspec.Struct, kw_only=True):
@@ -69,10 +88,12 @@ class Command(msgspec.Struct, kw_only=True):
 class Report(msgspec.Struct, kw_only=True):
     """What the gateway process tells the supervisor."""
 
-    say: Literal["listening", "failed", "refreshed", "stopped"]
+    say: Literal["listening", "failed", "refreshed", "stopped", "load"]
     ticket: int = 0
     message: str = ""
     all_finished: bool = True
+    active: dict[str, int] = {}
+    """Requests in flight, by model."""
 
 
 _decode_command = msgspec.json.Decoder(Command).decode
@@ -91,14 +112,30 @@ async def serve(spec: WorkerSpec, commands: asyncio.StreamReader) -> None:
     executor = ThreadPoolExecutor(2, thread_name_prefix="store")
     directory, _lock = claim_directory(Path(spec.meter_dir), spec.worker_id)
     meter = Meter(UsageLog(directory, loop), LiveTable(directory / LIVE_FILE), Leasing(store, spec.worker_id, executor))
-    door = Door(store, executor)
+    proxies = networks_of(spec.trusted_proxies)
+    door = Door(store, executor, InternalRoad(spec.internal_token), proxies=proxies)
     routes = Routes(loop)
-    routes.update(spec.models)
+    queues = Queues(spec.index, spec.workers, time.monotonic)
+    for each in (routes, queues):
+        each.update(spec.models)
+    # With a thread of its own: a request that waits for permits must not wait for something else's transaction.
+    limits = Limits(Shares(store, spec.worker_id, ThreadPoolExecutor(1, thread_name_prefix="limits")), spec.zone)
+    door.on_news = limits.update
+    admission = Admission(meter.leasing, limits, queues)
     clerks = ThreadPoolExecutor(4, thread_name_prefix="files")
     files = Files(door, store, await asyncio.to_thread(open_blobs, spec.files), spec.files, clerks)
     batches = Batches(door, store, spec.batch, clerks, operations=OPERATIONS)
+    shelf = Shelf(store)
     server = HttpServer(
-        Gateway(door, routes, meter, started_at=int(time.time()), more={**files.routes, **batches.routes}),
+        Gateway(
+            door,
+            routes,
+            meter,
+            started_at=int(time.time()),
+            admission=admission,
+            shelf=shelf,
+            more={**files.routes, **batches.routes},
+        ),
         RequestIds(),
         loop=loop,
         max_body_bytes=spec.max_body_bytes,
@@ -117,13 +154,18 @@ async def serve(spec: WorkerSpec, commands: asyncio.StreamReader) -> None:
     gc.set_threshold(20_000, 20, 50)
     tell(Report(say="listening"))
     stop = asyncio.Event()
-    chores = [asyncio.create_task(_sweep(routes)), asyncio.create_task(_housekeeping(door, meter, stop))]
-    grace_s = await _obey(commands, door, routes, meter, stop)
+    chores = [
+        asyncio.create_task(chore)
+        for chore in (_sweep(routes), _housekeeping(door, meter, stop), _keep_shares(limits.shares))
+    ]
+    grace_s = await _obey(commands, door, routes, queues, meter, stop)
     finished = await server.stop(grace_s)
     if not finished:
         await server.cut_off()
     for chore in chores:
         chore.cancel()
+    await shelf.close(within_s=SHELF_GRACE_S)
+    await limits.shares.give_back()
     await meter.leasing.return_idle(all_of_it=True)
     meter.log.close()
     tell(Report(say="stopped", all_finished=finished))
@@ -131,7 +173,9 @@ async def serve(spec: WorkerSpec, commands: asyncio.StreamReader) -> None:
     clerks.shutdown(wait=False)
 
 
-async def _obey(commands: asyncio.StreamReader, door: Door, routes: Routes, meter: Meter, stop: asyncio.Event) -> float:
+async def _obey(
+    commands: asyncio.StreamReader, door: Door, routes: Routes, queues: Queues, meter: Meter, stop: asyncio.Event
+) -> float:
     """Carry out the supervisor's commands; returns the grace period when it is time to stop."""
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     stopped = asyncio.create_task(stop.wait())
@@ -147,6 +191,7 @@ async def _obey(commands: asyncio.StreamReader, door: Door, routes: Routes, mete
         match command.do:
             case "models":
                 routes.update(command.models)
+                queues.update(command.models)
             case "refresh":
                 meter.leasing.refresh()
                 await door.renew()
@@ -157,9 +202,21 @@ async def _obey(commands: asyncio.StreamReader, door: Door, routes: Routes, mete
 
 async def _sweep(routes: Routes) -> None:
     loop = asyncio.get_running_loop()
+    told: dict[str, int] = {}
     while True:
         await asyncio.sleep(SWEEP_S)
         routes.sweep(loop.time())
+        active = {name: route.active for name, route in routes.by_name.items()}
+        if active != told:
+            told = active
+            tell(Report(say="load", active=active))
+
+
+async def _keep_shares(shares: Shares) -> None:
+    """Once a second: report what was taken of limits, and give back what is not needed."""
+    while True:
+        await asyncio.sleep(BEAT_S)
+        await shares.beat()
 
 
 async def _housekeeping(door: Door, meter: Meter, stop: asyncio.Event) -> None:
@@ -189,6 +246,8 @@ async def _main() -> None:
 def main() -> None:
     configure_logs()
     sys.setswitchinterval(0.001)  # the log's thread must not wait 5 ms for a busy event loop
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # a stream takes two, and many systems begin with 1024
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     uvloop.run(_main())
     os._exit(0)  # a thread that still waits for a store that does not answer must not keep the process
 

@@ -25,6 +25,7 @@ app.command("tidemill.cli.up:up", name="up", help="Start the platform in the for
 app.command("tidemill.cli.demo:demo", name="demo", help="The main job told in a minute, on the real model.")
 app.command("tidemill.cli.tenant:app", name="tenant", help="Tenants: who pays.")
 app.command("tidemill.cli.key:app", name="key", help="API keys of tenants.")
+app.command("tidemill.cli.limit:app", name="limit", help="Limits: rates, concurrency, budgets.")
 app.command("tidemill.cli.credit:app", name="credit", help="Credits: prepaid balances.")
 app.command("tidemill.cli.usage:usage", name="usage", help="What a tenant has used, and what it cost.")
 app.command("tidemill.cli.invoice:invoice", name="invoice", help="A tenant's invoice of a month.")

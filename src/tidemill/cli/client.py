@@ -68,7 +68,7 @@ class Running:
     def invoice_text(self, tenant: str, month: str) -> str:
         return self._ask("GET", "/invoices/text", {"tenant": tenant, "month": month}).decode()
 
-    def margin(self, month: str) -> Json:
+    def margin(self, month: str | None) -> Json:
         return self._json("GET", "/margin", {"month": month})
 
     def models(self) -> Json:
@@ -83,11 +83,27 @@ class Running:
     def create_tenant(self, name: str, currency: str | None) -> Json:
         return self._json("POST", "/tenants", body={"name": name, "currency": currency})
 
-    def create_key(self, tenant: str, name: str) -> Json:
-        return self._json("POST", "/keys", body={"tenant": tenant, "name": name})
+    def set_weight(self, tenant: str, weight: int) -> Json:
+        return self._json("POST", "/tenants/weight", body={"tenant": tenant, "weight": weight})
+
+    def create_key(self, tenant: str, name: str, **policy: Any) -> Json:
+        """`policy`: what of `expires`, `models` and `ips` is to be bound."""
+        return self._json("POST", "/keys", body={"tenant": tenant, "name": name, **policy})
+
+    def rotate_key(self, key: str, overlap: str) -> Json:
+        return self._json("POST", "/keys/rotate", body={"key": key, "overlap": overlap})
 
     def revoke_key(self, key: str) -> Json:
         return self._json("POST", "/keys/revoke", body={"key": key})
+
+    def limits(self, tenant: str | None) -> Json:
+        return self._json("GET", "/limits", {"tenant": tenant})
+
+    def set_limits(self, **wish: Any) -> Json:
+        return self._json("POST", "/limits", body=wish)
+
+    def remove_limit(self, limit: str) -> Json:
+        return self._json("POST", "/limits/remove", body={"limit": limit})
 
     def grant_credit(self, tenant: str, amount: str, memo: str, idempotency_key: str | None) -> Json:
         body = {"tenant": tenant, "amount": amount, "memo": memo, "idempotency_key": idempotency_key}

@@ -3,14 +3,22 @@
 from cyclopts import App
 
 from tidemill.cli.locate import running, source
-from tidemill.cli.output import complain, moment, print_json, print_table, print_text
+from tidemill.cli.output import complain, moment, print_json, print_table, print_text, split_list
 from tidemill.cli.place import HERE, Place
 
 app = App(name="key")
 
 
 @app.command
-def create(*, tenant: str, name: str = "default", place: Place = HERE) -> None:
+def create(
+    *,
+    tenant: str,
+    name: str = "default",
+    expires: str | None = None,
+    models: str = "",
+    ips: str = "",
+    place: Place = HERE,
+) -> None:
     """Make an API key and print it, once: only its digest is kept.
 
     Parameters
@@ -19,8 +27,15 @@ def create(*, tenant: str, name: str = "default", place: Place = HERE) -> None:
         The tenant's name or id.
     name
         To tell the key from the tenant's others.
+    expires
+        When it stops to work: 90d, 24h, a day such as 2027-01-31 (to its end), or an instant. [default: never]
+    models
+        Models that it may be used for, with commas between. [default: all]
+    ips
+        Networks that it may be used from, with commas between: 10.1.0.0/16,192.0.2.7. [default: any]
     """
-    made = running(place).create_key(tenant, name)
+    policy = {"expires": expires, "models": split_list(models), "ips": split_list(ips)}
+    made = running(place).create_key(tenant, name, **{each: value for each, value in policy.items() if value})
     if place.json:
         print_json(made)
         return
@@ -42,7 +57,7 @@ def list_(*, tenant: str | None = None, place: Place = HERE) -> None:
         print_json(found)
         return
     print_table(
-        [(title, "left") for title in ("Key", "Tenant", "Name", "Id", "Made (UTC)", "Revoked (UTC)")],
+        [(title, "left") for title in ("Key", "Tenant", "Name", "Id", "Made (UTC)", "Ends (UTC)", "Only")],
         [
             (
                 each["hint"],
@@ -50,10 +65,34 @@ def list_(*, tenant: str | None = None, place: Place = HERE) -> None:
                 each["name"],
                 each["id"],
                 moment(each["created_at"]),
-                moment(each["revoked_at"]),
+                f"{moment(each['revoked_at'])} revoked" if each["revoked_at"] else moment(each["expires_at"]),
+                ", ".join([*each["models"], *each["ips"]]),
             )
             for each in found["keys"]
         ],
+    )
+
+
+@app.command
+def rotate(key: str, /, *, overlap: str = "24h", place: Place = HERE) -> None:
+    """Replace an API key: print a new one with its policies and limits, and let the old one expire.
+
+    Parameters
+    ----------
+    key
+        The key itself, or its id from `tidemill key list`.
+    overlap
+        How long both work: 24h, 7d, 0s.
+    """
+    made = running(place).rotate_key(key, overlap)
+    if place.json:
+        print_json(made)
+        return
+    print_text(made["key"])
+    old = made["replaces"]
+    complain(
+        f"keep it: it will not be shown again. The old key {old['hint']} works until {moment(old['expires_at'])} UTC.",
+        kind="note",
     )
 
 

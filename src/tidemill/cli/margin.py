@@ -1,6 +1,5 @@
 """`tidemill margin`"""
 
-from datetime import UTC, datetime
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -16,7 +15,7 @@ def margin(
     place: Place = HERE,
 ) -> None:
     """Set what each model earned, by tenant, against what its replicas cost, idle time included."""
-    found = running(place).margin(month or datetime.now(UTC).strftime("%Y-%m"))
+    found = running(place).margin(month)
     if place.json:
         print_json(found)
         return

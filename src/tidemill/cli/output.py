@@ -76,3 +76,8 @@ def grouped(number: int | str) -> str:
 def moment(instant: str | None) -> str:
     """An ISO instant as `2026-11-24 15:04:05` UTC, or nothing."""
     return "" if instant is None else instant[:19].replace("T", " ")
+
+
+def split_list(text: str) -> list[str]:
+    """The parts of a list that was written with commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import SQLAlchemyError
 
+from tidemill.control import limits as control_limits
 from tidemill.control import queries
 from tidemill.errors import Unavailable
 from tidemill.store.engine import open_store, store_url
@@ -54,6 +55,11 @@ class Stopped:
     def invoice_text(self, tenant: str, month: str) -> str:
         return self._read(
             lambda connection: queries.invoice_text(connection, tenant, month, **_billing(connection), now=_now())
+        )
+
+    def limits(self, tenant: str | None) -> Json:
+        return self._read(
+            lambda connection: control_limits.list_limits(connection, tenant, zone=_zone(connection), now=_now())
         )
 
     def models(self) -> Json:

@@ -3,14 +3,24 @@ became of it as plain values.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
 from typing import TypeVar
 
+import msgspec
 from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
-from tidemill.control.names import check_text, read_amount, read_currency, tenant_named
+from tidemill.control.names import (
+    check_text,
+    known_model,
+    read_amount,
+    read_currency,
+    read_duration,
+    read_expiry,
+    read_network,
+    tenant_named,
+)
 from tidemill.control.queries import Json, key_json, tenant_json
 from tidemill.errors import BadInput, Conflict
 from tidemill.ledger.money import MAX_NANOS, ZERO, Nanos, format_amount
@@ -20,11 +30,14 @@ from tidemill.store import tenants as tenant_store
 from tidemill.store.accounts import account_balance, find_transaction, post, tenant_balance
 from tidemill.store.engine import Store
 from tidemill.store.ids import new_id
+from tidemill.store.keys import ANYTHING, KeyPolicy
 from tidemill.store.prices import current_prices
 
 T = TypeVar("T")
 
 MAX_IDEMPOTENCY_KEY = 255
+MAX_BINDINGS = 60
+"""Models, or networks, that one key is bound to."""
 MAX_KEY = 255
 """Longest text that is looked up as a key or a key's id, characters."""
 
@@ -54,11 +67,49 @@ def create_tenant(connection: Connection, *, name: str, currency: str, now: date
     return {**tenant_json(tenant, ZERO), "warning": warning}
 
 
-def create_key(connection: Connection, *, tenant: str, name: str, now: datetime) -> Json:
+def create_key(connection: Connection, *, tenant: str, name: str, now: datetime, policy: KeyPolicy = ANYTHING) -> Json:
     """Make a key. The answer is the only place where the key itself is ever seen. Raises NotFound, BadInput."""
     owner = tenant_named(connection, tenant)
-    key, secret = key_store.create_key(connection, tenant_id=owner.tenant_id, name=name, now=now)
+    key, secret = key_store.create_key(connection, tenant_id=owner.tenant_id, name=name, now=now, policy=policy)
     return {"key": secret, **key_json(key, owner.name)}
+
+
+def key_policy(
+    *,
+    expires: str | None,
+    models: Sequence[str],
+    ips: Sequence[str],
+    known_models: Collection[str],
+    zone: str,
+    now: datetime,
+) -> KeyPolicy:
+    """What a key shall be bound to. Raises BadInput."""
+    if len(models) > MAX_BINDINGS or len(ips) > MAX_BINDINGS:
+        param = "models" if len(models) > MAX_BINDINGS else "ips"
+        raise BadInput(f"{param} has more than {MAX_BINDINGS} entries.", param=param)
+    return KeyPolicy(
+        expires_at=None if expires is None else read_expiry("expires", expires, zone=zone, now=now),
+        models=tuple(dict.fromkeys(known_model(model, known_models) for model in models)),
+        networks=tuple(dict.fromkeys(read_network(text) for text in ips)),
+    )
+
+
+def rotate_key(connection: Connection, *, key: str, overlap: str, now: datetime) -> Json:
+    """Make a successor of a key, which the key itself outlives by `overlap`. Raises NotFound, Conflict, BadInput."""
+    lasting = read_duration("overlap", overlap)
+    old, new, secret = key_store.rotate_key(
+        connection, key=check_text("key", key, longest=MAX_KEY), overlap=lasting, now=now
+    )
+    owner = tenant_store.find_tenant(connection, old.tenant_id).name
+    return {"key": secret, **key_json(new, owner), "replaces": key_json(old, owner)}
+
+
+def set_weight(connection: Connection, *, tenant: str, weight: int) -> Json:
+    """Give a tenant another share of full models. Raises NotFound, BadInput."""
+    owner = tenant_named(connection, tenant)
+    tenant_store.set_weight(connection, tenant_id=owner.tenant_id, weight=weight)
+    changed = msgspec.structs.replace(owner, weight=weight)
+    return tenant_json(changed, tenant_balance(connection, owner.tenant_id))
 
 
 def revoke_key(connection: Connection, *, key: str, now: datetime) -> Json:

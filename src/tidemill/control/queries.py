@@ -51,6 +51,7 @@ def tenant_json(tenant: Tenant, balance: Nanos) -> Json:
         "currency": tenant.currency,
         "balance": format_amount(balance),
         "created_at": tenant.created_at.isoformat(),
+        "weight": tenant.weight,
     }
 
 
@@ -72,6 +73,10 @@ def key_json(key: Key, tenant_name: str) -> Json:
         "hint": key.hint,
         "created_at": key.created_at.isoformat(),
         "revoked_at": None if key.revoked_at is None else key.revoked_at.isoformat(),
+        "expires_at": None if key.policy.expires_at is None else key.policy.expires_at.isoformat(),
+        "models": list(key.policy.models),
+        "ips": list(key.policy.networks),
+        "first_id": key.first_id,
     }
 
 

@@ -36,7 +36,6 @@ _IGNORED: dict[str, dict[str, tuple[Harmless, str]]] = {
 """By kind of engine: parameter, what of it is harmless, and what to do instead."""
 
 
-
 class _Function(msgspec.Struct):
     name: str
 

@@ -46,7 +46,7 @@ class LlamaCppEngine:
         return encode(fields)
 
     def tap(self, ask: Ask) -> "LlamaCppTap":
-        return LlamaCppTap(wants_usage=ask.wants_usage, choices=ask.choices, prompts=ask.prompts, prefill=ask.prefill)
+        return LlamaCppTap(wants_usage=ask.wants_usage, choices=ask.choices, prompts=ask.prompts)
 
     def counters(self, metrics: str) -> Counters | None:
         """llama.cpp counts computed and cached prompt tokens apart; both were prompts."""
@@ -74,16 +74,12 @@ class LlamaCppTap(SseTap):
     Of several choices llama.cpp ends each with a usage of its own; OpenAI's clients expect one for all of them, at
     the end. In a chat these come as chunks without a choice, which are held back and summed; in a text completion
     the last chunk of each choice carries its own.
-
-    It begins an answer that goes on from a prefill with that prefill; this is left out.
     """
 
-    def __init__(self, *, wants_usage: bool, choices: int, prompts: int, prefill: str = "") -> None:
+    def __init__(self, *, wants_usage: bool, choices: int, prompts: int) -> None:
         super().__init__(wants_usage=wants_usage)
         self._choices = choices
         self._prompts = prompts
-        self._prefill = prefill
-        self._echo = ""
         self._by_choice: dict[bytes, Counts] = {}
         self._reasoned: dict[bytes, int] = {}
         self._final: list[Counts] = []
@@ -110,7 +106,7 @@ class LlamaCppTap(SseTap):
         if _REASONING in event:
             self._reasoned[index] = usage.completion
         self._add_up(self._by_choice.values())
-        return self._without_prefill(event) if self._prefill else event
+        return event
 
     def _on_last_of_a_choice(self, event: bytes, usage: Counts) -> bytes | None:
         self._final.append(usage)
@@ -122,18 +118,6 @@ class LlamaCppTap(SseTap):
         if self._choices == 1 and not self._reasoned:
             return event
         return b"data: " + with_usage(data_of(event), self.counts)
-
-    def _without_prefill(self, event: bytes) -> bytes:
-        chunk = _decode_any(data_of(event))
-        for choice in chunk.get("choices") or ():
-            delta = choice.get("delta") or {}
-            self._echo += delta.get("content") or ""
-            if choice.get("finish_reason") or not self._prefill.startswith(self._echo):
-                delta["content"] = self._echo.removeprefix(self._prefill)
-                self._prefill = ""
-            elif "content" in delta:
-                delta["content"] = ""
-        return b"data: " + encode(chunk)
 
     def _add_up(self, counts: Collection[Counts]) -> None:
         """The sum over the choices; a prompt that several choices share counts once."""

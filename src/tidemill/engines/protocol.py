@@ -41,8 +41,6 @@ class Ask(msgspec.Struct):
     """How many prompts it carries; more than one only in a text completion."""
     generates: bool = True
     """False for embeddings: nothing is produced token by token, nothing is limited."""
-    prefill: str = ""
-    """The text that the answer goes on from, and that a tap leaves out where an engine says it again."""
 
 
 class Tap(Protocol):

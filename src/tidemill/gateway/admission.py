@@ -1,111 +1,172 @@
-"""Admission: the most that a request can cost is held against the tenant's balance before work starts.
+"""Admission: what a request takes of its tenant's limits, money and turn, before work starts; all of it or nothing.
 
-The prompt is bounded by its bytes, as a token has at least one. Only when the balance does not cover that bound is
-the engine asked to count the prompt exactly. What remains of a balance may still be used by one request at a time
-that asks for more than it pays for: its answer is limited to what the balance covers, and a stream that reaches the
-limit ends with an error event. Written down for tenants in docs/policies.md.
+The limits come first (`gateway.limits`), then the money (`gateway.holding`), then, if the model is full, the queue
+(`gateway.queueing`).
 """
-
-from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from tidemill.gateway.errors import InsufficientQuota
+from tidemill.gateway.holding import CountPrompt, Hold, NotCovered, hold_now, hold_scarce, insufficient
+from tidemill.gateway.http import Exchange
+from tidemill.gateway.limits import Limits, Plan, Stay, estimate
+from tidemill.gateway.queueing import ModelQueue, Place, Priority, Queues, priority_of
 from tidemill.gateway.requests import ModelRequest
 from tidemill.gateway.routing import Route
 from tidemill.gateway.snapshot import PricePoint, Principal
-from tidemill.ledger.money import Nanos, format_amount
-from tidemill.ledger.pricing import affordable_output, hold_for
-from tidemill.meter.leasing import Leasing
+from tidemill.meter.leasing import Leasing, PurseId
+from tidemill.meter.live import now_us
+from tidemill.store.budgets import BudgetPeriod
 
-TEMPLATE_TOKENS = 256
-"""What a chat template may add to a prompt beyond its bytes, such as a default system message."""
-
-CountPrompt = Callable[[], Awaitable[int | None]]
+DO_NOT_RETRY = b"x-should-retry: false\r\n"
+"""OpenAI's clients try a 429 again unless they read this."""
 
 
-class Hold(msgspec.Struct, frozen=True):
-    """Money set aside for a request."""
+class Admitted(msgspec.Struct):
+    """All that a request has taken. It is to be settled or cancelled, once."""
 
-    amount: Nanos
-    output_cap: int
-    """Tokens that each choice may have."""
-    cut_short: bool
-    """The cap is what the balance pays for, not what the client asked for."""
+    hold: Hold
+    started_us: int
+    """The instant whose budgets are held: microseconds since 1970 UTC."""
+    stay: Stay | None = None
+    place: Place | None = None
 
+    def settle(self, leasing: Leasing, charge: int, used_tokens: int) -> None:
+        """The request has ended: it costs so much, and used so many tokens."""
+        leasing.settle_all(self.hold.purses, self.hold.amount, charge)
+        if self.stay is not None:
+            self.stay.leave(used_tokens)
+        if self.place is not None:
+            self.place.leave(used_tokens)
 
-def output_bound(request: ModelRequest, route: Route) -> int:
-    """The most tokens that each choice can have: the client's limit or the model's, within the context."""
-    if not request.ask.generates:
-        return 0
-    asked = request.ask.max_tokens or route.spec.max_output_tokens
-    return min(asked, route.spec.context) if route.spec.context else asked
-
-
-def prompt_bound(request: ModelRequest, route: Route) -> int:
-    """The most tokens that the prompt, or all prompts together, can have."""
-    bound = request.body_bytes + TEMPLATE_TOKENS
-    return min(bound, route.spec.context * request.ask.prompts) if route.spec.context else bound
-
-
-def hold_now(
-    request: ModelRequest, route: Route, principal: Principal, price: PricePoint, leasing: Leasing
-) -> Hold | None:
-    """Hold the bound from what this process has leased; None when that is not enough. The hot path."""
-    cap = output_bound(request, route)
-    amount = hold_for(price.price, prompt_tokens=prompt_bound(request, route), output_tokens=cap * request.ask.choices)
-    if leasing.hold_now(principal.tenant_id, amount):
-        return Hold(amount, cap, cut_short=False)
-    return None
+    def cancel(self, leasing: Leasing) -> None:
+        """The request is not worked on after all."""
+        leasing.settle_all(self.hold.purses, self.hold.amount, 0)
+        if self.stay is not None:
+            self.stay.cancel()
+        if self.place is not None:
+            self.place.leave(0)
 
 
-async def hold_scarce(
-    request: ModelRequest,
-    route: Route,
-    principal: Principal,
-    price: PricePoint,
-    leasing: Leasing,
-    count_prompt: CountPrompt,
-) -> Hold:
-    """Hold what a request needs from a balance that is nearly used up, or not leased to this process yet.
+class Admission:
+    """Admits the requests of one gateway process."""
 
-    Raises InsufficientQuota when the balance does not cover it, Unavailable when the store does not answer.
-    """
-    tenant, choices = principal.tenant_id, request.ask.choices
-    cap = output_bound(request, route)
-    prompt = prompt_bound(request, route)
-    amount = hold_for(price.price, prompt_tokens=prompt, output_tokens=cap * choices)
-    if await leasing.hold(tenant, amount):
-        return Hold(amount, cap, cut_short=False)
+    def __init__(self, leasing: Leasing, limits: Limits | None = None, queues: Queues | None = None) -> None:
+        self._leasing = leasing
+        self._limits = limits
+        self._queues = queues
 
-    wallet = leasing.purse(tenant).wallet
-    if hold_for(price.price, prompt_tokens=1, output_tokens=1) <= wallet.available:
-        counted = await count_prompt()
-        if counted is not None and counted < prompt:
-            prompt = counted
-            amount = hold_for(price.price, prompt_tokens=prompt, output_tokens=cap * choices)
-            if await leasing.hold(tenant, amount):
-                return Hold(amount, cap, cut_short=False)
-        if wallet.holds == 0 and request.ask.generates and (request.ask.stream or request.ask.max_tokens is None):
-            budget = Nanos(wallet.available)
-            fits = affordable_output(price.price, budget=budget, prompt_tokens=prompt) // choices
-            rest = hold_for(price.price, prompt_tokens=prompt, output_tokens=fits * choices)
-            if fits >= 1 and wallet.hold(rest):
-                return Hold(rest, fits, cut_short=True)
-    raise _insufficient(principal, amount, wallet.available, prompt, cap * choices)
+    def admit_now(
+        self, exchange: Exchange, request: ModelRequest, route: Route, principal: Principal, price: PricePoint
+    ) -> Admitted | None:
+        """Admit a request if all that it needs is at hand. The hot path: nothing is waited for."""
+        plan = self._limits.plan(principal, request.model) if self._limits is not None else None
+        queue = self._queues.of(request.model) if self._queues is not None else None
+        started_us = now_us()
+        hold = hold_now(request, route, price, self._leasing, self._purses(plan, principal, started_us))
+        if hold is None:
+            return None
+        if plan is None and queue is None:
+            return Admitted(hold, started_us)
+        place: Place | None = None
+        stay: Stay | None = None
+        try:
+            if queue is not None:
+                place = queue.enter_now(*_turn(request, principal, exchange))
+            if plan is not None and (queue is None or place is not None):
+                assert self._limits is not None
+                stay = self._limits.enter_now(plan, request, exchange.body)
+        finally:
+            if (queue is not None and place is None) or (plan is not None and stay is None):
+                self._leasing.settle_all(hold.purses, hold.amount, 0)
+                if place is not None:
+                    place.leave(0)
+        if (queue is not None and place is None) or (plan is not None and stay is None):
+            return None
+        if plan is not None:
+            self._note_limits(exchange, plan)
+        return Admitted(hold, started_us, stay, place)
+
+    async def admit(
+        self,
+        exchange: Exchange,
+        request: ModelRequest,
+        route: Route,
+        principal: Principal,
+        price: PricePoint,
+        count_prompt: CountPrompt,
+    ) -> Admitted | None:
+        """Admit a request, waiting for what it needs; None when its client has left meanwhile.
+
+        Raises RateLimited, BudgetExhausted, InsufficientQuota or QueueFull when there is no more of something, and
+        Unavailable when the store does not answer.
+        """
+        plan = self._limits.plan(principal, request.model) if self._limits is not None else None
+        queue = self._queues.of(request.model) if self._queues is not None else None
+        stay = await self._enter(exchange, plan, request) if plan is not None else None
+        admitted: Admitted | None = None
+        try:
+            started_us = now_us()
+            purses = self._purses(plan, principal, started_us)
+            hold = await self._hold(exchange, request, route, principal, price, purses, plan, count_prompt)
+            admitted = Admitted(hold, started_us, stay)
+            if queue is not None and not exchange.gone:
+                admitted.place = await _take_turn(queue, exchange, request, principal)
+        except BaseException:
+            if admitted is not None:
+                admitted.cancel(self._leasing)
+            elif stay is not None:
+                stay.cancel()
+            raise
+        if exchange.gone:
+            admitted.cancel(self._leasing)
+            return None
+        return admitted
+
+    async def _enter(self, exchange: Exchange, plan: Plan, request: ModelRequest) -> Stay:
+        assert self._limits is not None
+        try:
+            return await self._limits.enter(plan, request, exchange.body)
+        finally:
+            self._note_limits(exchange, plan)
+
+    async def _hold(
+        self,
+        exchange: Exchange,
+        request: ModelRequest,
+        route: Route,
+        principal: Principal,
+        price: PricePoint,
+        purses: tuple[PurseId, ...],
+        plan: Plan | None,
+        count_prompt: CountPrompt,
+    ) -> Hold:
+        try:
+            return await hold_scarce(request, route, price, self._leasing, purses, count_prompt)
+        except NotCovered as lack:
+            if isinstance(lack.purse, BudgetPeriod):
+                assert plan is not None and self._limits is not None
+                exchange.extra += DO_NOT_RETRY
+                raise self._limits.budget_exhausted(plan, lack.purse, lack.needed, lack.available) from None
+            raise insufficient(principal, lack) from None
+
+    def _purses(self, plan: Plan | None, principal: Principal, started_us: int) -> tuple[PurseId, ...]:
+        if plan is None or self._limits is None:
+            return (principal.tenant_id,)
+        return self._limits.purses(plan, principal, started_us)
+
+    def _note_limits(self, exchange: Exchange, plan: Plan) -> None:
+        assert self._limits is not None
+        exchange.extra += self._limits.headers(plan)
 
 
-def _insufficient(principal: Principal, needed: int, available: int, prompt: int, output: int) -> InsufficientQuota:
-    currency = principal.currency
-    return InsufficientQuota(
-        f"Your balance does not cover this request: it may cost up to {format_amount(needed)} {currency}"
-        f" ({prompt} prompt and {output} output tokens), and {format_amount(max(available, 0))} {currency} is free.",
-        hint="Top up the balance, wait until requests in flight have finished, or lower max_tokens.",
-    )
+def _turn(request: ModelRequest, principal: Principal, exchange: Exchange) -> tuple[str, int, int, Priority]:
+    """What the queue has to know of a request: whose it is, with what weight, how much work, of which class."""
+    work = sum(estimate(request, exchange.body))
+    return principal.tenant_id, principal.weight, work, priority_of(request, principal)
 
 
-def mid_stream_stop() -> InsufficientQuota:
-    """The last event of a stream that has used the balance up."""
-    return InsufficientQuota(
-        "Your balance is used up; the answer was stopped here.", hint="Top up the balance and ask again."
-    )
+async def _take_turn(
+    queue: ModelQueue, exchange: Exchange, request: ModelRequest, principal: Principal
+) -> Place | None:
+    turn = _turn(request, principal, exchange)
+    return queue.enter_now(*turn) or await queue.enter(exchange, *turn)

@@ -79,8 +79,8 @@ def read_system(value: msgspec.Raw) -> msgspec.Raw | None:
     return joined(texts) if texts else None
 
 
-def translate_messages(value: msgspec.Raw, system: msgspec.Raw | None) -> tuple[msgspec.Raw, str]:
-    """The messages of the chat, and the text that the answer shall go on from. Raises BadRequest."""
+def translate_messages(value: msgspec.Raw, system: msgspec.Raw | None) -> tuple[msgspec.Raw, bool]:
+    """The messages of the chat, and whether the last of them is to be gone on with. Raises BadRequest."""
     turns = _turns(value)
     asked = max((at for at, turn in enumerate(turns) if _asks(turn)), default=-1)
     chat: list[dict[str, object]] = []
@@ -95,14 +95,12 @@ def translate_messages(value: msgspec.Raw, system: msgspec.Raw | None) -> tuple[
             case _:
                 chat.append({"role": "system", "content": joined(_text(block, path) for path, block in turn.blocks)})
     last = turns[-1]
-    prefill = ""
-    if last.role == "assistant":
-        if any(block.type == "tool_use" for _, block in last.blocks):
-            raise BadRequest(
-                "The last message calls a tool, and nothing answers it.", hint="Send its tool_result.", param="messages"
-            )
-        prefill = plain(joined(block.text for _, block in last.blocks if block.type == "text"))
-    return msgspec.Raw(_encode(chat)), prefill
+    unfinished = last.role == "assistant"
+    if unfinished and any(block.type == "tool_use" for _, block in last.blocks):
+        raise BadRequest(
+            "The last message calls a tool, and nothing answers it.", hint="Send its tool_result.", param="messages"
+        )
+    return msgspec.Raw(_encode(chat)), unfinished
 
 
 def _turns(value: msgspec.Raw) -> list[Turn]:

@@ -100,8 +100,8 @@ def _read(fields: Fields) -> MessagesRequest:
     chat = {name: value for name, value in fields.items() if name not in _TRANSLATED}
     hides_thinking = _thinking(fields, chat)
     system = read_system(fields["system"]) if given(fields, "system") else None
-    chat["messages"], prefill = translate_messages(messages, system)
-    if prefill:
+    chat["messages"], unfinished = translate_messages(messages, system)
+    if unfinished:
         chat["continue_final_message"] = msgspec.Raw(b"true")
         chat["add_generation_prompt"] = msgspec.Raw(b"false")
     stop_sequences = _stop_sequences(fields, chat)
@@ -110,7 +110,6 @@ def _read(fields: Fields) -> MessagesRequest:
     _manners(fields, chat)
     size = size_of(chat)
     base = read_generation(b"/chat/completions", chat, size, max_tokens_field="max_tokens", prompts=1)
-    base.ask.prefill = prefill
     return MessagesRequest(**msgspec.structs.asdict(base), hides_thinking=hides_thinking, stop_sequences=stop_sequences)
 
 

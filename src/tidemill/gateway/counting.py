@@ -31,9 +31,10 @@ class CountTokens:
 
     async def __call__(self, exchange: Exchange) -> None:
         """Answer one request. Raises TidemillError."""
-        self._door.admit(exchange) or await self._door.ask_store(exchange)
+        principal = self._door.admit(exchange) or await self._door.ask_store(exchange)
         request = self._read(exchange.body)
         route = self._routes.find(request.model)
+        self._door.price(route.spec.name, principal)  # a model that may not be asked is not counted for either
         refuse_what_is_ignored(request, route)
         counted = await count_prompt(request, route, route.pick())
         tokens = counted if counted is not None else max(1, request.body_bytes // BYTES_PER_TOKEN)

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
 import structlog
@@ -9,7 +10,10 @@ import structlog
 from tidemill.errors import Unavailable
 from tidemill.gateway.errors import BadRequest, InvalidKey
 from tidemill.gateway.http import Exchange
+from tidemill.gateway.internal import SCHEME, InternalRoad
+from tidemill.gateway.key_rules import Network
 from tidemill.gateway.snapshot import EMPTY, PricePoint, Principal, Snapshot, key_digest, read_snapshot
+from tidemill.ledger.pricing import Tier
 from tidemill.store.engine import Store
 
 log = structlog.get_logger()
@@ -24,22 +28,42 @@ class Door:
     While the store does not answer, the last snapshot stays in force: valid keys go on being valid.
     """
 
-    def __init__(self, store: Store, executor: Executor) -> None:
+    def __init__(
+        self,
+        store: Store,
+        executor: Executor,
+        road: InternalRoad | None = None,
+        *,
+        proxies: Sequence[Network] = (),
+    ) -> None:
+        """`proxies`: networks of reverse proxies, whose word is taken for where a request comes from."""
         self._store = store
+        self._road = road or InternalRoad()
+        self._proxies = proxies
         self._executor = executor
         self._asked_at = float("-inf")
         self._renewing: asyncio.Task[None] | None = None
         self.snapshot: Snapshot = EMPTY
+        self.on_news: Callable[[Snapshot], None] | None = None
+        """Called with each new snapshot."""
 
     def admit(self, exchange: Exchange) -> Principal | None:
-        """Who is asking; None for a key that is not in the snapshot. Raises InvalidKey when there is none at all."""
+        """Who is asking; None for a key that is not in the snapshot.
+
+        Raises InvalidKey when there is none at all or it has expired, NotAllowed when it may not be used from there.
+        """
         header = exchange.headers.get(b"authorization", b"")
         scheme, _, secret = header.partition(b" ")
+        if scheme.lower() == SCHEME:
+            return self._road.admit(exchange, secret, self.snapshot)
         if scheme.lower() != b"bearer" or not secret:
             secret = exchange.headers.get(b"x-api-key", b"")  # where Anthropic's clients put it
         if not secret:
             raise InvalidKey("No API key was given.", hint="Send the header 'Authorization: Bearer sk-...'.")
-        return self.snapshot.keys.get(key_digest(secret.strip()))
+        principal = self.snapshot.keys.get(key_digest(secret.strip()))
+        if principal is not None and principal.rules is not None:
+            principal.rules.check(exchange, self._proxies)
+        return principal
 
     async def ask_store(self, exchange: Exchange) -> Principal:
         """Look again after asking the store for news: the key may have been made a moment ago.
@@ -56,8 +80,14 @@ class Door:
         return principal
 
     def price(self, model: str, principal: Principal) -> PricePoint:
-        """The price in force for a tenant. Raises BadRequest when the model is not sold in its currency."""
-        point = self.snapshot.prices.get((model, principal.currency))
+        """The price in force for a tenant. Raises BadRequest when the model is not sold in its currency, NotAllowed
+        when it is not for this key.
+        """
+        if principal.rules is not None:
+            principal.rules.check_model(model)
+        snapshot = self.snapshot
+        prices = snapshot.prices if principal.tier is Tier.STANDARD else snapshot.batch_prices
+        point = prices.get((model, principal.currency))
         if point is None:
             raise BadRequest(
                 f"The model {model!r} has no price in {principal.currency}, the currency of your account.",
@@ -81,6 +111,8 @@ class Door:
             fresh = await loop.run_in_executor(self._executor, read_snapshot, self._store, self.snapshot.revision)
             if fresh is not None:
                 self.snapshot = fresh
+                if self.on_news is not None:
+                    self.on_news(fresh)
         except Unavailable as error:
             log.warning("the store does not answer; keys and prices stay as they were", reason=str(error))
         finally:

@@ -39,7 +39,7 @@ _decode_counted = msgspec.json.Decoder(_Counted).decode
 
 _CONTEXT_WORDS = ("context length", "context size", "context window", "maximum context", "maximum model length")
 
-_UNSUPPORTED_WORDS = ("is not supported", "not support")
+_UNSUPPORTED_WORDS = ("is not supported", "not support", "failed to parse", "unknown reasoning format")
 
 
 def engine_error(status: int, body: bytes, model: str) -> TidemillError:

@@ -53,6 +53,22 @@ class BodyTooLarge(TidemillError):
     code = "request_too_large"
 
 
+class HttpRefusal(TidemillError):
+    """What was sent is not a request that anything here answers."""
+
+    def __init__(self, message: str, *, status: int, code: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+
+
+class ModerationNotConfigured(TidemillError):
+    """The route is there, and no model behind it. Not a 501: clients try those again."""
+
+    status = 404
+    code = "moderation_not_configured"
+
+
 _TYPES = {401: "authentication_error", 402: "insufficient_quota", 403: "permission_error", 429: "rate_limit_error"}
 
 

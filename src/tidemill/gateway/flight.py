@@ -3,7 +3,7 @@
 import msgspec
 
 from tidemill.engines.protocol import Counts, Tap
-from tidemill.gateway.admission import Hold
+from tidemill.gateway.admission import Admitted
 from tidemill.gateway.http import Exchange
 from tidemill.gateway.replica import Leg
 from tidemill.gateway.replies import Reply
@@ -39,7 +39,7 @@ class Flight:
         leg: Leg,
         principal: Principal,
         price: PricePoint,
-        hold: Hold,
+        admitted: Admitted,
         reply: Reply,
     ) -> None:
         """Open the record. Raises Unavailable (LogFull, TooManyOpen) and then leaves nothing open."""
@@ -47,7 +47,8 @@ class Flight:
         self.exchange = exchange
         self.request = request
         self.way = way
-        self.hold = hold
+        self.hold = admitted.hold
+        self._admitted = admitted
         self.reply = reply
         self.attempts = 1
         self.resent = False
@@ -75,15 +76,16 @@ class Flight:
             currency=principal.currency,
             price=(price.price.input, price.price.cached_input, price.price.output),
             streamed=request.ask.stream,
-            started_us=now_us(),
+            started_us=admitted.started_us,
+            tier=principal.tier,
         )
         meter.log.reserve()
         try:
-            self._slot = meter.live.open(self.opened, hold.amount)
+            self._slot = meter.live.open(self.opened, self.hold.amount)
         except BaseException:
             meter.log.release()
             raise
-        leg.start(self._begun_at, hold.output_cap, request.ask.choices)
+        leg.start(self._begun_at, self.hold.output_cap, request.ask.choices)
         exchange.on_gone = self._client_left
 
     def move(self, leg: Leg) -> None:
@@ -185,7 +187,7 @@ class Flight:
             finished_us=now_us(),
             device_ns=self.device_ns + self._leg.finish(),
         )
-        self._meter.leasing.settle(self.opened.tenant_id, self.hold.amount, settled.charge)
+        self._admitted.settle(self._meter.leasing, settled.charge, counts.prompt + counts.completion)
         try:
             await self._meter.log.append(encode_settled(settled))
         except OSError as error:

@@ -2,17 +2,27 @@
 
 import secrets
 from collections.abc import Mapping
+from datetime import UTC, datetime
 
 import msgspec
 import structlog
 
 from tidemill.errors import TidemillError
+from tidemill.gateway.admission import Admission
+from tidemill.gateway.anthropic_reply import AnthropicReply
+from tidemill.gateway.anthropic_request import read_count, read_messages
+from tidemill.gateway.counting import CountTokens
+from tidemill.gateway.dialects import ANTHROPIC, dialect_of
 from tidemill.gateway.door import Door
-from tidemill.gateway.errors import BodyTooLarge, error_body, error_headers, error_object
+from tidemill.gateway.errors import BodyTooLarge, HttpRefusal, ModerationNotConfigured, error_headers
 from tidemill.gateway.flight import Meter
 from tidemill.gateway.http import Exchange, Handler
 from tidemill.gateway.replies import OpenAIReply
 from tidemill.gateway.requests import read_chat, read_completion, read_embeddings
+from tidemill.gateway.responses_api import Responses
+from tidemill.gateway.responses_reply import ResponsesReply
+from tidemill.gateway.responses_request import read_responses
+from tidemill.gateway.responses_shelf import Shelf
 from tidemill.gateway.routing import Routes
 from tidemill.gateway.serve import JSON, Operation, Serve
 
@@ -25,6 +35,8 @@ OPERATIONS = {
     b"/v1/chat/completions": Operation("chat", read_chat, OpenAIReply),
     b"/v1/completions": Operation("completions", read_completion, OpenAIReply),
     b"/v1/embeddings": Operation("embeddings", read_embeddings, OpenAIReply),
+    b"/v1/messages": Operation("messages", read_messages, AnthropicReply),
+    b"/v1/responses": Operation("responses", read_responses, ResponsesReply),
 }
 """The endpoints that have a model work."""
 
@@ -39,13 +51,27 @@ class Gateway:
         meter: Meter,
         *,
         started_at: int,
+        admission: Admission | None = None,
+        shelf: Shelf | None = None,
         more: Mapping[tuple[bytes, bytes], Handler] | None = None,
     ) -> None:
+        """`admission`: by default without limits and queues. `shelf`: where responses are kept; without one, none is.
+        `more`: further routes, which go before these.
+        """
         self._door = door
         self._routes = routes
         self._started_at = started_at
+        admission = admission or Admission(meter.leasing)
+        responses = Responses(door, shelf)
+        prepare = {b"/v1/responses": responses.prepare}
         self._table: dict[tuple[bytes, bytes], Handler] = {
-            **{(b"POST", path): Serve(operation, door, routes, meter) for path, operation in OPERATIONS.items()},
+            **{
+                (b"POST", path): Serve(operation, door, routes, admission, meter, prepare=prepare.get(path))
+                for path, operation in OPERATIONS.items()
+            },
+            (b"POST", b"/v1/messages/count_tokens"): CountTokens(read_count, door, routes),
+            **responses.routes,
+            (b"POST", b"/v1/moderations"): self._moderations,
             (b"GET", b"/v1/models"): self._models,
             (b"GET", b"/healthz"): self._healthz,
             (b"GET", b"/readyz"): self._readyz,
@@ -56,10 +82,12 @@ class Gateway:
 
     async def __call__(self, exchange: Exchange) -> None:
         """Answer an exchange. Never raises."""
+        dialect = dialect_of(exchange)
+        if dialect is ANTHROPIC:
+            exchange.extra = b"request-id: %b\r\n" % exchange.request_id.encode()
         try:
             if exchange.refusal is not None:
-                self._refuse(exchange, *exchange.refusal)
-                return
+                raise _refusal(*exchange.refusal)
             handler = self._table.get((exchange.method, exchange.path)) or self._table.get(
                 (exchange.method, shape_of(exchange.path))
             )
@@ -70,15 +98,12 @@ class Gateway:
             else:
                 self._no_route(exchange)
         except TidemillError as error:
-            exchange.respond(error.status, error_body(error), error_headers(error))
+            body = dialect.error_body(error, exchange.request_id)
+            exchange.respond(error.status, body, error_headers(error), close=exchange.refusal is not None)
         except Exception:
             log.exception("request failed", request_id=exchange.request_id)
-            body = error_object("The gateway has failed; its log says why.", status=500, code="internal_error")
-            exchange.respond(500, _encode(body), JSON)
-
-    def _refuse(self, exchange: Exchange, status: int, message: str) -> None:
-        code = BodyTooLarge.code if status == 413 else "invalid_http"
-        exchange.respond(status, _encode(error_object(message, status=status, code=code)), JSON, close=True)
+            body = dialect.error_body(TidemillError("The gateway has failed; its log says why."), exchange.request_id)
+            exchange.respond(500, body, JSON)
 
     def _no_route(self, exchange: Exchange) -> None:
         path = exchange.path if exchange.path in self._paths else shape_of(exchange.path)
@@ -86,9 +111,9 @@ class Gateway:
         status = 405 if known else 404
         what = f"{exchange.method.decode()} {exchange.path.decode(errors='replace')[:200]}"
         allowed = b", ".join(sorted(method for method, known_path in self._table if known_path == path))
-        headers = JSON + (b"allow: %b\r\n" % allowed if known else b"")
-        message = f"There is no {what} here. See GET / for what there is."
-        exchange.respond(status, _encode(error_object(message, status=status, code="not_found")), headers)
+        if known:
+            exchange.extra += b"allow: %b\r\n" % allowed
+        raise HttpRefusal(f"There is no {what} here. See GET / for what there is.", status=status, code="not_found")
 
     async def _welcome(self, exchange: Exchange) -> None:
         routes = sorted(f"{method.decode()} {path.decode()}" for method, path in self._table)
@@ -103,18 +128,42 @@ class Gateway:
         body = {"status": "ready" if ready else "starting", "models": states}
         exchange.respond(200 if ready else 503, _encode(body), JSON)
 
+    async def _moderations(self, exchange: Exchange) -> None:
+        self._door.admit(exchange) or await self._door.ask_store(exchange)
+        raise ModerationNotConfigured(
+            "No model that judges the safety of content is set up here.", hint="Ask your operator for one."
+        )
+
     async def _models(self, exchange: Exchange) -> None:
         self._door.admit(exchange) or await self._door.ask_store(exchange)
-        models = [self._describe(name) for name in sorted(self._routes.by_name)]
-        exchange.respond(200, _encode({"object": "list", "data": models}), JSON)
+        names = sorted(self._routes.names)
+        models = [self._describe(exchange, name) for name in names]
+        page: dict[str, object] = {"object": "list", "data": models}
+        if dialect_of(exchange) is ANTHROPIC:
+            page = {"data": models, "has_more": False, "first_id": names[0], "last_id": names[-1]}
+        exchange.respond(200, _encode(page), JSON)
 
     async def _model(self, exchange: Exchange) -> None:
         self._door.admit(exchange) or await self._door.ask_store(exchange)
         name = exchange.path.removeprefix(b"/v1/models/").decode(errors="replace")
-        exchange.respond(200, _encode(self._describe(self._routes.find(name).spec.name)), JSON)
+        self._routes.find(name)
+        exchange.respond(200, _encode(self._describe(exchange, name)), JSON)
 
-    def _describe(self, name: str) -> dict[str, object]:
+    def _describe(self, exchange: Exchange, name: str) -> dict[str, object]:
+        if dialect_of(exchange) is ANTHROPIC:
+            created_at = datetime.fromtimestamp(self._started_at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+            return {
+                "type": "model",
+                "id": name,
+                "display_name": name,
+                "created_at": created_at,
+                "lifecycle": "active",
+            }
         return {"id": name, "object": "model", "created": self._started_at, "owned_by": "tidemill"}
+
+
+def _refusal(status: int, message: str) -> HttpRefusal:
+    return HttpRefusal(message, status=status, code=BodyTooLarge.code if status == 413 else "invalid_http")
 
 
 def shape_of(path: bytes) -> bytes:

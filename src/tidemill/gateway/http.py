@@ -52,6 +52,7 @@ class Exchange:
         "_protocol",
         "body",
         "ended",
+        "extra",
         "gone",
         "headers",
         "incoming",
@@ -81,6 +82,8 @@ class Exchange:
         """The body of a route that takes it piece by piece (`HttpServer.streamed`); `body` is then empty."""
         self.keep_alive = True
         self.request_id = request_id
+        self.extra = b""
+        """Header lines that the answer carries, whatever it is, each with its CRLF."""
         self.streaming = False
         self.ended = False
         """The answer is complete."""
@@ -102,6 +105,11 @@ class Exchange:
     def from_here(self) -> bool:
         """The client is on this machine (the source of a connection to an address of one's own cannot be forged)."""
         return self._protocol.from_here
+
+    @property
+    def peer(self) -> str:
+        """The address at the other end of the connection; empty when it is gone."""
+        return self._protocol.peer
 
     def respond(self, status: int, body: bytes, headers: bytes = b"", *, close: bool = False) -> None:
         """Send a whole answer. `headers` are complete lines, each with its CRLF."""
@@ -141,6 +149,8 @@ class Exchange:
         """Send a piece of a streamed answer. Raises ClientGone."""
         if self.gone:
             raise ClientGone
+        if not data:
+            return  # a chunk of no bytes would end the answer
         self._protocol.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
 
     async def drain(self) -> None:
@@ -174,7 +184,7 @@ class Exchange:
         self._chunked = False
 
     def _head(self, status: int) -> bytes:
-        return _STATUS_LINES[status] + self._protocol.server.date_lines
+        return _STATUS_LINES[status] + self._protocol.server.date_lines + self.extra
 
 
 Handler = Callable[[Exchange], Awaitable[None]]
@@ -241,6 +251,11 @@ class ServerProtocol(asyncio.Protocol):
             return False
         peer, own = (self._transport.get_extra_info(name) for name in ("peername", "sockname"))
         return bool(peer) and (peer[0] in LOOPBACK or peer[0] == own[0])
+
+    @property
+    def peer(self) -> str:
+        peer = self._transport.get_extra_info("peername") if self._transport is not None else None
+        return str(peer[0]) if peer else ""
 
     def hold_body(self) -> None:
         self.deadline = float("inf")

@@ -131,6 +131,7 @@ class PartStream:
     def __init__(self, writer: Writer) -> None:
         self._writer = writer
         self._started = False
+        self._counts = Counts()
         self._part: Part | None = None
         self._parts = 0
         self._calls = 0
@@ -146,21 +147,20 @@ class PartStream:
 
     def feed(self, events: bytes, counts: Counts) -> bytes:
         """Take whole events; give what they are in the writer's form. Raises BrokenStream."""
-        out = []
-        if not self._started:
-            self._started = True
-            out.append(self._writer.start(counts))
+        out: list[bytes] = []
+        self._counts = counts
         for event in events.split(b"\n\n"):
             payload = data_of(event)
             if payload:
                 self._chunk(payload, out)
-            elif event:
+            elif event and self._started:
                 out.append(self._writer.alive())
         return b"".join(out)
 
     def end(self) -> bytes:
         """Close what is open."""
         out: list[bytes] = []
+        self._start(out)
         self._close(out)
         return b"".join(out)
 
@@ -173,6 +173,7 @@ class PartStream:
             raise BrokenStream(f"a chunk is not a JSON object of the right form: {error}") from error
         if not is_null(chunk.error):
             self.failed = True
+            self._start(out)
             out.append(self._writer.failed(*_error_of(chunk.error)))
             return
         for choice in chunk.choices or ():
@@ -182,6 +183,12 @@ class PartStream:
                 self._delta(choice.delta, _logprobs_of(choice), out)
             if choice.finish_reason:
                 self.ending = _ending_of(choice)
+
+    def _start(self, out: list[bytes]) -> None:
+        """Begin, with the first word rather than with the chunk that names the role: then more is counted."""
+        if not self._started:
+            self._started = True
+            out.append(self._writer.start(self._counts))
 
     def _delta(self, said: _Said, logprobs: msgspec.Raw, out: list[bytes]) -> None:
         thinking, text = _thinking_of(said), _text_of(said.content)
@@ -223,6 +230,7 @@ class PartStream:
         out.append(self._writer.piece(part, function.arguments, NULL))
 
     def _open(self, part: Part, out: list[bytes]) -> Part:
+        self._start(out)
         self._close(out)
         self._part = part
         self._parts += 1

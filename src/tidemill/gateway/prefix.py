@@ -43,18 +43,18 @@ def prompt_keys(ask: Ask) -> list[int]:
     prompt = fields.get("messages") or fields.get("prompt") or fields.get("input")
     if prompt is None:
         return []
-    view = memoryview(prompt)
-    size = len(view)
+    text = bytes(prompt)
+    size = len(text)
     if size < BLOCK_BYTES:
         return []
     tools = fields.get("tools")
-    key = 0 if tools is None else hash(memoryview(tools))
+    key = 0 if tools is None else hash(bytes(tools))
     keys = []
     at = 0
     for edge in EDGES:
         if edge > size:
             break
-        key = hash((key, hash(view[at:edge])))
+        key = hash((key, hash(text[at:edge])))
         keys.append(key)
         at = edge
     return keys

@@ -98,8 +98,8 @@ def read_generation(
 
 
 def size_of(fields: Fields) -> int:
-    """How many bytes of JSON an object's members are, about."""
-    return sum(len(name) + memoryview(value).nbytes + 4 for name, value in fields.items())
+    """How many bytes an object of these members has as JSON."""
+    return 1 + sum(len(name) + memoryview(value).nbytes + 4 for name, value in fields.items())
 
 
 def _prompt_count(value: msgspec.Raw, name: str) -> int:

@@ -14,6 +14,7 @@ from tidemill.gateway.responses_request import ResponsesRequest
 from tidemill.gateway.responses_shelf import Shelf
 from tidemill.gateway.serve import JSON
 from tidemill.gateway.snapshot import Principal
+from tidemill.ledger.usage import Tier
 
 _encode = msgspec.json.Encoder().encode
 
@@ -41,7 +42,9 @@ class Responses:
     async def prepare(self, request: ModelRequest, principal: Principal) -> None:
         """Give a request its tenant's shelf, and what was said before it. Raises BadRequest, Unavailable."""
         assert isinstance(request, ResponsesRequest)
-        request.shelf, request.tenant_id = self._shelf, principal.tenant_id
+        # Lines of batches have their output file; thousands of them would push all else off the shelf.
+        request.shelf = self._shelf if principal.tier is Tier.STANDARD else None
+        request.tenant_id = principal.tenant_id
         if request.previous_id is not None:
             if self._shelf is None:
                 raise UnsupportedParameter(

@@ -130,18 +130,18 @@ class ResponsesReply:
         part.logprobs = msgspec.Raw(b"[" + b",".join(self._logprobs) + b"]")
         item = _raw(self._item(part, self._status(self._parts.ending, self._ending)))
         self._items.append(item)
-        done = self._event("response.output_item.done", {"output_index": part.index, "item": item})
         match part.kind:
             case Kind.THINKING:
-                fields = self._at(part, {"text": part.text})
-                done = self._event("response.reasoning_text.done", fields) + self._done(part) + done
+                said = self._event("response.reasoning_text.done", self._at(part, {"text": part.text}))
             case Kind.TEXT:
-                fields = self._at(part, {"text": part.text, "logprobs": part.logprobs})
-                done = self._event("response.output_text.done", fields) + self._done(part) + done
+                fields: dict[str, object] = {"text": part.text, "logprobs": part.logprobs}
+                said = self._event("response.output_text.done", self._at(part, fields))
             case Kind.CALL:
-                fields = self._at(part, {"arguments": part.text, "name": part.name})
-                done = self._event("response.function_call_arguments.done", fields) + done
-        return done
+                fields = {"arguments": part.text, "name": part.name}
+                said = self._event("response.function_call_arguments.done", self._at(part, fields))
+        if part.kind is not Kind.CALL:
+            said += self._event("response.content_part.done", self._at(part, {"part": _content(part)}))
+        return said + self._event("response.output_item.done", {"output_index": part.index, "item": item})
 
     def failed(self, message: str, code: str) -> bytes:
         response = self._response("failed")
@@ -152,9 +152,6 @@ class ResponsesReply:
         )
 
     # The objects
-
-    def _done(self, part: Part) -> bytes:
-        return self._event("response.content_part.done", self._at(part, {"part": _content(part)}))
 
     def _event(self, kind: str, fields: dict[str, object]) -> bytes:
         data = _encode({"type": kind, **fields, "sequence_number": self._number})

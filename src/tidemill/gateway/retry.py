@@ -13,6 +13,7 @@ from tidemill.gateway.flight import Flight
 from tidemill.gateway.upstream import EngineLost
 
 MAX_ATTEMPTS = 4
+MAX_RETRY_AFTER_S = 86_400
 BUSY = (429, 503)
 
 
@@ -69,8 +70,6 @@ def starts_over(flight: Flight, failure: Failure) -> bool:
 
 
 def retry_after(headers: dict[bytes, bytes]) -> float | None:
-    """The seconds of a Retry-After header; a date is not worth reading, as clocks differ."""
-    try:
-        return max(float(headers[b"retry-after"]), 0.0)
-    except (KeyError, ValueError):
-        return None
+    """The seconds of a Retry-After header, at most a day; a date is not worth reading, as clocks differ."""
+    value = headers.get(b"retry-after", b"")
+    return float(min(int(value), MAX_RETRY_AFTER_S)) if value.isdigit() and len(value) < 10 else None

@@ -40,6 +40,10 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     idle_timeout_seconds: float
     slots: int | None = None
     """Requests that a replica works on at a time, where that is known; more wait there."""
+    max_concurrent: int | None = None
+    """Requests that all replicas work on at a time; more wait in the gateways (`gateway.queueing`)."""
+    max_queued: int = 1024
+    queue_seconds: float = 60.0
     aliases: tuple[str, ...] = ()
     fallbacks: tuple[str, ...] = ()
     """Models that answer for this one when it cannot, in this order."""
@@ -47,6 +51,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """They do so also when all replicas of this one are full."""
     split: tuple[tuple[str, float], ...] = ()
     """Models that get a share of this one's requests, and the share in percent."""
+    lacks: tuple[str, ...] = ()
+    """Parameters that the model's chat template has no place for, where the engine tells."""
     cost: ModelCost | None = None
     """None: no token of it costs anything by itself."""
     allow_loss: bool = False
@@ -74,6 +80,11 @@ class Route:
     @property
     def ready(self) -> bool:
         return any(replica.spec.ready for replica in self.replicas)
+
+    @property
+    def active(self) -> int:
+        """Requests in flight from this gateway process."""
+        return sum(replica.clock.active for replica in self.replicas)
 
     @property
     def straight(self) -> Replica | None:

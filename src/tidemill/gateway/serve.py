@@ -1,25 +1,27 @@
 """The way of a request: door, admission, route, engine, settle. Read it from the top."""
 
-from collections.abc import Callable
-from math import ceil
+from collections.abc import Awaitable, Callable
 
 import msgspec
 import structlog
 
+from tidemill.engines.capabilities import refusal
 from tidemill.engines.collect import Collector
 from tidemill.engines.protocol import Counts
 from tidemill.engines.sse import BrokenStream, usage_of
 from tidemill.errors import TidemillError, Unavailable
-from tidemill.gateway.admission import hold_now, hold_scarce, mid_stream_stop
+from tidemill.gateway.admission import Admission
 from tidemill.gateway.door import Door
 from tidemill.gateway.engine_errors import counted_prompt, engine_error
-from tidemill.gateway.errors import error_headers
+from tidemill.gateway.errors import UnsupportedParameter, error_headers
 from tidemill.gateway.flight import Flight, Meter
+from tidemill.gateway.holding import mid_stream_stop
 from tidemill.gateway.http import ClientGone, Exchange
 from tidemill.gateway.replies import Reply
 from tidemill.gateway.requests import ModelRequest
 from tidemill.gateway.retry import Failure, Refused, judge, retry_after, starts_over
 from tidemill.gateway.routing import Replica, Route, Routes
+from tidemill.gateway.snapshot import Principal
 from tidemill.gateway.upstream import Connection, EngineLost
 from tidemill.gateway.way import Way
 from tidemill.ledger.usage import Status
@@ -30,7 +32,6 @@ MAX_ANSWER_BYTES = 64 * 1024 * 1024
 """The longest answer that is taken from an engine in one piece."""
 MAX_ERROR_BYTES = 1024 * 1024
 COUNT_TIMEOUT_S = 10.0
-MAX_RETRY_AFTER_S = 86_400
 JSON = b"content-type: application/json\r\n"
 EVENT_STREAM = b"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
 
@@ -44,42 +45,68 @@ class Operation(msgspec.Struct, frozen=True):
     """Takes the request's id, too."""
 
 
+Prepare = Callable[[ModelRequest, Principal], Awaitable[None]]
+
+
 class Serve:
     """One operation of one gateway process."""
 
-    def __init__(self, operation: Operation, door: Door, routes: Routes, meter: Meter) -> None:
+    def __init__(
+        self,
+        operation: Operation,
+        door: Door,
+        routes: Routes,
+        admission: Admission,
+        meter: Meter,
+        *,
+        prepare: Prepare | None = None,
+    ) -> None:
+        """`prepare` completes a request with what the store knows."""
         self._operation = operation
+        self._prepare = prepare
         self._door = door
         self._routes = routes
+        self._admission = admission
         self._meter = meter
 
     async def __call__(self, exchange: Exchange) -> None:
         """Answer one request. Raises TidemillError when it is refused before an engine was asked."""
         principal = self._door.admit(exchange) or await self._door.ask_store(exchange)
         request = self._operation.read(exchange.body)
+        if self._prepare is not None:
+            await self._prepare(request, principal)
         route = self._routes.find(request.model)
         request.model = route.spec.name  # from here on, whichever of its names was used
+        refuse_what_is_ignored(request, route)
         price = self._door.price(request.model, principal)
         way = Way(self._routes, route, request, principal, price, exchange)
         leg = way.first()
-        hold = hold_now(request, route, principal, price, self._meter.leasing)
-        if hold is None:
+        admitted = self._admission.admit_now(exchange, request, route, principal, price)
+        waited = admitted is None
+        if admitted is None:
             where = way.route, leg.replica
-            hold = await hold_scarce(
-                request, route, principal, price, self._meter.leasing, lambda: count_prompt(request, *where)
-            )
-        if exchange.gone:
-            self._meter.leasing.settle(principal.tenant_id, hold.amount, 0)
-            return
+            count = lambda: count_prompt(request, *where)  # noqa: E731
+            admitted = await self._admission.admit(exchange, request, route, principal, price, count)
+            if admitted is None:
+                return  # the client has left
         try:
             reply = self._operation.reply(request, exchange.request_id)
-            flight = Flight(
-                self._meter, exchange, request, way, leg, principal, price, hold, reply
-            )
+            if waited:
+                leg = way.first()  # others have gone their ways meanwhile
+            flight = Flight(self._meter, exchange, request, way, leg, principal, price, admitted, reply)
         except BaseException:
-            self._meter.leasing.settle(principal.tenant_id, hold.amount, 0)
+            admitted.cancel(self._meter.leasing)
             raise
         await fly(flight)
+
+
+def refuse_what_is_ignored(request: ModelRequest, route: Route) -> None:
+    """Raise UnsupportedParameter for a parameter that the model's engine would leave out without a word."""
+    refused = refusal(route.spec.engine, route.spec.lacks, request.ask)
+    if refused is not None:
+        name = request.own_name(refused.parameter)
+        message = f"{request.model!r} cannot honour '{name}'."
+        raise UnsupportedParameter(message, hint=refused.hint, param=name)
 
 
 async def fly(flight: Flight) -> None:
@@ -176,7 +203,7 @@ async def _stream(flight: Flight, connection: Connection) -> None:
     _begin(exchange)
     if flight.used_up:
         await flight.settle(Status.BALANCE_EXHAUSTED, *flight.passed())
-        exchange.end(reply.stopped(mid_stream_stop()))
+        exchange.end(reply.stopped(mid_stream_stop(flight.hold)))
     elif tap.failed:
         await flight.settle(Status.ENGINE_LOST, *flight.passed())
         exchange.end(reply.end(flight.tap.counts))
@@ -225,7 +252,7 @@ async def _refusal(flight: Flight, connection: Connection) -> Refused:
     error = engine_error(connection.status, body, flight.route.spec.name)
     seconds = retry_after(connection.headers)
     if seconds is not None:
-        error.retry_after_s = min(ceil(seconds), MAX_RETRY_AFTER_S)
+        error.retry_after_s = int(seconds)
     return Refused(error, seconds)
 
 
@@ -246,7 +273,7 @@ async def _fail(flight: Flight, lost: EngineLost | BrokenStream) -> None:
             flight.note()
     counts, estimated = flight.passed()
     status = Status.CLIENT_CLOSED if flight.given_up else Status.ENGINE_LOST
-    if flight.tap.done and not flight.tap.failed:
+    if flight.given_up and flight.tap.done and not flight.tap.failed:
         status = Status.OK  # all of it had come; the client left before the gateway saw that
     elif not flight.given_up:
         if not exchange.streaming:
@@ -260,7 +287,7 @@ async def _fail(flight: Flight, lost: EngineLost | BrokenStream) -> None:
     if exchange.gone:
         return
     if flight.used_up:
-        error: TidemillError = mid_stream_stop()
+        error: TidemillError = mid_stream_stop(flight.hold)
     elif isinstance(lost, EngineLost):
         error = lost if lost.sent else Unavailable("The model's engine cannot be reached.", hint="Try again shortly.")
     else:

@@ -21,6 +21,7 @@ CONNECT_TIMEOUT_S = 5.0
 IDLE_CONNECTIONS = 1024
 """Keep-alive connections kept per engine."""
 MAX_RESPONSE_HEADERS = 200
+MAX_RESPONSE_HEAD_BYTES = 256 * 1024
 
 
 class EngineLost(Unavailable):
@@ -76,6 +77,7 @@ class Connection(asyncio.Protocol):
         self._paused = False
         self._failure: EngineLost | None = None
         self._got_bytes = False
+        self._head_bytes = 0
         self._head_done = False
         self._keep_alive = False
         self.complete = False
@@ -93,6 +95,7 @@ class Connection(asyncio.Protocol):
             return  # lost since it was made; `response` says so
         self._parser = httptools.HttpResponseParser(self)
         self._got_bytes = self._head_done = self._keep_alive = self.complete = False
+        self._head_bytes = 0
         self.status = 0
         self.headers = {}
         if len(body) < 65536:
@@ -217,6 +220,11 @@ class Connection(asyncio.Protocol):
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self.abort(EngineLost(f"The engine's answer is not HTTP: {error}."))
             return
+        if not self._head_done:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_RESPONSE_HEAD_BYTES:
+                self.abort(EngineLost("The head of the engine's answer does not end."))
+                return
         if self._buffered > BUFFER_BYTES and not self._paused and self._transport is not None:
             self._paused = True
             self._transport.pause_reading()
@@ -305,20 +313,29 @@ class Pool:
         return connection
 
     async def request(
-        self, path: bytes, body: bytes, timeout_s: float, *, owner: "Owner | None" = None, method: bytes = b"POST"
+        self,
+        path: bytes,
+        body: bytes,
+        timeout_s: float,
+        *,
+        owner: "Owner | None" = None,
+        method: bytes = b"POST",
+        headers: bytes = b"",
     ) -> Connection:
         """Send a request and wait for its head, on a kept connection or a new one.
 
+        `headers` are further complete lines, each with its CRLF.
         `owner.connection` is the connection in use from the start, so that it can be aborted meanwhile. A kept
         connection that the engine had closed while it was idle is replaced once, unseen. Raises EngineLost, and the
         connection is closed then. The caller must `release` or `abort` what is returned.
         """
         address = self.address
-        head = b"%b %b%b HTTP/1.1\r\n%bContent-Length: %d\r\n\r\n" % (
+        head = b"%b %b%b HTTP/1.1\r\n%b%bContent-Length: %d\r\n\r\n" % (
             method,
             address.path.encode("ascii"),
             path,
             address.headers,
+            headers,
             len(body),
         )
         connection = self.idle_connection() or await self.connect()

@@ -4,6 +4,7 @@ The order is the split's arm, the model itself, its fallbacks; a model that woul
 (docs/routing.md). Among replicas `tides.routing` decides. Where there is nothing to decide, nothing is looked at.
 """
 
+from tidemill.engines.capabilities import refusal
 from tidemill.engines.sse import BYTES_PER_TOKEN
 from tidemill.gateway.http import Exchange
 from tidemill.gateway.prefix import Keys, matched_bytes, prompt_keys
@@ -99,7 +100,7 @@ class Way:
         if spec.split:
             name = arm(self._split_key(), spec.split)
             target = self._routes.by_name.get(name) if name is not None else None
-            if target is not None and self._may_sell(target):
+            if target is not None and self._may_sell(target) and self._fits(target):
                 courses.insert(0, target)
         if self._request.ask.generates:  # vectors of another model would be of another space
             for name in spec.fallbacks:
@@ -116,8 +117,11 @@ class Way:
         return cost.currency == self._principal.currency and covers(self._price.price, cost.price)
 
     def _fits(self, route: Route) -> bool:
-        """A context that is surely too small for the prompt would turn an outage into a refusal."""
-        return route.spec.context is None or self._prompt < route.spec.context
+        """It takes what the client asks for: one that does not would turn an outage into a refusal."""
+        spec = route.spec
+        if spec.context is not None and self._prompt >= spec.context:
+            return False
+        return refusal(spec.engine, spec.lacks, self._request.ask) is None
 
     def _choose_replica(self, route: Route, worst: Standing, now: float) -> Leg | None:
         slots = route.spec.slots

@@ -60,6 +60,14 @@ class Status(StrEnum):
     """The gateway was killed; the record was finished by recovery. Billed: what had passed through."""
 
 
+DELIVERED = (Status.OK, Status.BALANCE_EXHAUSTED)
+"""The client has got an answer, or as much of it as its balance pays for."""
+
+
+LINE_PREFIX = "batch_"
+"""How the request ids of batches' lines begin. All attempts at a line have the same id."""
+
+
 class UsageRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The one record of one request: who, what, how much, at which price, and how it ended."""
 
@@ -95,3 +103,16 @@ class UsageRecord(msgspec.Struct, frozen=True, kw_only=True):
     def charge(self) -> Nanos:
         """What the tenant pays: the sum of the three components, exactly."""
         return Nanos(self.charge_input + self.charge_cached + self.charge_output)
+
+    @property
+    def repeatable(self) -> bool:
+        """An attempt at a batch's line that gave no answer, and so cost nothing: a later attempt takes its place."""
+        return self.request_id.startswith(LINE_PREFIX) and self.status not in DELIVERED
+
+    def after(self, attempt: "UsageRecord") -> "UsageRecord":
+        """This record in the place of one that is `repeatable`: what that one cost the operator stays counted."""
+        return msgspec.structs.replace(
+            self,
+            device_ns=self.device_ns + attempt.device_ns,
+            uncollected=Nanos(self.uncollected + attempt.uncollected),
+        )

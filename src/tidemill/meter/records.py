@@ -7,8 +7,8 @@ UTC, amounts are nanos.
 import msgspec
 
 from tidemill.ledger.money import Nanos
-from tidemill.ledger.pricing import Charge, Price, rate_capped
-from tidemill.ledger.usage import Status, TokenUsage, UsageRecord
+from tidemill.ledger.pricing import Charge, Price, Tier, rate_capped
+from tidemill.ledger.usage import DELIVERED, Status, TokenUsage, UsageRecord
 from tidemill.store.clock import from_micros
 
 
@@ -26,6 +26,7 @@ class Opened(msgspec.Struct, array_like=True, frozen=True):
     """Nanos per million tokens: input, cached input, output."""
     streamed: bool
     started_us: int
+    tier: Tier = Tier.STANDARD
 
 
 class Settled(msgspec.Struct, array_like=True, frozen=True):
@@ -63,8 +64,13 @@ def settle(
     finished_us: int,
     device_ns: int,
 ) -> Settled:
-    """Rate what was used, never beyond the hold, and make the settled record. Pure."""
-    charge: Charge = rate_capped(usage, Price(*opened.price), Nanos(hold))
+    """Rate what was used, never beyond the hold, and make the settled record. Pure.
+
+    The line of a batch is charged only for the answer that it got: an attempt that gave none is repeated, under the
+    same request id, and what it was worth is the operator's loss.
+    """
+    cap = hold if opened.tier is Tier.STANDARD or status in DELIVERED else 0
+    charge: Charge = rate_capped(usage, Price(*opened.price), Nanos(cap))
     return Settled(
         opened=opened,
         status=status.value,

@@ -210,19 +210,24 @@ def note_counts(connection: Connection, batch_id: str, counts: Counts) -> None:
     connection.execute(update(batches).where(batches.c.batch_id == batch_id).values(**msgspec.structs.asdict(counts)))
 
 
-def finalize_batch(connection: Connection, batch_id: str, outcome: BatchStatus, counts: Counts, now: datetime) -> bool:
-    """All lines are done or given up. False when the batch was being cancelled meanwhile."""
+def seal_batch(connection: Connection, batch: Batch, outcome: BatchStatus, counts: Counts, now: datetime) -> Batch:
+    """All lines are done or given up: write down what the batch becomes, and give it as it is then.
+
+    A batch that is being cancelled meanwhile becomes cancelled. One that is sealed stays as it is.
+    """
     values = {"outcome": outcome.value, **msgspec.structs.asdict(counts)}
-    return _step(connection, batch_id, ("in_progress",), BatchStatus.FINALIZING, now, **values)
-
-
-def seal_cancelled(connection: Connection, batch_id: str, counts: Counts) -> None:
-    """A batch that is being cancelled has come to rest; its files are made next."""
+    if outcome is not BatchStatus.CANCELLED:
+        _step(connection, batch.batch_id, ("in_progress",), BatchStatus.FINALIZING, now, **values)
     connection.execute(
         update(batches)
-        .where(batches.c.batch_id == batch_id, batches.c.status == BatchStatus.CANCELLING.value)
-        .values(outcome=BatchStatus.CANCELLED.value, **msgspec.structs.asdict(counts))
+        .where(
+            batches.c.batch_id == batch.batch_id,
+            batches.c.status == BatchStatus.CANCELLING.value,
+            batches.c.outcome.is_(None),
+        )
+        .values(values | {"outcome": BatchStatus.CANCELLED.value})
     )
+    return find_batch(connection, tenant_id=batch.tenant_id, batch_id=batch.batch_id)
 
 
 def finish_batch(

@@ -54,7 +54,7 @@ def _answering() -> Iterator[None]:
     try:
         yield
     except (OperationalError, InterfaceError, NoConnectionFree) as error:
-        reason = getattr(error, "orig", None) or error
+        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[-1].strip(" \t.?!")
         raise Unavailable(
             f"The database does not answer: {reason}.", hint="Check that it runs and has room, then try again."
         ) from error

@@ -52,7 +52,7 @@ def set_price(
 
 def price_versions(connection: Connection, price_ids: set[str] | None = None) -> list[PriceVersion]:
     """All versions, oldest first; or only those named."""
-    query = select(prices).order_by(prices.c.valid_from, prices.c.price_id)
+    query = select(prices).order_by(prices.c.valid_from, prices.c.model, prices.c.currency, prices.c.price_id)
     if price_ids is not None:
         query = query.where(prices.c.price_id.in_(price_ids))
     return [_version(row) for row in connection.execute(query)]

@@ -3,7 +3,7 @@
 from datetime import datetime
 
 import msgspec
-from sqlalchemy import Connection, Row, insert, select
+from sqlalchemy import Connection, Row, insert, select, update
 
 from tidemill.errors import BadInput, Conflict, NotFound
 from tidemill.ledger.money import check_currency
@@ -13,6 +13,7 @@ from tidemill.store.revision import bump_revision
 from tidemill.store.schema import tenants
 
 MAX_NAME = 128
+MAX_WEIGHT = 1000
 
 
 class Tenant(msgspec.Struct, frozen=True):
@@ -22,6 +23,8 @@ class Tenant(msgspec.Struct, frozen=True):
     name: str
     currency: str
     created_at: datetime
+    weight: int = 1
+    """Its share when a model is full, relative to the others'."""
 
 
 def check_name(kind: str, name: str) -> str:
@@ -63,6 +66,14 @@ def find_tenant(connection: Connection, name: str) -> Tenant:
     return _tenant(row)
 
 
+def set_weight(connection: Connection, *, tenant_id: str, weight: int) -> None:
+    """Give a tenant another share of full models. Raises BadInput."""
+    if not 1 <= weight <= MAX_WEIGHT:
+        raise BadInput(f"weight is from 1 to {MAX_WEIGHT}, got {weight}.", param="weight")
+    connection.execute(update(tenants).where(tenants.c.tenant_id == tenant_id).values(weight=weight))
+    bump_revision(connection)
+
+
 def nearest_hint(name: str, names: list[str]) -> str:
     """ "Did you mean ...?" for the nearest of `names`, or what to do when none is near."""
     import difflib  # a slow import that only errors need
@@ -78,4 +89,5 @@ def _tenant(row: Row[tuple[object, ...]]) -> Tenant:
         name=values["name"],
         currency=values["currency"],
         created_at=from_micros(values["created_at"]),
+        weight=values["weight"],
     )

@@ -5,14 +5,14 @@ from datetime import datetime
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Row, func, select, tuple_
+from sqlalchemy import Connection, Row, delete, func, select, tuple_
 
 from tidemill.ledger.invoice import LineSum, MonthUsage, TokenKind
 from tidemill.ledger.money import Nanos
 from tidemill.ledger.period import Period
 from tidemill.ledger.posting import Transaction, charge_batches, usage_charge
 from tidemill.ledger.statement import UsageTotals
-from tidemill.ledger.usage import Status, TokenUsage, UsageRecord
+from tidemill.ledger.usage import LINE_PREFIX, Status, TokenUsage, UsageRecord
 from tidemill.store.accounts import post
 from tidemill.store.bulk import insert_rows
 from tidemill.store.clock import from_micros, to_micros
@@ -36,12 +36,16 @@ def known_requests(connection: Connection, request_ids: Sequence[str]) -> set[st
 def store_records(connection: Connection, records: Iterable[UsageRecord], *, zone: str) -> list[UsageRecord]:
     """Store records and post their charges; records that are stored already, or come twice, are passed over.
 
+    Of the attempts at a batch's line the first that gave an answer is kept, and until then the last that gave none.
     One transaction of the ledger covers the records of a tenant and month in this batch, and each record names it.
     Returns the records that were new.
     """
-    unique = {record.request_id: record for record in records}
+    unique: dict[str, UsageRecord] = {}
+    for record in records:
+        unique[record.request_id] = _newer(unique.get(record.request_id), record)
     known = known_requests(connection, list(unique))
     fresh = [record for request_id, record in unique.items() if request_id not in known]
+    fresh += _replacing(connection, [unique[request_id] for request_id in known])
     rows: list[dict[str, Any]] = []
     charges: list[Transaction] = []
     for batch in charge_batches(fresh, zone).values():
@@ -52,6 +56,30 @@ def store_records(connection: Connection, records: Iterable[UsageRecord], *, zon
     post(connection, *charges)
     insert_rows(connection, usage_records, rows)
     return fresh
+
+
+def _newer(earlier: UsageRecord | None, record: UsageRecord) -> UsageRecord:
+    """Which of two records of a request counts, while neither is stored."""
+    if earlier is None or not record.request_id.startswith(LINE_PREFIX):
+        return record
+    return record.after(earlier) if earlier.repeatable else earlier
+
+
+def _replacing(connection: Connection, records: Sequence[UsageRecord]) -> list[UsageRecord]:
+    """Of records whose request is stored already, those that take that one's place, which is removed."""
+    lines = {record.request_id: record for record in records if record.request_id.startswith(LINE_PREFIX)}
+    replacing = []
+    for at in range(0, len(lines), IN_CHUNK):
+        part = list(lines)[at : at + IN_CHUNK]
+        rows = connection.execute(select(usage_records).where(usage_records.c.request_id.in_(part))).all()
+        for stored in map(_record, rows):
+            record = lines[stored.request_id]
+            if stored.repeatable and (stored.finished_at, stored.status) != (record.finished_at, record.status):
+                replacing.append(record.after(stored))
+    for at in range(0, len(replacing), IN_CHUNK):
+        part = [record.request_id for record in replacing[at : at + IN_CHUNK]]
+        connection.execute(delete(usage_records).where(usage_records.c.request_id.in_(part)))
+    return replacing
 
 
 def records_between(

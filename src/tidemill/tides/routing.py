@@ -120,7 +120,7 @@ def arm(key: int, split: Sequence[tuple[str, float]]) -> str | None:
     `split` gives names with their percentages, at most 100 together. The same key always gets the same arm, and
     raising the last arm's share moves nobody who is in an arm already.
     """
-    point = (key & _MASK) / 2**64 * 100.0
+    point = ((key & _MASK) >> 11) / 2**53 * 100.0  # 53 bits, all that a float holds: never quite 100
     edge = 0.0
     for name, percent in split:
         edge += percent

@@ -7,9 +7,10 @@ import msgspec
 from tidemill.store.batches import Counts
 from tidemill.work.results import Failure, Response, usage_counts
 
-MAX_LOST = 5
-"""Attempts at a line whose engine or gateway is lost, or fails, each time. Then the line fails: it may be what kills
-them."""
+MAX_LOST = 3
+"""Attempts at a line whose engine or gateway is lost, or fails, each time. Then it fails: it is what kills them."""
+SUSPECT_AFTER = 2
+"""A line that was lost so often is tried alone, so that it takes no others with it, nor they it."""
 MAX_BROKE = 3
 """Attempts at a line that the balance does not cover, with nothing else of the tenant's batches in flight."""
 FIRST_WAIT_S = 0.5

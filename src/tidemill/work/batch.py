@@ -7,15 +7,15 @@ recorded of a line, and when it is run again, is written down in docs/batch.md.
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any
 
 import msgspec
 import structlog
 
 from tidemill.errors import Unavailable
 from tidemill.store.batches import Batch, BatchStatus
-from tidemill.work.attempt import Again, Call, Done, Lost, Send, judge, judge_lost, refused
-from tidemill.work.attempt import LONGEST_WAIT_S as LONGEST_PAUSE_S
+from tidemill.work.attempt import LONGEST_WAIT_S, Again, Call, Done, Lost, Send, judge, judge_lost, refused
 from tidemill.work.hand import BatchInHand
 from tidemill.work.lifecycle import Lifecycle
 from tidemill.work.lines import decode_line
@@ -47,13 +47,11 @@ class Pause(msgspec.Struct):
 class BatchRunner:
     """Works on the batches of one site. There is one runner for a site (its process holds a lock)."""
 
-    def __init__(
-        self, lifecycle: Lifecycle, send: Send, slack: Slack, models: Callable[[], Collection[str]]
-    ) -> None:
+    def __init__(self, lifecycle: Lifecycle, send: Send, slack: Slack, names: Callable[[], Mapping[str, str]]) -> None:
         self._lifecycle = lifecycle
         self._send = send
         self._slack = slack
-        self._models = models
+        self._names = names
         self._hands: dict[str, BatchInHand] = {}
         self._busy: dict[str, asyncio.Task[None]] = {}
         """Batches that are being taken in hand or put away."""
@@ -61,18 +59,21 @@ class BatchRunner:
         """Batches that rest, and until when."""
         self._running: Counter[str] = Counter()
         """Lines in flight, by model."""
+        self._alone: set[str] = set()
+        """Models that a line is tried alone on."""
         self._pauses: dict[tuple[str, str], Pause] = {}
         """By tenant and model."""
         self._wake = asyncio.Event()
+        self._sweep_orphans_at = 0.0
         self._full = False
         """The disk has refused a result: no line is begun until it is recorded."""
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set. What runs then goes on; see `close`."""
         chores = [
-            asyncio.create_task(self._every(LOOK_EVERY_S, self._look)),
-            asyncio.create_task(self._every(SYNC_EVERY_S, self._sync)),
-            asyncio.create_task(self._every(SWEEP_EVERY_S, self._sweep())),
+            asyncio.create_task(_every(LOOK_EVERY_S, self._look)),
+            asyncio.create_task(_every(SYNC_EVERY_S, self._sync)),
+            asyncio.create_task(_every(SWEEP_EVERY_S, self._sweep)),
         ]
         stopped = asyncio.create_task(stop.wait())
         while not stop.is_set():
@@ -119,11 +120,12 @@ class BatchRunner:
             if hand.closing_since and loop.time() - hand.closing_since > FINISH_S:
                 for task in hand.running.values():
                     task.cancel()
-            if not hand.finishing:
-                await asyncio.to_thread(self._lifecycle.note, hand)
+            async with hand.lock:
+                if not hand.finishing:
+                    await asyncio.to_thread(self._lifecycle.note, hand)
 
     def _dispatch(self) -> None:
-        """Begin as many lines as there are slots for, those of the most urgent batch first; end batches that are done."""
+        """Begin as many lines as there are slots for, the most urgent batch's first; end batches that are done."""
         now = asyncio.get_running_loop().time()
         hands = sorted(self._hands.values(), key=lambda hand: hand.deadline)
         if not self._full:
@@ -136,17 +138,25 @@ class BatchRunner:
 
     def _fill(self, model: str, hands: list[BatchInHand], now: float) -> None:
         free = self._slack.slots(model) - self._running[model]
+        if free <= 0 or model in self._alone:
+            return
+        hands = [hand for hand in hands if not self._paused(hand.batch.tenant_id, model, now)]
         for hand in hands:
-            pause = self._pauses.get((hand.batch.tenant_id, model))
-            if pause is not None and pause.until > now:
-                continue
-            while free > 0:
-                place = hand.next_place(model, now)
-                if place is None:
-                    break
+            suspect = hand.next_suspect(model, now)
+            if suspect is not None:
+                if not self._running[model]:  # else wait until those in flight have ended
+                    hand.take_suspect(model)
+                    self._alone.add(model)
+                    self._start(hand, suspect, model)
+                return
+        for hand in hands:
+            while free > 0 and (place := hand.next_place(model, now)) is not None:
                 free -= 1
-                self._running[model] += 1
-                hand.running[place] = asyncio.create_task(self._work_on(hand, place, model))
+                self._start(hand, place, model)
+
+    def _start(self, hand: BatchInHand, place: int, model: str) -> None:
+        self._running[model] += 1
+        hand.running[place] = asyncio.create_task(self._work_on(hand, place, model))
 
     # A line
 
@@ -170,6 +180,8 @@ class BatchRunner:
         finally:
             del hand.running[place]
             self._running[model] -= 1
+            if not self._running[model]:
+                self._alone.discard(model)
             self._wake.set()
 
     async def _attempt(self, hand: BatchInHand, place: int) -> tuple[str, Again | Done]:
@@ -178,9 +190,7 @@ class BatchRunner:
         named = request_id(batch.batch_id, hand.index.numbers[place])
         if bytes(_decode_stream(body).get("stream", b"false")) == b"true":
             return custom_id, refused("A batch's answers are not streamed. Leave 'stream' out.", named, "stream")
-        call = Call(
-            path=url, body=bytes(body), tenant_id=batch.tenant_id, key_id=batch.key_id, request_id=named
-        )
+        call = Call(path=url, body=bytes(body), tenant_id=batch.tenant_id, key_id=batch.key_id, request_id=named)
         try:
             answer = await self._send(call)
         except Lost as lost:
@@ -200,7 +210,11 @@ class BatchRunner:
         now = asyncio.get_running_loop().time()
         if pause.until <= now:  # else it is one of those that were refused together
             pause.refusals += 1
-            pause.until = now + min(max(after_s, 0.25 * 2**pause.refusals), LONGEST_PAUSE_S)
+            pause.until = now + min(max(after_s, 0.25 * 2**pause.refusals), LONGEST_WAIT_S)
+
+    def _paused(self, tenant_id: str, model: str, now: float) -> bool:
+        pause = self._pauses.get((tenant_id, model))
+        return pause is not None and pause.until > now
 
     def _in_flight(self, tenant_id: str) -> int:
         return sum(len(hand.running) for hand in self._hands.values() if hand.batch.tenant_id == tenant_id)
@@ -208,28 +222,30 @@ class BatchRunner:
     # Batches and chores
 
     async def _take(self, batch: Batch) -> None:
-        hand = await asyncio.to_thread(self._lifecycle.take, batch, set(self._models()))
+        hand = await asyncio.to_thread(self._lifecycle.take, batch, self._names())
         if hand is not None:
             self._hands[batch.batch_id] = hand
 
     async def _put_away(self, hand: BatchInHand) -> None:
         try:
-            await asyncio.to_thread(self._lifecycle.put_away, hand)
+            async with hand.lock:
+                await asyncio.to_thread(self._lifecycle.put_away, hand)
         except BaseException:
             hand.finishing = False
             raise
         del self._hands[hand.batch.batch_id]
 
-    def _begin(self, batch_id: str, doing: "asyncio.Future[None] | object") -> None:
-        self._busy[batch_id] = asyncio.create_task(self._guarded(batch_id, doing))  # type: ignore[arg-type]
+    def _begin(self, batch_id: str, doing: Coroutine[Any, Any, None]) -> None:
+        self._busy[batch_id] = asyncio.create_task(self._guarded(batch_id, doing))
 
-    async def _guarded(self, batch_id: str, doing: "asyncio.Future[None]") -> None:
+    async def _guarded(self, batch_id: str, doing: Coroutine[Any, Any, None]) -> None:
         """What goes wrong with one batch is no other's business; it rests, and is tried again."""
         try:
             await doing
             self._held.pop(batch_id, None)
         except Exception as error:
-            self._held[batch_id] = asyncio.get_running_loop().time() + (1.0 if isinstance(error, Unavailable) else HOLD_S)
+            rest_s = 1.0 if isinstance(error, Unavailable) else HOLD_S
+            self._held[batch_id] = asyncio.get_running_loop().time() + rest_s
             log.exception("a batch cannot be worked on for now", batch=batch_id)
         finally:
             del self._busy[batch_id]
@@ -246,7 +262,28 @@ class BatchRunner:
                     still_full = True
                     break
                 del hand.unrecorded[place]
-            if not hand.finishing:
-                await asyncio.to_thread(hand.results.sync)
+            async with hand.lock:
+                if not hand.finishing:
+                    await asyncio.to_thread(hand.results.sync)
         self._full = still_full
         self._wake.set()
+
+    async def _sweep(self) -> None:
+        now = asyncio.get_running_loop().time()
+        orphans = now >= self._sweep_orphans_at
+        await asyncio.to_thread(self._lifecycle.sweep, orphans=orphans)
+        if orphans:
+            self._sweep_orphans_at = now + ORPHANS_EVERY_S
+
+
+async def _every(seconds: float, chore: Callable[[], Awaitable[None]]) -> None:
+    while True:
+        try:
+            await chore()
+        except Unavailable as error:
+            log.warning("the store does not answer; batches go on where they can", reason=str(error))
+            await asyncio.sleep(1.0)
+        except Exception:
+            log.exception("a chore of the batch runner failed")
+            await asyncio.sleep(1.0)
+        await asyncio.sleep(seconds)

@@ -7,7 +7,7 @@ from collections import deque
 from datetime import datetime
 
 from tidemill.store.batches import Batch, BatchStatus, Counts
-from tidemill.work.attempt import Done, Tries
+from tidemill.work.attempt import SUSPECT_AFTER, Done, Tries
 from tidemill.work.lines import Index, decode_line
 from tidemill.work.results import Entry, Failure, Results, entry_id
 
@@ -35,10 +35,14 @@ class BatchInHand:
         self.closing_since = 0.0
         """Loop time at which the batch was cancelled or expired: no line is begun any more."""
         self.finishing = False
+        self.lock = asyncio.Lock()
+        """Held while a thread works with its results, beside their recording."""
         self._input_fd = input_fd
         self._tries: dict[int, Tries] = {}
         self._waiting: dict[str, deque[int]] = {model: deque() for model in index.models}
         self._later: dict[str, list[tuple[float, int]]] = {model: [] for model in index.models}
+        self._suspects: dict[str, list[tuple[float, int]]] = {model: [] for model in index.models}
+        """Lines that were lost with their engine, more than once: each is tried alone."""
         for place, number in enumerate(index.numbers):
             if number not in results.done:
                 self._waiting[index.model(place)].append(place)
@@ -53,11 +57,13 @@ class BatchInHand:
         """Nothing runs, and nothing more will be begun."""
         if self.running or self.unrecorded or self.finishing:
             return False
-        return bool(self.closing_since) or not (any(self._waiting.values()) or any(self._later.values()))
+        if self.closing_since:
+            return True
+        return not any(any(lines.values()) for lines in (self._waiting, self._later, self._suspects))
 
     def close_as(self, outcome: BatchStatus, now: float) -> None:
         """Begin no more lines: the batch is cancelled, or its time is over."""
-        if not self.closing_since:
+        if not self.closing_since and not self.finishing:
             self.closing_since = now
             self.outcome = outcome
 
@@ -71,9 +77,20 @@ class BatchInHand:
         waiting = self._waiting.get(model)
         return waiting.popleft() if waiting else None
 
+    def next_suspect(self, model: str, now: float) -> int | None:
+        """The next line to be tried alone; None when there is none now. It is taken by `take_suspect`."""
+        suspects = self._suspects.get(model)
+        if self.closing_since or self.finishing or not suspects or suspects[0][0] > now:
+            return None
+        return suspects[0][1]
+
+    def take_suspect(self, model: str) -> None:
+        heapq.heappop(self._suspects[model])
+
     def put_back(self, place: int, not_before: float) -> None:
         """Try a line again later."""
-        heapq.heappush(self._later[self.index.model(place)], (not_before, place))
+        lines = self._suspects if self.tries(place).lost >= SUSPECT_AFTER else self._later
+        heapq.heappush(lines[self.index.model(place)], (not_before, place))
 
     def tries(self, place: int) -> Tries:
         return self._tries.setdefault(place, Tries())
@@ -91,6 +108,8 @@ class BatchInHand:
 
     def give_up_rest(self) -> None:
         """Write down that the lines without a result were not executed. Blocking. Raises OSError; may be repeated."""
+        if self.outcome is BatchStatus.EXPIRED and len(self.results.done) == len(self.index):
+            self.outcome = BatchStatus.COMPLETED  # the last line was just in time
         failure = _GIVEN_UP.get(self.outcome)
         if failure is None:
             return

@@ -4,7 +4,7 @@ Everything here blocks on the disk and the store, and may be repeated after a ki
 """
 
 import os
-from collections.abc import Collection
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -17,11 +17,11 @@ from tidemill.store.batches import (
     Counts,
     LineError,
     fail_batch,
-    finalize_batch,
+    find_batch,
     finish_batch,
     note_counts,
     open_batches,
-    seal_cancelled,
+    seal_batch,
     start_batch,
 )
 from tidemill.store.blobs import BlobStore
@@ -30,6 +30,9 @@ from tidemill.store.files import File, delete_expired, known_files
 from tidemill.work.hand import BatchInHand
 from tidemill.work.lines import InvalidInput, LineRules, read_index
 from tidemill.work.results import ERRORS, OUTPUT, Results
+
+ANY = LineRules(max_lines=2**31, max_line_bytes=2**31)
+"""For a file that was checked when its batch began: the limits may have changed since."""
 
 log = structlog.get_logger()
 
@@ -48,8 +51,15 @@ class Lifecycle:
         with self._store.read() as connection:
             return open_batches(connection, self._blobs.site)
 
-    def take(self, batch: Batch, models: Collection[str]) -> BatchInHand | None:
-        """Take a batch in hand, as a new one or where an earlier runner has left it; None when it is over now."""
+    def take(self, batch: Batch, names: Mapping[str, str]) -> BatchInHand | None:
+        """Take a batch in hand, as a new one or where an earlier runner has left it; None when it is over now.
+
+        `names`: all names that a model can be asked for by, and the models' own.
+        """
+        with self._store.read() as connection:  # what the caller knows may be older than its end
+            batch = find_batch(connection, tenant_id=batch.tenant_id, batch_id=batch.batch_id)
+        if batch.finished:
+            return None
         if batch.outcome is not None:
             self._finish(batch, batch.outcome, batch.counts)
             return None
@@ -59,12 +69,14 @@ class Lifecycle:
         new = batch.status is BatchStatus.VALIDATING
         path = self._blobs.path(batch.input_file_id)
         try:
-            index = read_index(path, batch.endpoint, self._rules, models if new else None)
+            index = read_index(path, batch.endpoint, self._rules if new else ANY, names if new else None)
             input_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except InvalidInput as error:
-            return self._fail(batch, error.errors)
+            self._fail(batch, error.errors)
+            return None
         except FileNotFoundError:
-            return self._fail(batch, [LineError("input_file_missing", "The content of the input file is gone.")])
+            self._fail(batch, [LineError("input_file_missing", "The content of the input file is gone.")])
+            return None
         if new:
             model = index.models[0] if len(index.models) == 1 else None
             with self._store.write() as connection:
@@ -72,8 +84,12 @@ class Lifecycle:
             if not started:  # cancelled meanwhile: the next look finds it so
                 os.close(input_fd)
                 return None
-        results = Results(self._blobs.batch_directory(batch.batch_id))
-        return BatchInHand(batch, index, input_fd, results)
+        index.rename(names)
+        try:
+            return BatchInHand(batch, index, input_fd, Results(self._blobs.batch_directory(batch.batch_id)))
+        except BaseException:
+            os.close(input_fd)
+            raise
 
     def note(self, hand: BatchInHand) -> None:
         """Tell the store how far a batch has come."""
@@ -112,19 +128,22 @@ class Lifecycle:
 
     def _fail(self, batch: Batch, errors: list[LineError]) -> None:
         with self._store.write() as connection:
-            fail_batch(connection, batch.batch_id, errors, datetime.now(UTC))
-        self._blobs.remove_batch_directory(batch.batch_id)
+            failed = fail_batch(connection, batch.batch_id, errors, datetime.now(UTC))
+        directory = self._blobs.batch_directory(batch.batch_id)
+        if failed:
+            self._blobs.remove_batch_directory(batch.batch_id)
+            log.info("batch failed", batch=batch.batch_id, error=errors[0].code)
+        else:  # cancelled meanwhile
+            results = Results(directory)
+            results.close()
+            self._seal(batch, BatchStatus.CANCELLED, results.counts)
 
     def _seal(self, batch: Batch, outcome: BatchStatus, counts: Counts) -> None:
         """Write down what the batch becomes; from here on it is not worked on any more."""
-        now = datetime.now(UTC)
         with self._store.write() as connection:
-            if outcome is BatchStatus.CANCELLED or not finalize_batch(
-                connection, batch.batch_id, outcome, counts, now
-            ):
-                outcome = BatchStatus.CANCELLED
-                seal_cancelled(connection, batch.batch_id, counts)
-        self._finish(batch, outcome, counts)
+            sealed = seal_batch(connection, batch, outcome, counts, datetime.now(UTC))
+        assert sealed.outcome is not None
+        self._finish(sealed, sealed.outcome, sealed.counts)
 
     def _finish(self, batch: Batch, outcome: BatchStatus, counts: Counts) -> None:
         """Make the results files of the tenant, and the batch's state final."""

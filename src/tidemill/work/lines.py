@@ -6,7 +6,7 @@ engine can find wrong with a line (a parameter's value, a prompt that is too lon
 
 import os
 from array import array
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -60,6 +60,10 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Call the models by their own names, where they were asked for by an alias."""
+        self.models = [names.get(model, model) for model in self.models]
 
     def model(self, place: int) -> str:
         """The model of the line at `place`, from 0."""

@@ -43,7 +43,7 @@ class Entry(msgspec.Struct, frozen=True):
 
 class _Known(msgspec.Struct):
     id: str
-    response: msgspec.Raw | None = None
+    response: msgspec.Raw = msgspec.Raw(b"null")
 
 
 class _PromptDetails(msgspec.Struct):
@@ -173,9 +173,7 @@ def usage_counts(body: bytes) -> Counts:
     return _counts(usage)
 
 
-def _usage_in(response: msgspec.Raw | None) -> Counts:
-    if response is None:
-        return Counts()
+def _usage_in(response: msgspec.Raw) -> Counts:
     try:
         return _counts(_decode_answered(response).body.usage)
     except (msgspec.DecodeError, UnicodeDecodeError):

@@ -11,7 +11,7 @@ from litestar.openapi.spec import Components, Schema, SecurityScheme
 from msgspec import Struct
 
 from tidemill import __version__
-from tidemill.control.api import credits, invoices, keys, margin, models, operations, tenants, usage
+from tidemill.control.api import credits, invoices, keys, limits, margin, models, operations, tenants, usage
 from tidemill.control.api.auth import bearer_guard
 from tidemill.control.api.errors import ERROR_HANDLERS
 from tidemill.control.api.schemas import Answer, Body
@@ -23,9 +23,14 @@ MAX_BODY_BYTES = 1 << 20
 HANDLERS = [
     tenants.list_tenants,
     tenants.create_tenant,
+    tenants.set_weight,
     keys.list_keys,
     keys.create_key,
+    keys.rotate_key,
     keys.revoke_key,
+    limits.list_limits,
+    limits.set_limits,
+    limits.remove_limit,
     credits.grant_credit,
     usage.get_usage,
     invoices.get_invoice,

@@ -9,7 +9,16 @@ from msgspec import Meta, convert
 
 from tidemill.control import changes, queries
 from tidemill.control.api.access import Running, change, read_drained
-from tidemill.control.api.schemas import CONFLICT, FAILURES, Amount, Answer, Body, Currency, Instant
+from tidemill.control.api.schemas import (
+    CONFLICT,
+    FAILURES,
+    Amount,
+    Answer,
+    Body,
+    Currency,
+    Instant,
+    TenantRef,
+)
 
 
 class Tenant(Answer):
@@ -20,6 +29,7 @@ class Tenant(Answer):
     currency: Currency
     balance: Amount
     created_at: Instant
+    weight: Annotated[int, Meta(description="Its share when a model is full, relative to the others'.")]
 
 
 class Tenants(Answer):
@@ -33,6 +43,13 @@ class TenantRequest(Body):
 
     name: Annotated[str, Meta(description="1 to 128 printable characters, unlike any other tenant's.")]
     currency: Annotated[str | None, Meta(description="ISO 4217 code; the installation's when left out.")] = None
+
+
+class WeightRequest(Body):
+    """Another share of full models for a tenant."""
+
+    tenant: TenantRef
+    weight: Annotated[int, Meta(description="From 1 to 1000; every tenant begins with 1.")]
 
 
 class NewTenant(Tenant):
@@ -57,3 +74,13 @@ async def create_tenant(platform: Running, data: JSONBody[TenantRequest]) -> New
         platform, lambda connection: changes.create_tenant(connection, name=data.name, currency=currency, now=now)
     )
     return convert(made, NewTenant)
+
+
+@post("/tenants/weight", status_code=200, responses=FAILURES)
+async def set_weight(platform: Running, data: JSONBody[WeightRequest]) -> Tenant:
+    """Give a tenant another share of models that are full."""
+    await platform.drain_usage()  # for the balance in the answer
+    changed = await change(
+        platform, lambda connection: changes.set_weight(connection, tenant=data.tenant, weight=data.weight)
+    )
+    return convert(changed, Tenant)

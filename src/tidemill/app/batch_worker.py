@@ -1,0 +1,214 @@
+"""The batch runner's process: `python -m tidemill.app.batch_worker`, started and spoken to by the supervisor.
+
+The supervisor writes JSON lines to its standard input: first a `RunnerSpec`, then `RunnerCommand`s. The end of
+standard input is the supervisor's death; what is in flight may then end for a moment, and the process goes too.
+"""
+
+import asyncio
+import fcntl
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import structlog
+import uvloop
+from sqlalchemy import make_url
+
+from tidemill.app.logs import configure_logs
+from tidemill.gateway.files import FileRules
+from tidemill.gateway.internal import NotOurs
+from tidemill.gateway.upstream import Address, Connection, EngineLost, Pool
+from tidemill.store.blobs import BlobStore
+from tidemill.store.engine import open_store
+from tidemill.work.attempt import Answer, Call, Lost
+from tidemill.work.batch import BatchRunner
+from tidemill.work.lifecycle import Lifecycle
+from tidemill.work.lines import LineRules
+from tidemill.work.slack import ConfiguredSlack
+
+ORPHAN_GRACE_S = 4.0
+"""How long lines in flight may go on after the supervisor was killed; the gateways live a second longer."""
+LINE_TIMEOUT_S = 3600.0
+"""How long the data plane may take for a line; its own limits on engines are shorter."""
+MAX_ANSWER_BYTES = 65 * 1024 * 1024
+SWEEP_S = 1.0
+
+log = structlog.get_logger()
+
+
+class LineModel(msgspec.Struct, frozen=True):
+    """A model, as the runner needs to know it."""
+
+    name: str
+    names: tuple[str, ...]
+    """All names that it can be asked for by."""
+    parallel: int
+    """Lines at a time."""
+
+
+class RunnerSpec(msgspec.Struct, kw_only=True):
+    """All that the runner is told when it starts."""
+
+    store_url: str
+    files: FileRules
+    max_lines: int
+    max_line_bytes: int
+    gateway_url: str
+    """Where the data plane listens, without `/v1`."""
+    token: str
+    """See `gateway.internal`."""
+    models: list[LineModel]
+
+
+class RunnerCommand(msgspec.Struct, kw_only=True):
+    """What the supervisor says later on."""
+
+    do: Literal["models", "load", "stop"]
+    models: list[LineModel] = []
+    waiting: dict[str, int] = {}
+    """Interactive requests that wait, by model."""
+    grace_s: float = 0.0
+
+
+class Loopback:
+    """The way of a line into the platform's own data plane (`work.attempt.Send`)."""
+
+    def __init__(self, url: str, token: str, loop: asyncio.AbstractEventLoop) -> None:
+        self._pool = Pool(Address(url), loop)
+        self._authorization = b"Authorization: Tidemill %b\r\n" % token.encode()
+
+    async def __call__(self, call: Call) -> Answer:
+        headers = b"%bx-tidemill-tenant: %b\r\nx-tidemill-key: %b\r\nx-tidemill-request: %b\r\n" % (
+            self._authorization,
+            call.tenant_id.encode(),
+            call.key_id.encode(),
+            call.request_id.encode(),
+        )
+        line = _OnTheLine()
+        try:
+            connection = await self._pool.request(
+                call.path.encode(), call.body, LINE_TIMEOUT_S, owner=line, headers=headers
+            )
+            try:
+                body = await connection.body(MAX_ANSWER_BYTES)
+            finally:
+                connection.release()
+        except EngineLost as lost:
+            raise Lost(str(lost), sent=lost.sent) from lost
+        except BaseException:
+            if line.connection is not None:
+                line.connection.abort()
+            raise
+        if connection.status == 401 and NotOurs.code.encode() in body:
+            raise Lost("The data plane does not know this runner.", sent=False)  # one of them is of an earlier start
+        return Answer(connection.status, body, _seconds(connection.headers.get(b"retry-after", b"")))
+
+    def sweep(self, now: float) -> None:
+        self._pool.sweep(now)
+
+
+class _OnTheLine:
+    """See `gateway.upstream.Owner`."""
+
+    def __init__(self) -> None:
+        self.connection: Connection | None = None
+        self.given_up = False
+
+
+def _seconds(text: bytes) -> float:
+    return float(text) if text.isdigit() and len(text) < 6 else 0.0
+
+
+class Known:
+    """What the supervisor has said of the models."""
+
+    def __init__(self, models: list[LineModel]) -> None:
+        self.slack = ConfiguredSlack()
+        self.names: dict[str, str] = {}
+        self.learn(models)
+
+    def learn(self, models: list[LineModel]) -> None:
+        self.names = {name: model.name for model in models for name in (*model.names, model.name)}
+        self.slack.parallel = {model.name: model.parallel for model in models}
+
+
+async def work(spec: RunnerSpec, commands: asyncio.StreamReader) -> None:
+    """Run batches until the supervisor says stop or is gone."""
+    loop = asyncio.get_running_loop()
+    store = open_store(make_url(spec.store_url))
+    blobs = await asyncio.to_thread(BlobStore, Path(spec.files.directory))
+    rules = LineRules(max_lines=spec.max_lines, max_line_bytes=spec.max_line_bytes)
+    lock = await _locked(Path(spec.files.directory) / "runner.lock")
+    known = Known(spec.models)
+    send = Loopback(spec.gateway_url, spec.token, loop)
+    lifecycle = Lifecycle(store, blobs, rules, keep_s=spec.files.keep_s)
+    runner = BatchRunner(lifecycle, send, known.slack, lambda: known.names)
+    stop = asyncio.Event()
+    running = asyncio.create_task(runner.run(stop))
+    sweeping = asyncio.create_task(_sweep(send))
+    grace_s = await _obey(commands, known)
+    stop.set()
+    await running
+    await runner.close(grace_s)
+    sweeping.cancel()
+    os.close(lock)
+
+
+async def _obey(commands: asyncio.StreamReader, known: Known) -> float:
+    """Carry out the supervisor's commands; returns the grace period when it is time to stop."""
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    stopped = asyncio.create_task(stop.wait())
+    while True:
+        line_task = asyncio.create_task(commands.readline())
+        await asyncio.wait([line_task, stopped], return_when=asyncio.FIRST_COMPLETED)
+        if not line_task.done() or not (line := line_task.result()):
+            return ORPHAN_GRACE_S
+        command = msgspec.json.decode(line, type=RunnerCommand)
+        match command.do:
+            case "models":
+                known.learn(command.models)
+            case "load":
+                known.slack.waiting = command.waiting
+            case "stop":
+                return command.grace_s
+
+
+async def _locked(path: Path) -> int:
+    """Wait until no other runner works on the site, and keep others off."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            await asyncio.sleep(0.2)
+        else:
+            return fd
+
+
+async def _sweep(send: Loopback) -> None:
+    while True:
+        await asyncio.sleep(SWEEP_S)
+        send.sweep(asyncio.get_running_loop().time())
+
+
+async def _main() -> None:
+    loop = asyncio.get_running_loop()
+    commands = asyncio.StreamReader(limit=16 * 1024 * 1024)
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
+    first = await commands.readline()
+    if first:
+        await work(msgspec.json.decode(first, type=RunnerSpec), commands)
+
+
+def main() -> None:
+    configure_logs()
+    uvloop.run(_main())
+    os._exit(0)  # a thread that still waits for a store that does not answer must not keep the process
+
+
+if __name__ == "__main__":
+    main()
