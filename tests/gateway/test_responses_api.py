@@ -17,6 +17,7 @@ from gateway.conftest import Start
 from support.plane import Plane
 from support.upstream import (
     DONE,
+    LAST_CHUNK,
     STREAM_HEAD,
     Asked,
     Caller,
@@ -333,6 +334,43 @@ async def test_an_engine_lost_in_mid_stream_fails_the_response(start: Start) -> 
     assert failed.type == "response.failed" and failed.response.error is not None
     assert failed.response.error.code == "engine_lost"  # type: ignore[comparison-overlap]
     assert (await plane.record()).status == "engine_lost"
+
+
+async def test_a_stream_that_its_client_left_is_not_kept(start: Start) -> None:
+    left = asyncio.Event()
+
+    async def script(asked: Asked, caller: Caller) -> None:
+        await caller.send(STREAM_HEAD)
+        for each in (role(), word("hel")):
+            await caller.chunk(each)
+        await left.wait()
+        for each in (word("lo"), finish(), usage(30, 5), DONE):
+            await caller.chunk(each)
+        await caller.send(LAST_CHUNK)
+
+    plane, _ = await start(script)
+    stream = await client_of(plane).responses.create(**ASK, stream=True)
+    created = await anext(aiter(stream))
+    assert created.type == "response.created"
+    await stream.close()
+    await asyncio.sleep(0.05)
+    left.set()
+    record = await plane.record()
+    assert (record.status, record.completion) == ("client_closed", 5)
+    with pytest.raises(openai.NotFoundError):
+        await client_of(plane).responses.retrieve(created.response.id)
+
+
+async def test_an_answer_that_is_no_chat_is_the_engines_fault_and_not_billed(start: Start) -> None:
+    async def script(asked: Asked, caller: Caller) -> None:
+        await caller.whole({"choices": [], "usage": usage_object(30, 5)})
+
+    plane, _ = await start(script)
+    with pytest.raises(openai.InternalServerError) as failed:
+        await client_of(plane).responses.create(**ASK)
+    assert failed.value.code == "engine_lost"
+    record = await plane.record()
+    assert (record.status, record.charge) == ("engine_lost", 0)
 
 
 async def test_no_model_judges_content_and_the_route_says_so(start: Start) -> None:

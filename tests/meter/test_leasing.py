@@ -1,6 +1,7 @@
 """Leasing: wallets are filled from the store in time, and never with money that somebody else may spend too."""
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -234,3 +235,46 @@ async def test_a_charge_goes_to_the_wallet_of_its_tenant(world: World) -> None:
     wallet = leasing.purse(world.tenant).wallet
     assert (wallet.budget, wallet.spent, wallet.held) == (1000, 200, 0)
     assert balance_of(world.store, world.tenant) == TENANT_BALANCE  # until it is drained
+
+
+async def test_a_fault_that_nobody_has_foreseen_is_raised_and_not_repeated_for_ever(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: object) -> int:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("tidemill.meter.leasing.extend_lease_in", broken)
+    leasing = world.process()
+    async with asyncio.timeout(5):
+        with pytest.raises(ZeroDivisionError):
+            await leasing.hold(world.tenant, 10)
+
+
+async def test_a_store_that_hangs_is_not_waited_for_long(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+
+    def hangs(*arguments: object) -> int:
+        gate.wait(10)
+        return 1000
+
+    monkeypatch.setattr("tidemill.meter.leasing.extend_lease_in", hangs)
+    monkeypatch.setattr("tidemill.meter.leasing.STORE_PATIENCE_S", 0.05)
+    leasing = world.process()
+    with pytest.raises(Unavailable, match="does not answer"):
+        await leasing.hold(world.tenant, 10)
+    gate.set()
+    await settled(leasing, world.tenant)
+    assert leasing.hold_now(world.tenant, 10)  # what came late is not lost
+
+
+async def test_several_purses_are_held_all_or_none(world: World) -> None:
+    with world.store.write() as connection:
+        other = create_tenant(connection, name="poor", currency="CNY", now=OCTOBER).tenant_id
+    leasing = world.process()
+    assert await leasing.hold_all([world.tenant, other], 10) == other
+    assert leasing.purse(world.tenant).wallet.held == 0
+    assert not leasing.hold_all_now([world.tenant, other], 10)
+    assert leasing.purse(world.tenant).wallet.held == 0
+    assert await leasing.hold_all([world.tenant], 10) is None
+    leasing.settle_all([world.tenant], 10, 4)
+    assert (leasing.purse(world.tenant).wallet.held, leasing.purse(world.tenant).wallet.spent) == (0, 4)

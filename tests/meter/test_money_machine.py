@@ -111,7 +111,8 @@ class Money(RuleBasedStateMachine):
         with self.store.write() as connection:
             for number in range(TENANTS):
                 tenant = create_tenant(connection, name=f"tenant {number}", currency="CNY", now=LONG_AGO)
-                self.granted[tenant.tenant_id] = 0
+                grant(connection, tenant.tenant_id, 10_000)
+                self.granted[tenant.tenant_id] = 10_000
         self.start()
 
     def run(self, work: Any) -> Any:
@@ -332,5 +333,5 @@ class Money(RuleBasedStateMachine):
 
 TestMoney = Money.TestCase
 TestMoney.settings = settings(
-    max_examples=40, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=30, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
 )

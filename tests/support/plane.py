@@ -10,12 +10,17 @@ from typing import Any
 import msgspec
 
 from support.wire import Answer, Line, post
+from tidemill.gateway.admission import Admission
 from tidemill.gateway.door import Door
 from tidemill.gateway.flight import Meter
 from tidemill.gateway.gateway import Gateway, RequestIds
 from tidemill.gateway.http import HttpServer
+from tidemill.gateway.limits import Limits
+from tidemill.gateway.queueing import Queues
 from tidemill.gateway.responses_shelf import Shelf
 from tidemill.gateway.routing import ModelSpec, ReplicaSpec, Routes
+from tidemill.gateway.shares import Shares
+from tidemill.ledger.limits import Limit, LimitKind
 from tidemill.ledger.money import parse_amount
 from tidemill.ledger.posting import credit_grant
 from tidemill.ledger.pricing import Price
@@ -28,9 +33,10 @@ from tidemill.store.accounts import post as post_money
 from tidemill.store.engine import open_store, store_url
 from tidemill.store.ids import new_id
 from tidemill.store.keys import create_key
+from tidemill.store.limits import set_limit
 from tidemill.store.migrate import migrate
 from tidemill.store.prices import set_price
-from tidemill.store.tenants import create_tenant
+from tidemill.store.tenants import create_tenant, set_weight
 
 CHAT = "/v1/chat/completions"
 PRICE = Price(1_000_000_000, 250_000_000, 2_000_000_000)
@@ -91,15 +97,20 @@ class Plane:
         self.live = LiveTable(self._path / "live", slots=256)
         self.leasing = Leasing(self.store, "worker", self.executor)
         self.door = Door(self.store, self.executor)
+        self.limits = Limits(Shares(self.store, "worker", self.executor), "UTC")
+        self.door.on_news = self.limits.update
         await self.door.renew()
         self.routes = Routes(loop)
         self.routes.update(self._models)
+        self.queues = Queues(0, 1, time.monotonic)
+        self.queues.update(self._models)
         self.shelf = Shelf(self.store)
         self.gateway = Gateway(
             self.door,
             self.routes,
             Meter(self.log, self.live, self.leasing),
             started_at=int(time.time()),
+            admission=Admission(self.leasing, self.limits, self.queues),
             shelf=self.shelf,
         )
         self.server = HttpServer(
@@ -144,6 +155,9 @@ class Plane:
             while self.live.open_requests or self.server.working:
                 await asyncio.sleep(0.01)
         assert (self.wallet.held, self.wallet.holds) == (0, 0)
+        assert all(purse.wallet.holds == purse.wallet.held == 0 for purse in self.leasing._purses.values())
+        assert all(slots.share.used == 0 for slots in self.limits.shares._slots.values())
+        assert all(queue.running == queue.queued == 0 for queue in self.queues._by_model.values())
         assert self.log._reserved == 0
         assert self.wallet.available >= 0
         assert all(replica.clock.active == 0 for route in self.routes.by_name.values() for replica in route.replicas)
@@ -160,10 +174,33 @@ class Plane:
         (found,) = await self.settled()
         return found
 
-    def request(self, **fields: Any) -> bytes:
-        """A chat request, ready to be sent."""
+    def request(self, *, key: str | None = None, **fields: Any) -> bytes:
+        """A chat request, ready to be sent, of the one tenant or with another's key."""
         body = {"model": "mock", "messages": [{"role": "user", "content": "one two three"}], **fields}
-        return post(CHAT, body, self.key)
+        return post(CHAT, body, key or self.key)
+
+    async def limit(self, kind: str, amount: int, **more: Any) -> Limit:
+        """Put a limit on the tenant in force."""
+        wanted = Limit(limit_id="", tenant_id=self.tenant_id, kind=LimitKind(kind), amount=amount, **more)
+        with self.store.write() as connection:
+            limit = set_limit(connection, wanted, now=datetime.now(UTC))
+        await self.door.renew()
+        return limit
+
+    async def new_tenant(self, name: str, *, weight: int = 1, credit: str = "100") -> str:
+        """Another tenant; gives its key."""
+        now = datetime.now(UTC)
+        with self.store.write() as connection:
+            tenant = create_tenant(connection, name=name, currency="USD", now=now)
+            set_weight(connection, tenant_id=tenant.tenant_id, weight=weight)
+            _, key = create_key(connection, tenant_id=tenant.tenant_id, name="test", now=now)
+            amount = parse_amount(credit)
+            post_money(
+                connection,
+                credit_grant(new_id("txn"), tenant_id=tenant.tenant_id, currency="USD", amount=amount, at=now),
+            )
+        await self.door.renew()
+        return key
 
     async def line(self, **options: Any) -> Line:
         return await Line.open(self.port, **options)

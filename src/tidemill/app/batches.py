@@ -14,7 +14,7 @@ from tidemill.app.datadir import DataDir
 from tidemill.app.gateways import file_rules
 from tidemill.gateway.routing import ModelSpec
 
-RESTART_AFTER_S = (0.5, 1.0, 5.0, 15.0)
+RESTART_AFTER_S = (0.5, 1.0, 2.0, 5.0)
 STEADY_AFTER_S = 60.0
 UPSTREAM_PARALLEL = 8
 """Lines at a time at an upstream, when the configuration does not say."""

@@ -135,12 +135,14 @@ class Gateway:
         )
 
     async def _models(self, exchange: Exchange) -> None:
-        self._door.admit(exchange) or await self._door.ask_store(exchange)
+        principal = self._door.admit(exchange) or await self._door.ask_store(exchange)
         names = sorted(self._routes.names)
+        if principal.rules is not None and principal.rules.models:
+            names = [name for name in names if self._routes.find(name).spec.name in principal.rules.models]
         models = [self._describe(exchange, name) for name in names]
         page: dict[str, object] = {"object": "list", "data": models}
         if dialect_of(exchange) is ANTHROPIC:
-            page = {"data": models, "has_more": False, "first_id": names[0], "last_id": names[-1]}
+            page = {"data": models, "has_more": False, **_ends(names)}
         exchange.respond(200, _encode(page), JSON)
 
     async def _model(self, exchange: Exchange) -> None:
@@ -160,6 +162,10 @@ class Gateway:
                 "lifecycle": "active",
             }
         return {"id": name, "object": "model", "created": self._started_at, "owned_by": "tidemill"}
+
+
+def _ends(names: list[str]) -> dict[str, str | None]:
+    return {"first_id": names[0] if names else None, "last_id": names[-1] if names else None}
 
 
 def _refusal(status: int, message: str) -> HttpRefusal:

@@ -190,8 +190,15 @@ class Limits:
         """Take what the request needs if all of it is at hand. The hot path. Raises RateLimited when it never fits."""
         tokens = self._tokens(plan, request, body)
         second = self.shares.second()
-        if plan.lacking(tokens, second):
-            return None
+        for rate in plan.requests:
+            if rate.share.held < 1 or second > rate.share.valid:
+                return None
+        for rate in plan.tokens:
+            if rate.share.held < tokens or second > rate.share.valid:
+                return None
+        for slots in plan.slots:
+            if slots.share.at_hand(second) < 1:
+                return None
         return Stay(self.shares, plan, tokens, second)
 
     async def enter(self, plan: Plan, request: ModelRequest, body: bytes) -> Stay:
@@ -307,8 +314,7 @@ def estimate(request: ModelRequest, body: bytes) -> tuple[int, int]:
 
 def _rate_headers(what: bytes, rates: tuple[Rate, ...], second: int) -> bytes:
     tightest = min(rates, key=lambda rate: rate.remaining(second)) if len(rates) > 1 else rates[0]
-    last = tightest.share.last_used
-    reset_s = 0 if last is None else max(last + WINDOW_S + 1 - second, 0)
+    reset_s = max(tightest.share.last_used + WINDOW_S + 1 - second, 0)
     return b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-remaining-%b: %d\r\nx-ratelimit-reset-%b: %ds\r\n" % (
         what,
         tightest.limit.amount,

@@ -14,7 +14,7 @@ from tidemill.gateway.responses_request import ResponsesRequest
 from tidemill.gateway.responses_shelf import Shelf
 from tidemill.gateway.serve import JSON
 from tidemill.gateway.snapshot import Principal
-from tidemill.ledger.usage import Tier
+from tidemill.ledger.pricing import Tier
 
 _encode = msgspec.json.Encoder().encode
 

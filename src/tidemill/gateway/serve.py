@@ -209,7 +209,8 @@ async def _stream(flight: Flight, connection: Connection) -> None:
         exchange.end(reply.end(flight.tap.counts))
     else:
         await flight.settle(Status.CLIENT_CLOSED if flight.given_up else Status.OK, *flight.passed())
-        exchange.end(reply.end(flight.passed()[0]))
+        if not exchange.gone:  # else the reply has not seen all of it
+            exchange.end(reply.end(flight.passed()[0]))
 
 
 def _begin(exchange: Exchange) -> None:
@@ -231,8 +232,9 @@ async def _collect(flight: Flight, connection: Connection) -> None:
     if not tap.done or tap.failed:
         raise EngineLost("The engine's answer broke off.")
     counts, estimated = flight.passed()
+    answer = flight.reply.whole(collector.answer(counts), counts)
     await flight.settle(Status.BALANCE_EXHAUSTED if flight.used_up else Status.OK, counts, estimated)
-    flight.exchange.respond(200, flight.reply.whole(collector.answer(counts), counts), JSON)
+    flight.exchange.respond(200, answer, JSON)
 
 
 async def _whole(flight: Flight, connection: Connection) -> None:
@@ -242,9 +244,10 @@ async def _whole(flight: Flight, connection: Connection) -> None:
     estimated = counts is None
     if counts is None:
         counts = Counts(flight.request.body_bytes // 4, 0, len(body) // 4)
+    answer = flight.reply.whole(body, counts)  # before it is billed, as it may not be what the client asked for
     status = Status.BALANCE_EXHAUSTED if flight.uses_up(counts.completion) else Status.OK
     await flight.settle(Status.CLIENT_CLOSED if flight.given_up else status, counts, estimated)
-    flight.exchange.respond(200, flight.reply.whole(body, counts), JSON)
+    flight.exchange.respond(200, answer, JSON)
 
 
 async def _refusal(flight: Flight, connection: Connection) -> Refused:

@@ -109,7 +109,7 @@ def _frees_in(all_booked: list[Booked], missing: int, second: int) -> int:
 class RateShare:
     """What one process has of one limit. Plain arithmetic: the caller knows the second and talks to the store."""
 
-    __slots__ = ("_pace", "_paced_at", "_used", "dirty", "held", "spent", "valid")
+    __slots__ = ("_pace", "_paced_at", "_used", "dirty", "held", "last_used", "spent", "valid")
 
     def __init__(self) -> None:
         self.spent: dict[int, int] = {}
@@ -117,6 +117,8 @@ class RateShare:
         self.held = 0
         self.valid = -1
         """The last second in which what is held may be spent."""
+        self.last_used = -1
+        """The last second in which something was spent."""
         self.dirty = False
         """Something has changed since the last report."""
         self._used = 0
@@ -142,6 +144,7 @@ class RateShare:
     def _spend(self, amount: int, second: int) -> None:
         self._used += amount
         self.spent[second] = self.spent.get(second, 0) + amount
+        self.last_used = second
         self.dirty = True
 
     def refund(self, amount: int, second: int) -> None:
@@ -189,8 +192,3 @@ class RateShare:
     def runs_low(self, within_s: float) -> bool:
         """What is held would not last for `within_s` seconds at the pace of late."""
         return self.held < self._pace * within_s
-
-    @property
-    def last_used(self) -> int | None:
-        """The last second in which something was spent."""
-        return max(self.spent, default=None)

@@ -38,14 +38,14 @@ class Purse:
 
     __slots__ = ("asked_at", "dry_until", "failure", "idle_since", "last_grant", "refill", "wallet")
 
-    def __init__(self) -> None:
+    def __init__(self, now: float) -> None:
         self.wallet = Wallet()
         self.refill: asyncio.Task[None] | None = None
         self.asked_at = 0.0
         self.dry_until = 0.0
         self.failure: Unavailable | None = None
         self.last_grant = 0
-        self.idle_since = time.monotonic()
+        self.idle_since = now
 
 
 class Leasing:
@@ -69,7 +69,7 @@ class Leasing:
         """The purse of a tenant or budget, made empty at its first use."""
         purse = self._purses.get(purse_id)
         if purse is None:
-            purse = self._purses[purse_id] = Purse()
+            purse = self._purses[purse_id] = Purse(self._clock())
         return purse
 
     def hold_now(self, purse_id: PurseId, amount: int) -> bool:
@@ -98,6 +98,7 @@ class Leasing:
             await asyncio.wait([refill], timeout=max(purse.asked_at + STORE_PATIENCE_S - self._clock(), 0.0))
             if not refill.done():
                 raise Unavailable("The database does not answer.", hint="Try again in a moment.")
+            refill.result()  # raises what nobody has foreseen, rather than asking again for ever
             if purse.failure is not None and purse.wallet.available < amount:
                 raise purse.failure
         return True
@@ -137,10 +138,6 @@ class Leasing:
         """Turn the holds of one request into its charge."""
         for purse_id in purse_ids:
             self.settle(purse_id, hold, charge)
-
-    def scarcest(self, purse_ids: Sequence[PurseId]) -> PurseId:
-        """The purse with the least at hand."""
-        return min(purse_ids, key=lambda purse_id: self.purse(purse_id).wallet.available)
 
     def refresh(self) -> None:
         """Forget refusals: a balance may have risen."""

@@ -11,11 +11,11 @@ MAX_LOST = 3
 """Attempts at a line whose engine or gateway is lost, or fails, each time. Then it fails: it is what kills them."""
 SUSPECT_AFTER = 2
 """A line that was lost so often is tried alone, so that it takes no others with it, nor they it."""
-MAX_BROKE = 3
-"""Attempts at a line that the balance does not cover, with nothing else of the tenant's batches in flight."""
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 30.0
 
+BROKE = 402
+"""The balance does not cover the line."""
 _FAILURES = (408, 500, 502, 504)
 _REFUSALS = (429, 503, 529)
 _encode = msgspec.json.Encoder().encode
@@ -61,14 +61,13 @@ class Tries(msgspec.Struct):
     """How often a line was tried in vain, in this process."""
 
     lost: int = 0
-    broke: int = 0
 
 
 class Again(msgspec.Struct, frozen=True):
-    """Try the line once more, not before `after_s` seconds. `pause`: it is not about this line alone."""
+    """Try the line once more, not before `after_s` seconds. `pause`: so shall the tenant's other lines."""
 
     after_s: float
-    pause: bool
+    pause: bool = False
 
 
 class Done(msgspec.Struct, frozen=True):
@@ -85,10 +84,8 @@ def judge(answer: Answer, request_id: str, tries: Tries, *, alone: bool) -> Agai
         return Again(max(answer.retry_after_s, FIRST_WAIT_S), pause=True)
     if answer.status in _FAILURES and (again := _once_more(tries)):
         return again
-    if answer.status == 402 and tries.broke < MAX_BROKE:
-        # Money is held for requests in flight that they will not need.
-        tries.broke += alone
-        return Again(FIRST_WAIT_S, pause=True)
+    if answer.status == BROKE and not alone:
+        return Again(0.0)  # the others hold money that they will not need
     body = one_line(answer.body)
     if body is None and answer.status == 200:
         return Done(None, Failure("invalid_answer", "The model's engine has answered with what is not JSON."))
@@ -126,4 +123,4 @@ def _once_more(tries: Tries) -> Again | None:
     tries.lost += 1
     if tries.lost >= MAX_LOST:
         return None
-    return Again(min(FIRST_WAIT_S * 2**tries.lost, LONGEST_WAIT_S), pause=False)
+    return Again(min(FIRST_WAIT_S * 2**tries.lost, LONGEST_WAIT_S))

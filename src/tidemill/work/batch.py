@@ -15,7 +15,7 @@ import structlog
 
 from tidemill.errors import Unavailable
 from tidemill.store.batches import Batch, BatchStatus
-from tidemill.work.attempt import LONGEST_WAIT_S, Again, Call, Done, Lost, Send, judge, judge_lost, refused
+from tidemill.work.attempt import BROKE, LONGEST_WAIT_S, Again, Call, Done, Lost, Send, judge, judge_lost, refused
 from tidemill.work.hand import BatchInHand
 from tidemill.work.lifecycle import Lifecycle
 from tidemill.work.lines import decode_line
@@ -31,6 +31,9 @@ FINISH_S = 600.0
 """How long lines in flight may go on once their batch was cancelled or has expired."""
 SWEEP_EVERY_S = 30.0
 ORPHANS_EVERY_S = 3600.0
+CAREFUL_LINES = 16
+"""So many lines of a tenant run one after the other once its balance did not cover one: what lines in flight together
+hold may be far more than they will cost."""
 HOLD_S = 30.0
 """How long a batch rests that could not be worked on for a fault of the platform."""
 
@@ -63,6 +66,8 @@ class BatchRunner:
         """Models that a line is tried alone on."""
         self._pauses: dict[tuple[str, str], Pause] = {}
         """By tenant and model."""
+        self._careful: dict[str, int] = {}
+        """Tenants whose balance is scarce, and after how many lines more they are believed to have one again."""
         self._wake = asyncio.Event()
         self._sweep_orphans_at = 0.0
         self._full = False
@@ -150,7 +155,11 @@ class BatchRunner:
                     self._start(hand, suspect, model)
                 return
         for hand in hands:
-            while free > 0 and (place := hand.next_place(model, now)) is not None:
+            tenant_id = hand.batch.tenant_id
+            while free > 0 and not (tenant_id in self._careful and self._in_flight(tenant_id)):
+                place = hand.next_place(model, now)
+                if place is None:
+                    break
                 free -= 1
                 self._start(hand, place, model)
 
@@ -169,7 +178,7 @@ class BatchRunner:
                 if verdict.pause:
                     self._pause(hand.batch.tenant_id, model, verdict.after_s)
             else:
-                self._pauses.pop((hand.batch.tenant_id, model), None)
+                self._succeeded(hand.batch.tenant_id, model)
                 self._record(hand, place, custom_id, verdict)
         except asyncio.CancelledError:
             hand.put_back(place, now())
@@ -195,6 +204,8 @@ class BatchRunner:
             answer = await self._send(call)
         except Lost as lost:
             return custom_id, judge_lost(lost, tries)
+        if answer.status == BROKE:
+            self._careful[batch.tenant_id] = CAREFUL_LINES
         return custom_id, judge(answer, named, tries, alone=self._in_flight(batch.tenant_id) == 1)
 
     def _record(self, hand: BatchInHand, place: int, custom_id: str, done: Done) -> None:
@@ -204,6 +215,14 @@ class BatchRunner:
             self._full = True
             hand.unrecorded[place] = (custom_id, done)
             log.error("a result cannot be recorded; no line is begun until it is", reason=error.strerror)
+
+    def _succeeded(self, tenant_id: str, model: str) -> None:
+        """The data plane has not turned a line away."""
+        self._pauses.pop((tenant_id, model), None)
+        if tenant_id in self._careful:
+            self._careful[tenant_id] -= 1
+            if not self._careful[tenant_id]:
+                del self._careful[tenant_id]
 
     def _pause(self, tenant_id: str, model: str, after_s: float) -> None:
         pause = self._pauses.setdefault((tenant_id, model), Pause())
