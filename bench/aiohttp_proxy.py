@@ -19,9 +19,7 @@ def make_app(upstream: str) -> web.Application:
         body = await request.read()
         headers = {k: v for k, v in request.headers.items() if k.lower() not in HOP_HEADERS}
         session = request.app[SESSION]
-        async with session.request(
-            request.method, upstream + request.path_qs, data=body, headers=headers
-        ) as answer:
+        async with session.request(request.method, upstream + request.path_qs, data=body, headers=headers) as answer:
             if answer.content_length is not None:
                 kept = {"content-type": answer.headers.get("content-type", "application/json")}
                 return web.Response(status=answer.status, body=await answer.read(), headers=kept)

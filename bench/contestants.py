@@ -218,9 +218,7 @@ class Tidemill(Contestant):
     def prepare(self) -> str:
         self._command = REPOSITORY / ".venv" / "bin" / "tidemill"
         if not self._command.exists():
-            raise peers.Unavailable(
-                f"no {self._command.relative_to(REPOSITORY)}; `make up` or `uv sync` makes it"
-            )
+            raise peers.Unavailable(f"no {self._command.relative_to(REPOSITORY)}; `make up` or `uv sync` makes it")
         try:
             version = metadata.version("tidemill")
         except metadata.PackageNotFoundError:

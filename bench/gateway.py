@@ -34,9 +34,7 @@ DIRECT = "direct"
 class Run:
     """All rounds of all contestants."""
 
-    def __init__(
-        self, chosen: list[contestants.Contestant], sizes: phases.Sizes, batch: int, console: Console
-    ) -> None:
+    def __init__(self, chosen: list[contestants.Contestant], sizes: phases.Sizes, batch: int, console: Console) -> None:
         self.chosen = chosen
         self.sizes = sizes
         self.batch = batch
@@ -165,29 +163,17 @@ def crowding(span: proc.MachineTime) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="processor time, latency and memory of gateways, in one run")
-    parser.add_argument(
-        "--quick", action="store_true", help="about a minute: one round, few peers, short stretches"
-    )
+    parser.add_argument("--quick", action="store_true", help="about a minute: one round, few peers, short stretches")
     parser.add_argument("--rounds", type=int, help="default 3, with --quick 1")
-    parser.add_argument(
-        "--peers", help=f"default {DEFAULT_PEERS}; with --quick {QUICK_PEERS}; also litellm; 'none'"
-    )
-    parser.add_argument(
-        "--litellm", action="store_true", help="LiteLLM too (its installation takes a minute)"
-    )
+    parser.add_argument("--peers", help=f"default {DEFAULT_PEERS}; with --quick {QUICK_PEERS}; also litellm; 'none'")
+    parser.add_argument("--litellm", action="store_true", help="LiteLLM too (its installation takes a minute)")
     parser.add_argument("--no-tidemill", action="store_true", help="the peers alone")
-    parser.add_argument(
-        "--tidemill-args", default="", help="more flags for `tidemill up`, e.g. '--workers 2'"
-    )
-    parser.add_argument(
-        "--batch", type=int, default=64, help="streams whose tokens the mock engine sends in one step"
-    )
+    parser.add_argument("--tidemill-args", default="", help="more flags for `tidemill up`, e.g. '--workers 2'")
+    parser.add_argument("--batch", type=int, default=64, help="streams whose tokens the mock engine sends in one step")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all figures of all rounds")
     args = parser.parse_args()
 
-    names = [
-        n for n in (args.peers or (QUICK_PEERS if args.quick else DEFAULT_PEERS)).split(",") if n != "none"
-    ]
+    names = [n for n in (args.peers or (QUICK_PEERS if args.quick else DEFAULT_PEERS)).split(",") if n != "none"]
     names += ["litellm"] * (args.litellm and "litellm" not in names)
     names += ["tidemill"] * (not args.no_tidemill and "tidemill" not in names)
     unknown = [n for n in names if n not in contestants.ALL]

@@ -225,9 +225,7 @@ class _Shape:
         if not self.chat:
             return b""
         delta = {"role": "assistant", "content": ""}
-        each = (
-            {"index": i, "delta": delta, "logprobs": None, "finish_reason": None} for i in range(self.choices)
-        )
+        each = ({"index": i, "delta": delta, "logprobs": None, "finish_reason": None} for i in range(self.choices))
         return b"".join(map(self._chunk, each))
 
     def token(self) -> bytes:

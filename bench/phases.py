@@ -101,9 +101,7 @@ def warm_up(live: Live, found: Findings) -> None:
     found.take("warm-up streams", live.load("streams", streams=8, chunks=REQUEST_TOKENS, seconds=0.1))
 
 
-def streams(
-    live: Live, found: Findings, label: str, count: int, interval_ms: float, opening_s: float
-) -> None:
+def streams(live: Live, found: Findings, label: str, count: int, interval_ms: float, opening_s: float) -> None:
     """Processor time a chunk, and memory a stream, while `count` streams flow."""
     live.interval_ms(interval_ms)
     seconds = live.sizes.streams_s

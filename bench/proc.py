@@ -157,9 +157,7 @@ class Server:
                 self._process.kill()
                 self._process.wait()
         for pid, started in below:
-            if (
-                started is not None and _start_tick(pid) == started
-            ):  # the same process, not a new one of its id
+            if started is not None and _start_tick(pid) == started:  # the same process, not a new one of its id
                 os.kill(pid, signal.SIGKILL)
 
     def __enter__(self) -> Self:
@@ -205,9 +203,7 @@ def http_post(port: int, path: str, body: bytes, key: str = "", timeout_s: float
         connection.close()
 
 
-def wait_answering(
-    server: Server, port: int, path: str, body: bytes, key: Path | str, timeout_s: float
-) -> float:
+def wait_answering(server: Server, port: int, path: str, body: bytes, key: Path | str, timeout_s: float) -> float:
     """Waits until a real request is answered with 200; returns seconds since the server was started.
 
     `key` may be a file that the server is still to write. Raises RuntimeError with the log's end.

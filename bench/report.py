@@ -204,9 +204,7 @@ def _print_troubles(console: Console, summary: Summary, given_up: Mapping[str, s
 
 
 def _aims(summary: Summary) -> Table:
-    table = Table(
-        title=f"Aims of {SUBJECT}, with keys, holds, balances and durable metering on", title_justify="left"
-    )
+    table = Table(title=f"Aims of {SUBJECT}, with keys, holds, balances and durable metering on", title_justify="left")
     for heading in ("aim", "at most", "is", "reached"):
         table.add_column(heading, justify="left" if heading == "aim" else "right")
     for row in aims(summary):

@@ -145,9 +145,7 @@ def simulate(requests: list[Request], contestant: Contestant, args: argparse.Nam
 def load(path: Path, speed: float) -> list[Request]:
     rows = (json.loads(line) for line in path.read_text().splitlines())
     return [
-        Request(
-            row["timestamp"] / 1000 / speed, row["input_length"], row["output_length"], tuple(row["hash_ids"])
-        )
+        Request(row["timestamp"] / 1000 / speed, row["input_length"], row["output_length"], tuple(row["hash_ids"]))
         for row in rows
     ]
 

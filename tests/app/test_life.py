@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from support.mock import Mock
 from support.platform import Platform, free_port, start_platform
 
@@ -67,7 +68,9 @@ def test_a_port_that_is_taken_is_named(platform: Platform, tmp_path: Path, mock:
     config.write_text(mock.config("mock"))
     other = str(tmp_path / "other")
     begin = time.monotonic()
-    taken = up("--config", str(config), "--data", other, "--port", str(platform.port), "--control-port", str(free_port()))
+    taken = up(
+        "--config", str(config), "--data", other, "--port", str(platform.port), "--control-port", str(free_port())
+    )
     assert taken.returncode == 1
     assert str(platform.port) in taken.stderr and "--port" in taken.stderr
     assert time.monotonic() - begin < 40

@@ -75,7 +75,10 @@ def test_cores_are_shared() -> None:
         ('[models.x]\nengine = "openai"\n', ["models.x.base_url is missing"]),
         ('[models.x]\nengine = "openai"\nbase_urls = []\n', ["models.x.base_url is missing"]),
         ('[models.x]\nengine = "openai"\nbase_urls = ["ftp://y"]\n', ["models.x.base_urls", "'ftp://y'"]),
-        ('[models.x]\nengine = "openai"\nbase_urls = ["http://y/v1", "http://y/v1/"]\n', ["models.x.base_urls", "twice"]),
+        (
+            '[models.x]\nengine = "openai"\nbase_urls = ["http://y/v1", "http://y/v1/"]\n',
+            ["models.x.base_urls", "twice"],
+        ),
         ('[models.x]\nengine = "openai"\nbase_urls = "http://y/v1"\n', ["models.x.base_urls", "a list"]),
         (X + "probe_seconds = 0.1\n", ["models.x.probe_seconds", "from 1 to 3600"]),
         (X + 'aliases = ["a b"]\n', ["models.x.aliases", "'a b' is not a model name"]),

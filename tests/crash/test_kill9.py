@@ -13,9 +13,9 @@ from typing import Any
 import httpx
 import pytest
 from sqlalchemy import select
+
 from support.mock import Mock
 from support.platform import Platform, start_platform, wait_until
-
 from tidemill.ledger.money import parse_amount
 from tidemill.store.accounts import tenant_balance, verify_books
 from tidemill.store.engine import open_store, store_url

@@ -255,6 +255,13 @@ def test_other_endpoints(client: OpenAI) -> None:
     (entry,) = entries(client, batch.output_file_id).values()
     assert entry["response"]["body"]["choices"][0]["text"] == " tide tide tide"
     assert batch.usage is not None and (batch.usage.input_tokens, batch.usage.output_tokens) == (2, 3)
+    response = {**line("a", url="/v1/responses"), "body": {"model": "mock", "input": "one two", "max_output_tokens": 3}}
+    batch = ended(client, submit(client, [response], endpoint="/v1/responses"))
+    (entry,) = entries(client, batch.output_file_id).values()
+    assert entry["response"]["body"]["output"][0]["content"][0]["text"] == " tide tide tide"
+    assert batch.usage is not None and (batch.usage.input_tokens, batch.usage.output_tokens) == (2, 3)
+    with pytest.raises(openai.NotFoundError):  # it is in the output file, and not kept beside it
+        client.responses.retrieve(entry["response"]["body"]["id"])
 
 
 def test_another_tenant_sees_nothing(platform: Platform, client: OpenAI, request: pytest.FixtureRequest) -> None:

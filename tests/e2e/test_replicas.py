@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from support.platform import Platform, start_platform, wait_until
 
 CONFIG = """

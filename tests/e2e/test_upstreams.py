@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from support.mock import SCRIPT, Mock
 from support.platform import Platform, start_platform, wait_until
 

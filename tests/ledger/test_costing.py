@@ -115,8 +115,7 @@ TestSharing.settings = settings(max_examples=60, stateful_step_count=40, deadlin
 def test_any_schedule_adds_up_to_the_union_of_its_intervals(intervals: list[tuple[int, int]]) -> None:
     spans = [(begin, begin + length) for begin, length in intervals]
     events = sorted(
-        [(begin, 1, n) for n, (begin, _) in enumerate(spans)]
-        + [(end, 2, n) for n, (_, end) in enumerate(spans)]
+        [(begin, 1, n) for n, (begin, _) in enumerate(spans)] + [(end, 2, n) for n, (_, end) in enumerate(spans)]
     )
     clock, tickets, shares = BusyClock(), {}, 0
     for at, what, n in events:
@@ -230,6 +229,4 @@ def test_revenue_and_device_time_of_records() -> None:
     assert revenue == {key("acme"): 2 * month[0].charge, MarginKey("b", "tiny"): 0}
     assert device_ns == {key("acme"): 1_000_005, MarginKey("b", "tiny"): 1_000_000}
     with pytest.raises(LedgerError, match="r4 is in USD, others in CNY"):
-        revenue_and_device_time(
-            [record(), record("r4", price=version("p", "smollm2", "1 1 1", currency="USD"))]
-        )
+        revenue_and_device_time([record(), record("r4", price=version("p", "smollm2", "1 1 1", currency="USD"))])

@@ -26,12 +26,8 @@ from tidemill.ledger.usage import TokenUsage, UsageRecord
 from .values import NOVEMBER, PRICES, in_november, months, record, version
 
 
-def grant(
-    amount: str, at: datetime = NOVEMBER.start, name: str = "txn_1", tenant: str = "acme"
-) -> Transaction:
-    return credit_grant(
-        name, tenant_id=tenant, currency="CNY", amount=parse_amount(amount), at=at, memo="top-up"
-    )
+def grant(amount: str, at: datetime = NOVEMBER.start, name: str = "txn_1", tenant: str = "acme") -> Transaction:
+    return credit_grant(name, tenant_id=tenant, currency="CNY", amount=parse_amount(amount), at=at, memo="top-up")
 
 
 def bill(
@@ -122,9 +118,7 @@ def test_what_is_due_is_payable_and_all_of_it_explained(month: list[UsageRecord]
         assert 2 * abs(invoice.rounding) <= 10**7
         assert invoice.amount_due % 10**7 == 0
         assert 0 <= invoice.amount_due
-        assert (
-            invoice.opening_balance + invoice.granted - invoice.used_from_balance == invoice.closing_balance
-        )
+        assert invoice.opening_balance + invoice.granted - invoice.used_from_balance == invoice.closing_balance
     assert whole.amount_due == 0
 
 
@@ -180,9 +174,7 @@ def test_free_usage_has_lines_and_a_failed_request_has_none() -> None:
 def test_a_charge_without_tokens_is_on_a_line_all_the_same() -> None:
     odd = msgspec.structs.replace(record(usage=TokenUsage()), charge_output=Nanos(5))
     invoice = bill([odd])
-    assert [(line.kind, line.tokens, line.amount, line.requests) for line in invoice.lines] == [
-        ("output", 0, 5, 1)
-    ]
+    assert [(line.kind, line.tokens, line.amount, line.requests) for line in invoice.lines] == [("output", 0, 5, 1)]
     assert records_of(invoice.lines[0], [odd]) == [odd]
 
 

@@ -92,9 +92,7 @@ decimals. The requests behind the lines:
 
 
 @given(months, names, names)
-def test_no_line_is_wider_than_the_page_and_no_name_forges_one(
-    month: list[UsageRecord], name: str, memo: str
-) -> None:
+def test_no_line_is_wider_than_the_page_and_no_name_forges_one(month: list[UsageRecord], name: str, memo: str) -> None:
     text = to_text(bill(month, name=name, memo=memo))
     for line in text.removesuffix("\n").split("\n"):
         assert display_width(line) <= WIDTH
@@ -116,21 +114,15 @@ def test_amounts_are_not_cut_and_their_points_stand_under_each_other(month: list
     points = {
         WIDTH - match.start()
         for line in text.split("\n")
-        if (match := re.search(r"\.\d+$", line))
-        and line.startswith(("Total", "Subtotal", "AMOUNT", "Balance", "Paid"))
+        if (match := re.search(r"\.\d+$", line)) and line.startswith(("Total", "Subtotal", "AMOUNT", "Balance", "Paid"))
     }
     assert len(points) == 1
 
 
 def test_the_largest_figures_take_a_second_line() -> None:
     huge = msgspec.structs.replace(version("prc_huge", "m" * 128, "0 0 0"), price=Price(MAX_PRICE - 1, 0, 0))
-    month = [
-        record(f"req_{n}", price=huge, usage=TokenUsage(2**28, 0, 0), cap=Nanos(10**9)) for n in range(3)
-    ]
-    big = [
-        msgspec.structs.replace(one, charge_input=Nanos(MAX_NANOS // 3), uncollected=Nanos(1))
-        for one in month
-    ]
+    month = [record(f"req_{n}", price=huge, usage=TokenUsage(2**28, 0, 0), cap=Nanos(10**9)) for n in range(3)]
+    big = [msgspec.structs.replace(one, charge_input=Nanos(MAX_NANOS // 3), uncollected=Nanos(1)) for one in month]
     invoice = make_invoice(
         sum_month(big, tenant_id="acme", currency="CNY", period=NOVEMBER),
         tenant_name="Acme",
@@ -176,9 +168,7 @@ def test_yen_have_no_decimals() -> None:
     assert "1,000,000 " in text
 
 
-@pytest.mark.parametrize(
-    ("text", "width"), [("abc", 3), ("上海", 4), ("é", 1), ("e\u0301", 1), ("ｆ", 2), ("🌊", 2)]
-)
+@pytest.mark.parametrize(("text", "width"), [("abc", 3), ("上海", 4), ("é", 1), ("e\u0301", 1), ("ｆ", 2), ("🌊", 2)])
 def test_display_width(text: str, width: int) -> None:
     assert display_width(text) == width
 

@@ -71,9 +71,7 @@ def test_what_is_not_a_plain_decimal_is_refused(text: str) -> None:
         parse_amount(text)
 
 
-@pytest.mark.parametrize(
-    "text", ["0.0000000001", "1.0000000001", "1.00000000000000000000000000001", "1." + "9" * 999]
-)
+@pytest.mark.parametrize("text", ["0.0000000001", "1.0000000001", "1.00000000000000000000000000001", "1." + "9" * 999])
 def test_more_than_nine_decimals_are_refused_however_many(text: str) -> None:
     with pytest.raises(MoneyError, match="nine decimals"):
         parse_amount(text)

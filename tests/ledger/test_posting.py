@@ -32,9 +32,7 @@ from .values import NOVEMBER, PRICES, months, record, records, version
 NOW = datetime(2026, 11, 24, tzinfo=UTC)
 
 
-def transaction(
-    *amounts: tuple[str, int], currency: str = "CNY", at: datetime = NOW, memo: str = ""
-) -> Transaction:
+def transaction(*amounts: tuple[str, int], currency: str = "CNY", at: datetime = NOW, memo: str = "") -> Transaction:
     return Transaction(
         transaction_id="txn_1",
         kind=TransactionKind.CREDIT_GRANT,
@@ -46,9 +44,7 @@ def transaction(
 
 
 def test_a_grant_credits_the_tenant_and_debits_the_funding() -> None:
-    grant = credit_grant(
-        "txn_1", tenant_id="acme", currency="CNY", amount=parse_amount("100"), at=NOW, memo="top-up"
-    )
+    grant = credit_grant("txn_1", tenant_id="acme", currency="CNY", amount=parse_amount("100"), at=NOW, memo="top-up")
     assert grant.amount_on(tenant_account("acme")) == 100 * 10**9
     assert grant.amount_on(FUNDING_CREDIT) == -100 * 10**9
     assert grant.amount_on(REVENUE_USAGE) == 0
@@ -104,9 +100,7 @@ def test_batches_keep_every_record_and_can_all_be_charged(rows: list[tuple[Usage
         for one, tenant, days in rows
     ]
     batches = charge_batches(every, "Asia/Shanghai")
-    assert sorted(r.request_id for batch in batches.values() for r in batch) == sorted(
-        r.request_id for r in every
-    )
+    assert sorted(r.request_id for batch in batches.values() for r in batch) == sorted(r.request_id for r in every)
     for key, batch in batches.items():
         charge = usage_charge("txn_1", batch)
         if charge is not None:
@@ -129,9 +123,7 @@ def test_what_may_not_be_posted() -> None:
         transaction(("tenant:a", 1), ("funding:credit", -1), memo="x" * 513)
 
 
-@pytest.mark.parametrize(
-    "account", ["", "tenant", "tenant:", "Tenant:a", "tenant:a b", "tenant:a:b", "tenant:a\n"]
-)
+@pytest.mark.parametrize("account", ["", "tenant", "tenant:", "Tenant:a", "tenant:a b", "tenant:a:b", "tenant:a\n"])
 def test_misnamed_accounts(account: str) -> None:
     with pytest.raises(PostingError, match="is not an account"):
         Entry(Account(account), Nanos(1))
@@ -153,9 +145,7 @@ def test_a_balance_that_is_not_the_sum_of_its_entries_is_named() -> None:
     entries = transaction(("tenant:a", 30), ("funding:credit", -30)).entries
     account = tenant_account("a")
     verify_balance(account, Nanos(30), entries)
-    with pytest.raises(
-        PostingError, match=r"tenant:a is kept as 0\.000000031, but its entries add up to 0\.00000003"
-    ):
+    with pytest.raises(PostingError, match=r"tenant:a is kept as 0\.000000031, but its entries add up to 0\.00000003"):
         verify_balance(account, Nanos(31), entries)
     kept = {account: Nanos(31), Account("revenue:usage"): Nanos(7)}
     assert discrepancies(kept, entries) == (

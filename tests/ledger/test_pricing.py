@@ -68,8 +68,7 @@ def test_the_dearest_request_fits_a_database_column() -> None:
     dearest = rate(TokenUsage(MAX_TOKENS, 0, MAX_TOKENS), Price(MAX_PRICE, MAX_PRICE, MAX_PRICE))
     assert dearest.total <= MAX_NANOS
     assert (
-        rate_capped(TokenUsage(MAX_TOKENS, 0, MAX_TOKENS), Price(*[MAX_PRICE] * 3), Nanos(0)).uncollected
-        <= MAX_NANOS
+        rate_capped(TokenUsage(MAX_TOKENS, 0, MAX_TOKENS), Price(*[MAX_PRICE] * 3), Nanos(0)).uncollected <= MAX_NANOS
     )
 
 
@@ -78,9 +77,7 @@ def test_the_dearest_request_fits_a_database_column() -> None:
 def test_the_hold_covers_every_request_within_its_bounds(
     usage: TokenUsage, price: Price, spare_prompt: int, spare_output: int
 ) -> None:
-    hold = hold_for(
-        price, prompt_tokens=usage.prompt + spare_prompt, output_tokens=usage.completion + spare_output
-    )
+    hold = hold_for(price, prompt_tokens=usage.prompt + spare_prompt, output_tokens=usage.completion + spare_output)
     assert rate(usage, price).total <= hold
 
 

@@ -86,9 +86,7 @@ def test_as_json() -> None:
 
 def test_a_record_as_json() -> None:
     one = record(status=Status.CLIENT_CLOSED)
-    plain = record_to_json(
-        msgspec.structs.replace(one, first_token_at=one.finished_at - timedelta(milliseconds=5))
-    )
+    plain = record_to_json(msgspec.structs.replace(one, first_token_at=one.finished_at - timedelta(milliseconds=5)))
     assert json.loads(json.dumps(plain)) == plain
     assert plain["status"] == "client_closed"
     assert plain["finished_at"] == "2026-11-03T16:00:00+00:00"

@@ -10,9 +10,7 @@ anything = st.integers(-(2**70), 2**70)
 
 
 @given(anything, anything, anything)
-def test_whatever_an_engine_reports_the_counts_are_possible(
-    prompt: int, cached: int, completion: int
-) -> None:
+def test_whatever_an_engine_reports_the_counts_are_possible(prompt: int, cached: int, completion: int) -> None:
     usage = TokenUsage(prompt, cached, completion)
     assert 0 <= usage.cached <= usage.prompt <= MAX_TOKENS
     assert 0 <= usage.completion <= MAX_TOKENS
@@ -27,9 +25,7 @@ def test_possible_counts_are_kept(one: int, other: int, completion: int) -> None
 
 
 def test_impossible_counts_are_mended_when_decoded_and_replaced_too() -> None:
-    assert msgspec.json.decode(
-        b'{"prompt": 5, "cached": 9, "completion": -1}', type=TokenUsage
-    ) == TokenUsage(5, 5, 0)
+    assert msgspec.json.decode(b'{"prompt": 5, "cached": 9, "completion": -1}', type=TokenUsage) == TokenUsage(5, 5, 0)
     assert msgspec.structs.replace(TokenUsage(5, 5, 0), prompt=3) == TokenUsage(3, 3, 0)
 
 

@@ -9,6 +9,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from sqlalchemy import event, func, select
 
@@ -233,6 +234,20 @@ def test_a_request_in_the_log_and_in_the_table_counts_as_the_log_says(world: Wor
     worker.die()
     assert world.loader().drain() == Drained(1, 0, 1)
     world.check_all_over([to_record(done)])
+
+
+def test_a_request_that_was_moving_between_replicas_leaves_one_record(world: World) -> None:
+    """Killed between the new slot and the freeing of the old one (`Flight.move`)."""
+    worker = world.worker()
+    worker.lease(world.tenant, 10**9)
+    request = world.request()
+    worker.open(request)
+    worker.open(msgspec.structs.replace(request, replica="m/1#other"))
+    worker.die()
+    assert world.loader().drain() == Drained(1, 1, 1)
+    (record,) = world.records()
+    assert (record.request_id, record.charge) == (request.request_id, 0)
+    world.check_all_over([record])
 
 
 def test_so_it_does_when_the_log_was_drained_before_the_death(world: World) -> None:

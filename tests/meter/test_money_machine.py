@@ -146,9 +146,12 @@ class Money(RuleBasedStateMachine):
     )
     def ask(self, process: int, tenant: int, holds: list[int]) -> Any:
         """Requests arrive at the same moment; each that gets its hold is opened."""
+        return multiple(*self.ask_for(process, tenant, holds))
+
+    def ask_for(self, process: int, tenant: int, holds: list[int]) -> list[Flight]:
         chosen, tenant_id = self.living(process), list(self.granted)[tenant]
         if chosen is None:
-            return multiple()
+            return []
 
         async def hold(amount: int) -> bool:
             try:
@@ -174,7 +177,7 @@ class Money(RuleBasedStateMachine):
             self.payer[request_id] = tenant_id
             self.charged[request_id] = 0
             made.append(flight)
-        return multiple(*made)
+        return made
 
     @rule(flight=flights, prompt=st.integers(0, 500), cached=st.integers(0, 100), completion=st.integers(0, 1000))
     def tokens_pass(self, flight: Flight, prompt: int, cached: int, completion: int) -> None:
@@ -205,9 +208,12 @@ class Money(RuleBasedStateMachine):
     @rule(
         flight=consumes(flights),
         usage=st.builds(TokenUsage, st.integers(0, 500), st.integers(0, 100), st.integers(0, 1000)),
-        killed=st.sampled_from(["", "", "", "before the log", "before the slot"]),
+        killed=st.sampled_from(["", "", "", "", "", "before the log", "before the slot"]),
     )
     def settle(self, flight: Flight, usage: TokenUsage, killed: str) -> None:
+        self.finish(flight, usage, killed)
+
+    def finish(self, flight: Flight, usage: TokenUsage, killed: str) -> None:
         process = flight.process
         if not process.alive:
             return
@@ -227,19 +233,27 @@ class Money(RuleBasedStateMachine):
             return
         process.live.close_slot(flight.slot)
 
-    @rule(process=st.integers(0, 2))
-    def kill(self, process: int) -> None:
-        chosen = self.living(process)
-        if chosen is not None:
-            chosen.die()
+    @rule(
+        process=st.integers(0, 2),
+        tenant=st.integers(0, TENANTS - 1),
+        asked=st.lists(st.tuples(st.integers(0, 3_000), st.integers(0, 1000)), min_size=1, max_size=4),
+    )
+    def serve(self, process: int, tenant: int, asked: list[tuple[int, int]]) -> None:
+        """Requests from their beginning to their end."""
+        for amount, completion in asked:
+            flights = self.ask_for(process, tenant, [amount])
+            for flight in flights:
+                self.finish(flight, TokenUsage(10, 0, completion), "")
 
-    @rule(process=st.integers(0, 2))
-    def stop(self, process: int) -> None:
-        """A clean end, as far as requests in flight allow: these are recovered."""
+    @rule(process=st.integers(0, 2), how=st.sampled_from(["killed", "stopped"]))
+    def end(self, process: int, how: str) -> None:
+        """A `kill -9`, or a clean end as far as requests in flight allow: these are recovered in both cases."""
         chosen = self.living(process)
-        if chosen is not None:
+        if chosen is None:
+            return
+        if how == "stopped":
             self.run(chosen.leasing.return_idle(all_of_it=True))
-            chosen.die()
+        chosen.die()
 
     @rule(seconds=st.sampled_from([DRY_FOR_S, IDLE_FOR_S + 1]))
     def time_passes(self, seconds: float) -> None:

@@ -43,7 +43,7 @@ def test_a_limit_is_set_changed_found_and_removed(store: Store, acme: Tenant) ->
     monthly = put(store, acme, "budget", 10**10, per=Per.MONTH)
     assert made.limit_id == changed.limit_id and len({narrow.limit_id, budget.limit_id, made.limit_id}) == 3
     with store.read() as connection:
-        assert list_limits(connection, acme.tenant_id) == [changed, narrow, budget, monthly]
+        assert list_limits(connection, acme.tenant_id) == [budget, monthly, changed, narrow]
         assert list_limits(connection, budgets_only=True) == [budget, monthly]
         assert find_limit(connection, budget.limit_id) == budget
         with pytest.raises(NotFound) as refused:
@@ -55,7 +55,7 @@ def test_a_limit_is_set_changed_found_and_removed(store: Store, acme: Tenant) ->
         assert remove_limit(connection, made.limit_id) == changed
         assert current_revision(connection) > before
         assert rates_in_force(connection, int(time.time())) == {}
-        assert list_limits(connection, acme.tenant_id) == [narrow, budget, monthly]
+        assert list_limits(connection, acme.tenant_id) == [budget, monthly, narrow]
     assert ask(store, "w1", changed, 3).rates == {}, "a limit that is gone binds nobody"
 
 

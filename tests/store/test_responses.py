@@ -2,13 +2,11 @@
 
 import zlib
 from datetime import UTC, datetime
-from pathlib import Path
 
 import pytest
 
 from tidemill.store import responses
-from tidemill.store.engine import Store, open_store, store_url
-from tidemill.store.migrate import migrate
+from tidemill.store.engine import Store
 from tidemill.store.responses import (
     KEPT_S,
     KeptResponse,
@@ -20,13 +18,6 @@ from tidemill.store.responses import (
 from tidemill.store.tenants import create_tenant
 
 NOW = 1_800_000_000_000_000
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    store = open_store(store_url(None, tmp_path))
-    migrate(store)
-    return store
 
 
 def tenant(store: Store, name: str) -> str:

@@ -4,6 +4,7 @@ from datetime import UTC, datetime, timedelta
 from itertools import count
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -183,6 +184,21 @@ def test_records_are_asked_for_by_tenant_time_and_model(store: Store, acme: Tena
         (acme.tenant_id, mine.charge, mine.device_ns),
         (other.tenant_id, theirs.charge, theirs.device_ns),
     }
+
+
+def test_a_fallback_earns_for_the_model_that_was_asked_for_and_costs_the_one_that_served(
+    store: Store, acme: Tenant
+) -> None:
+    own = of(acme)
+    own = msgspec.structs.replace(own, replica=f"{own.model}/0#life")
+    lent = msgspec.structs.replace(of(acme), replica="org/spare/1")
+    keep(store, own, lent)
+    with store.read() as connection:
+        uses = device_use(connection, start=OCTOBER, end=OCTOBER + timedelta(hours=1))
+    assert [(use.model, use.charge, use.device_ns) for use in uses] == [
+        (own.model, own.charge + lent.charge, own.device_ns),
+        ("org/spare", 0, lent.device_ns),
+    ]
 
 
 # Around Shanghai's midnights of 1 October and 1 November 2026.

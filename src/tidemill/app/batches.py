@@ -1,7 +1,7 @@
 """The batch runner, as the supervisor keeps it: started, told what changes, restarted, stopped before the gateways."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -58,14 +58,19 @@ class BatchProcess:
     def announce_models(self) -> None:
         self._tell(RunnerCommand(do="models", models=self._models()))
 
-    def note_load(self, active: dict[str, int]) -> None:
-        """Requests in flight at all gateways, by model: those that an engine has no slot for wait."""
+    def note_load(self, active: Mapping[str, int], queued: Mapping[str, int]) -> None:
+        """Requests in flight at all gateways, by model, and interactive ones that are queued there.
+
+        Those in flight that an engine has no slot for wait, too; they are not of batches, which get half at most.
+        """
         waiting = {}
         for spec in self._specs():
+            count = queued.get(spec.name, 0)
             if spec.slots is not None:
                 slots = spec.slots * sum(replica.ready for replica in spec.replicas)
-                if active.get(spec.name, 0) > slots:
-                    waiting[spec.name] = active[spec.name] - slots
+                count += max(active.get(spec.name, 0) - slots, 0)
+            if count:
+                waiting[spec.name] = count
         if waiting != self._waiting:
             self._waiting = waiting
             self._tell(RunnerCommand(do="load", waiting=waiting))

@@ -201,7 +201,7 @@ class Fleet:
             ttft_timeout_seconds=model.ttft_timeout_seconds,
             idle_timeout_seconds=model.idle_timeout_seconds,
             slots=model.parallel if local else None,
-            max_concurrent=max_concurrent(model),
+            max_concurrent=max_concurrent(model, ready=sum(replica.ready for replica in replicas)),
             max_queued=model.max_queued,
             queue_seconds=model.queue_seconds,
             lacks=engines[0].lacks if local else (),
@@ -229,11 +229,11 @@ class Fleet:
         return found
 
 
-def max_concurrent(model: ModelConfig) -> int | None:
+def max_concurrent(model: ModelConfig, *, ready: int) -> int | None:
     """How many requests a model works on at a time, before the gateways let the next wait; None: no bound."""
     if model.max_concurrent is not None:
         return model.max_concurrent or None
-    return model.parallel * model.replicas if model.engine == "llamacpp" and not model.overflow else None
+    return model.parallel * max(ready, 1) if model.engine == "llamacpp" and not model.overflow else None
 
 
 async def get(base_url: str, path: bytes, timeout_s: float, api_key: str | None = None) -> bytes | None:

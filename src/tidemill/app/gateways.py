@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import secrets
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -35,8 +35,8 @@ class GatewayProcess:
     def __init__(self, index: int, owner: "Gateways") -> None:
         self.index = index
         self.listening = False
-        self.active: dict[str, int] = {}
-        """Its requests in flight, by model."""
+        self.load = Report(say="load")
+        """Its requests in flight and those that wait."""
         self.all_finished = True
         self._owner = owner
         self._child: Child | None = None
@@ -92,7 +92,7 @@ class GatewayProcess:
             except OSError as error:  # no process or no log file to be had, for now
                 code = error.errno or 1
             self.listening = False
-            self.active = {}
+            self.load = Report(say="load")
             self._owner.add_up_load()
             for waiting in self._waiting.values():
                 if not waiting.done():
@@ -150,7 +150,7 @@ class GatewayProcess:
             case "stopped":
                 self.all_finished = report.all_finished
             case "load":
-                self.active = report.active
+                self.load = report
                 self._owner.add_up_load()
 
 
@@ -169,7 +169,7 @@ class Gateways:
         internal_token: str,
         specs: Callable[[], list[ModelSpec]],
         ended: Callable[[], None],
-        load_changed: Callable[[dict[str, int]], None],
+        load_changed: Callable[[Mapping[str, int], Mapping[str, int]], None],
     ) -> None:
         self.data = data
         self.port = port
@@ -219,10 +219,12 @@ class Gateways:
                 process.tell(command)
 
     def add_up_load(self) -> None:
-        total: Counter[str] = Counter()
+        active: Counter[str] = Counter()
+        waiting: Counter[str] = Counter()
         for process in self.processes:
-            total.update(process.active)
-        self._load_changed(dict(total))
+            active.update(process.load.active)
+            waiting.update(process.load.waiting)
+        self._load_changed(active, waiting)
 
     async def refresh(self) -> None:
         ticket = next(self._tickets)

@@ -5,7 +5,7 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -357,8 +357,8 @@ class Supervisor:
             self._gateways.announce_models()
             self._batches.announce_models()
 
-    def _load_changed(self, active: dict[str, int]) -> None:
-        self._batches.note_load(active)
+    def _load_changed(self, active: Mapping[str, int], waiting: Mapping[str, int]) -> None:
+        self._batches.note_load(active, waiting)
 
     def _gateway_ended(self) -> None:
         """Nothing to do at once: the loader finds the directory of the dead process unlocked and finishes it."""

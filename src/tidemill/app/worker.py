@@ -94,6 +94,8 @@ class Report(msgspec.Struct, kw_only=True):
     all_finished: bool = True
     active: dict[str, int] = {}
     """Requests in flight, by model."""
+    waiting: dict[str, int] = {}
+    """Interactive requests that wait for their turn, by model, where any do."""
 
 
 _decode_command = msgspec.json.Decoder(Command).decode
@@ -156,7 +158,7 @@ async def serve(spec: WorkerSpec, commands: asyncio.StreamReader) -> None:
     stop = asyncio.Event()
     chores = [
         asyncio.create_task(chore)
-        for chore in (_sweep(routes), _housekeeping(door, meter, stop), _keep_shares(limits.shares))
+        for chore in (_sweep(routes, queues), _housekeeping(door, meter, stop), _keep_shares(limits.shares))
     ]
     grace_s = await _obey(commands, door, routes, queues, meter, stop)
     finished = await server.stop(grace_s)
@@ -200,16 +202,17 @@ async def _obey(
                 return command.grace_s
 
 
-async def _sweep(routes: Routes) -> None:
+async def _sweep(routes: Routes, queues: Queues) -> None:
     loop = asyncio.get_running_loop()
-    told: dict[str, int] = {}
+    told: Report | None = None
     while True:
         await asyncio.sleep(SWEEP_S)
         routes.sweep(loop.time())
         active = {name: route.active for name, route in routes.by_name.items()}
-        if active != told:
-            told = active
-            tell(Report(say="load", active=active))
+        load = Report(say="load", active=active, waiting=queues.people_waiting())
+        if load != told:
+            told = load
+            tell(load)
 
 
 async def _keep_shares(shares: Shares) -> None:

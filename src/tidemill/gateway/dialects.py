@@ -1,4 +1,4 @@
-"""The APIs that clients speak here, as far as every answer differs by them: how errors look, and which id they carry."""
+"""The APIs that clients speak here, as far as every answer differs by them: how errors look."""
 
 import msgspec
 

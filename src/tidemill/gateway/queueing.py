@@ -169,6 +169,11 @@ class ModelQueue:
         self._dispatch()
 
     @property
+    def people_waiting(self) -> int:
+        """Interactive requests that wait."""
+        return sum(map(len, self._waiting[Priority.INTERACTIVE].values()))
+
+    @property
     def retry_after_s(self) -> int:
         """When it may be worth a try again: once those that wait have had their turns."""
         return min(max(ceil(self.queued * self._service_s / self.capacity), 1), MAX_RETRY_AFTER_S)
@@ -279,6 +284,10 @@ class Queues:
     def part(self, whole: int) -> int:
         """This process's part of a bound, at least 1: parts differ by one at the most and add up to the whole."""
         return max(whole // self._processes + (self._index < whole % self._processes), 1)
+
+    def people_waiting(self) -> dict[str, int]:
+        """Interactive requests that wait, by model, where any do."""
+        return {name: queue.people_waiting for name, queue in self._by_model.items() if queue.queued}
 
     def of(self, model: str) -> ModelQueue | None:
         """The queue of a model; None when it takes as many requests as come."""

@@ -175,9 +175,7 @@ def margin(
     if devices < 0 or cost_per_device_hour < 0:
         raise LedgerError("neither the number of devices nor their cost may be negative")
     if start.utcoffset() is None or end.utcoffset() is None or end < start:
-        raise LedgerError(
-            f"{start} to {end} is no window; give two instants with time zones, the earlier first"
-        )
+        raise LedgerError(f"{start} to {end} is no window; give two instants with time zones, the earlier first")
     if min(device_ns.values(), default=0) < 0:
         raise LedgerError("device time may not be negative")
     keys = sorted(revenue.keys() | device_ns.keys())
@@ -200,9 +198,7 @@ def margin(
         unallocated=ZERO if busy else Nanos(idle_cost),
         lines=tuple(
             MarginLine(key, revenue.get(key, ZERO), weight, Nanos(busy_share), Nanos(idle_share))
-            for key, weight, busy_share, idle_share in zip(
-                keys, weights, busy_shares, idle_shares, strict=True
-            )
+            for key, weight, busy_share, idle_share in zip(keys, weights, busy_shares, idle_shares, strict=True)
         ),
     )
 

@@ -221,9 +221,7 @@ def records_of(line: InvoiceLine, records: Iterable[UsageRecord]) -> list[UsageR
     return [
         record
         for record in records
-        if record.model == line.model
-        and record.price_id == line.price_id
-        and any(_component(record, line.kind))
+        if record.model == line.model and record.price_id == line.price_id and any(_component(record, line.kind))
     ]
 
 
@@ -299,9 +297,7 @@ def _component(record: UsageRecord, kind: TokenKind) -> tuple[int, Nanos]:
 def _line(row: LineSum, prices: Mapping[str, PriceVersion], currency: str) -> InvoiceLine:
     version = prices.get(row.price_id)
     if version is None:
-        raise LedgerError(
-            f"the price {row.price_id} of {row.model} is missing; pass every version that was used"
-        )
+        raise LedgerError(f"the price {row.price_id} of {row.model} is missing; pass every version that was used")
     if version.currency != currency:
         raise LedgerError(f"the price {row.price_id} is in {version.currency}, the invoice in {currency}")
     return InvoiceLine(

@@ -132,17 +132,11 @@ class _Page:
     def balance(self) -> list[str]:
         invoice = self.invoice
         draft = invoice.status is InvoiceStatus.DRAFT
-        closing = (
-            f"Balance at {self.when(invoice.as_of)}"
-            if draft
-            else f"Balance at {self.when(invoice.period.end)}"
-        )
+        closing = f"Balance at {self.when(invoice.as_of)}" if draft else f"Balance at {self.when(invoice.period.end)}"
         return [
             f"Prepaid balance, {invoice.currency}",
             "-" * WIDTH,
-            *self.amount(
-                f"Balance at {self.when(invoice.period.start)}", self.exact(invoice.opening_balance)
-            ),
+            *self.amount(f"Balance at {self.when(invoice.period.start)}", self.exact(invoice.opening_balance)),
             *(row for credit in invoice.credits for row in self.credit(credit)),
             *self.amount("Used for the lines above", self.exact(-invoice.used_from_balance)),
             *self.amount(closing, self.exact(invoice.closing_balance)),

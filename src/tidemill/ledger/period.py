@@ -72,9 +72,7 @@ def parse_period(text: str, zone: str) -> Period:
         raise PeriodError(f"{text!r} is not a month; write {_suggestion(text)}")
     year, month = int(match[1]), int(match[2])
     if not 1 <= month <= 12:
-        raise PeriodError(
-            f"{text!r} is not a month: the months of {match[1]} are {match[1]}-01 to {match[1]}-12"
-        )
+        raise PeriodError(f"{text!r} is not a month: the months of {match[1]} are {match[1]}-01 to {match[1]}-12")
     return _period(year, month, zone)
 
 
@@ -103,24 +101,16 @@ def zone_named(name: str) -> tzinfo:
                 f"no time zone database on this machine to look up {name!r} in; install tzdata, or use UTC"
             ) from error
         by_lower = {zone.lower(): zone for zone in sorted(known)}
-        by_lower |= {
-            lower.rpartition("/")[2]: zone for lower, zone in by_lower.items() if "/" in lower
-        } | by_lower
+        by_lower |= {lower.rpartition("/")[2]: zone for lower, zone in by_lower.items() if "/" in lower} | by_lower
         near = get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
-        advice = (
-            f"did you mean {by_lower[near[0]]}?"
-            if near
-            else "write an IANA name such as Asia/Shanghai or UTC"
-        )
+        advice = f"did you mean {by_lower[near[0]]}?" if near else "write an IANA name such as Asia/Shanghai or UTC"
         raise PeriodError(f"{name!r} is not a time zone; {advice}") from error
 
 
 @lru_cache(maxsize=256)
 def _period(year: int, month: int, zone: str) -> Period:
     if not _FIRST_YEAR <= year <= _LAST_YEAR:
-        raise PeriodError(
-            f"{year:04d}-{month:02d} is too far away; write a year from {_FIRST_YEAR} to {_LAST_YEAR}"
-        )
+        raise PeriodError(f"{year:04d}-{month:02d} is too far away; write a year from {_FIRST_YEAR} to {_LAST_YEAR}")
     return Period(
         month=f"{year:04d}-{month:02d}",
         zone=zone,

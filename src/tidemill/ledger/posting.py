@@ -65,9 +65,7 @@ class Entry(msgspec.Struct, frozen=True):
 
     def __post_init__(self) -> None:
         if len(self.account) > MAX_ACCOUNT or not _ACCOUNT.fullmatch(self.account):
-            raise PostingError(
-                f"{self.account!r} is not an account; write a class and a name such as tenant:acme"
-            )
+            raise PostingError(f"{self.account!r} is not an account; write a class and a name such as tenant:acme")
         if type(self.amount) is not int:
             raise PostingError(f"{self.account}: the amount {self.amount!r} is not an integer of nanos")
         if self.amount == 0:
@@ -106,9 +104,7 @@ class Transaction(msgspec.Struct, frozen=True):
             raise PostingError(f"{name} is out of balance by {format_amount(total)} {self.currency}")
         tenants = {entry.account for entry in self.entries if entry.account.startswith(_TENANT)}
         if len(tenants) > 1:
-            raise PostingError(
-                f"{name} mixes tenants: {', '.join(sorted(tenants))}; post one transaction for each"
-            )
+            raise PostingError(f"{name} mixes tenants: {', '.join(sorted(tenants))}; post one transaction for each")
 
     @property
     def tenant_id(self) -> str | None:
@@ -142,9 +138,7 @@ def credit_grant(
     )
 
 
-def usage_charge(
-    transaction_id: str, records: Iterable[UsageRecord], *, memo: str = ""
-) -> Transaction | None:
+def usage_charge(transaction_id: str, records: Iterable[UsageRecord], *, memo: str = "") -> Transaction | None:
     """Charge a tenant for a batch of its records, in one transaction; None when all of them were free.
 
     It takes effect when the last of the records finished, not when it is posted: the loader may run after
@@ -250,6 +244,5 @@ def verify_balance(account: Account, balance: Nanos, entries: Iterable[Entry]) -
     summed = Nanos(sum(entry.amount for entry in entries if entry.account == account))
     if summed != balance:
         raise PostingError(
-            f"{account} is kept as {format_amount(balance)},"
-            f" but its entries add up to {format_amount(summed)}"
+            f"{account} is kept as {format_amount(balance)}, but its entries add up to {format_amount(summed)}"
         )

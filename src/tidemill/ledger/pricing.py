@@ -41,17 +41,11 @@ class Price(msgspec.Struct, frozen=True):
     output: int
 
     def __post_init__(self) -> None:
-        if not (
-            0 <= self.input <= MAX_PRICE
-            and 0 <= self.cached_input <= MAX_PRICE
-            and 0 <= self.output <= MAX_PRICE
-        ):
+        if not (0 <= self.input <= MAX_PRICE and 0 <= self.cached_input <= MAX_PRICE and 0 <= self.output <= MAX_PRICE):
             for name in ("input", "cached_input", "output"):
                 price = getattr(self, name)
                 if price < 0:
-                    raise LedgerError(
-                        f"the price of {name} is negative; a price is zero or more per million tokens"
-                    )
+                    raise LedgerError(f"the price of {name} is negative; a price is zero or more per million tokens")
                 if price > MAX_PRICE:
                     raise LedgerError(
                         f"the price of {name} is {format_amount(price)} per million tokens;"

@@ -53,9 +53,7 @@ def check_record(record: UsageRecord, *, tenant_id: str, currency: str, period: 
     if record.currency != currency:
         raise LedgerError(f"record {record.request_id} is in {record.currency}, not in {currency}")
     if period is not None and record.finished_at not in period:
-        raise LedgerError(
-            f"record {record.request_id} finished at {record.finished_at}, not in {period.month}"
-        )
+        raise LedgerError(f"record {record.request_id} finished at {record.finished_at}, not in {period.month}")
 
 
 def usage_statement(

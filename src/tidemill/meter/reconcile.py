@@ -114,7 +114,8 @@ def note_counters(
     query = select(engine_counters).where(columns.replica == replica)
     query = query.where(columns.life == life) if life is not None else query.where(columns.labelled.is_(False))
     last = connection.execute(query.order_by(columns.sampled_at.desc()).limit(1)).first()
-    if last is not None and (life is not None or last.prompt <= prompt):
+    grown = last is not None and last.prompt <= prompt and last.completion <= completion
+    if last is not None and (life is not None or grown):
         connection.execute(
             update(engine_counters)
             .where(columns.life == last.life)

@@ -160,7 +160,8 @@ def _open(connection: Connection, limit: Limit, period: BudgetPeriod) -> bool:
     opening = dialect_insert(connection, budgets).values(
         limit_id=limit.limit_id, period=period.span.label, spent=_sum_of_records(connection, limit, period.span)
     )
-    return connection.execute(opening.on_conflict_do_nothing()).rowcount == 1
+    # Told by the row itself: what a driver says of the number of rows inserted is not to be relied upon.
+    return connection.execute(opening.on_conflict_do_nothing().returning(budgets.c.limit_id)).first() is not None
 
 
 def _sum_of_records(connection: Connection, limit: Limit, span: Span) -> int:

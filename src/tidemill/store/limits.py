@@ -52,7 +52,7 @@ def set_limit(connection: Connection, wanted: Limit, *, now: datetime) -> Limit:
 
 def list_limits(connection: Connection, tenant_id: str | None = None, *, budgets_only: bool = False) -> list[Limit]:
     """The limits of a tenant, or of all, in the order in which they were made."""
-    query = select(limits).order_by(limits.c.tenant_id, limits.c.created_at, limits.c.limit_id)
+    query = select(limits).order_by(limits.c.tenant_id, limits.c.created_at, limits.c.scope)
     if tenant_id is not None:
         query = query.where(limits.c.tenant_id == tenant_id)
     if budgets_only:

@@ -158,23 +158,37 @@ class DeviceUse(msgspec.Struct, frozen=True):
 
 
 def device_use(connection: Connection, *, start: datetime, end: datetime) -> list[DeviceUse]:
-    """Charges and device time of the records that finished in [start, end), by tenant, model and currency."""
+    """Charges and device time of the records that finished in [start, end), by tenant, model and currency.
+
+    Revenue belongs to the model that was asked for, device time to the one that served: a fallback earns for the
+    other, and its machines bear the cost.
+    """
     columns = usage_records.c
     rows = connection.execute(
         select(
             columns.tenant_id,
             columns.model,
+            columns.replica,
             columns.currency,
             func.sum(columns.charge_input + columns.charge_cached + columns.charge_output).label("charge"),
             func.sum(columns.device_ns).label("device_ns"),
         )
         .where(columns.finished_at >= to_micros(start), columns.finished_at < to_micros(end))
-        .group_by(columns.tenant_id, columns.model, columns.currency)
-        .order_by(columns.tenant_id, columns.model, columns.currency)
+        .group_by(columns.tenant_id, columns.model, columns.replica, columns.currency)
     )
-    return [
-        DeviceUse(row.tenant_id, row.model, row.currency, Nanos(int(row.charge)), int(row.device_ns)) for row in rows
-    ]
+    charges: dict[tuple[str, str, str], int] = {}
+    device_ns: dict[tuple[str, str, str], int] = {}
+    for row in rows:
+        asked = (row.tenant_id, row.model, row.currency)
+        served = (row.tenant_id, _model_of(row.replica) or row.model, row.currency)
+        charges[asked] = charges.get(asked, 0) + int(row.charge)
+        device_ns[served] = device_ns.get(served, 0) + int(row.device_ns)
+    return [DeviceUse(*key, Nanos(charges.get(key, 0)), device_ns.get(key, 0)) for key in sorted(charges | device_ns)]
+
+
+def _model_of(replica: str) -> str:
+    """The model that a replica runs: `NAME/INDEX`, and `#LIFE` where that is known."""
+    return replica.partition("#")[0].rpartition("/")[0]
 
 
 def month_usage(connection: Connection, *, tenant_id: str, currency: str, period: Period) -> MonthUsage:

@@ -12,7 +12,8 @@ MAX_LOST = 3
 SUSPECT_AFTER = 2
 """A line that was lost so often is tried alone, so that it takes no others with it, nor they it."""
 FIRST_WAIT_S = 0.5
-LONGEST_WAIT_S = 30.0
+LONGEST_WAIT_S = 60.0
+"""However late an answer asks to come again: a limit may be raised before."""
 
 BROKE = 402
 """The balance does not cover the line."""
@@ -81,7 +82,7 @@ class Done(msgspec.Struct, frozen=True):
 def judge(answer: Answer, request_id: str, tries: Tries, *, alone: bool) -> Again | Done:
     """What follows from an answer. `alone`: nothing else of the tenant's batches is in flight."""
     if answer.status in _REFUSALS:
-        return Again(max(answer.retry_after_s, FIRST_WAIT_S), pause=True)
+        return Again(min(max(answer.retry_after_s, FIRST_WAIT_S), LONGEST_WAIT_S), pause=True)
     if answer.status in _FAILURES and (again := _once_more(tries)):
         return again
     if answer.status == BROKE and not alone:
