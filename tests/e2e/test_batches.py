@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def engine() -> Iterator[Mock]:
 @pytest.fixture(scope="module")
 def platform(tmp_path_factory: pytest.TempPathFactory, engine: Mock) -> Iterator[Platform]:
     config = engine.config("mock", batch_parallel=4) + engine.config("other") + 'batch_output = "1.00"\n'
+    config += engine.config("narrow", max_concurrent=2, batch_parallel=2)
     with start_platform(tmp_path_factory.mktemp("batches"), config) as platform:
         yield platform
 
@@ -295,6 +297,25 @@ def test_a_file_that_a_batch_reads_cannot_be_deleted(client: OpenAI) -> None:
         client.files.delete(batch.input_file_id)
     ended(client, batch)
     assert client.files.delete(batch.input_file_id).deleted
+
+
+def test_people_go_first(platform: Platform, client: OpenAI) -> None:
+    """While interactive requests wait for a full model, no line of a batch is begun."""
+    slow: Any = {"model": "narrow", "messages": [{"role": "user", "content": "hi"}], "extra_body": _SLOW}
+    with ThreadPoolExecutor(10) as people:
+        asked = [people.submit(client.chat.completions.create, **slow) for _ in range(10)]
+        wait_until(lambda: sum(each.done() for each in asked) >= 2)
+        batch = submit(client, [line("a", model="narrow")])
+        while sum(each.done() for each in asked) < 8:
+            counts = client.batches.retrieve(batch.id).request_counts
+            assert counts is not None and counts.completed == 0
+            time.sleep(0.05)
+        for each in asked:
+            each.result()
+    assert ended(client, batch).status == "completed"
+
+
+_SLOW = {"mock": {"ttft_ms": 500}}
 
 
 def test_cancelling(platform: Platform, client: OpenAI, request: pytest.FixtureRequest) -> None:

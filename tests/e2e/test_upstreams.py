@@ -117,3 +117,27 @@ def test_a_config_that_would_lose_money_does_not_start(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0
     assert "models.main.fallbacks: what 'spare' costs is not known" in done.stderr + done.stdout
+
+
+def test_two_gateway_processes_know_what_the_other_has_sent(tmp_path: Path) -> None:
+    """Each turn comes on a connection of its own, to whichever process takes it."""
+    with Mock() as one, Mock() as two:
+        text = f"""
+[models.main]
+engine = "openai"
+base_urls = ["{one.url}", "{two.url}"]
+[prices.main]
+input = "4.00"
+output = "16.00"
+"""
+        with start_platform(tmp_path, text, workers=2) as platform:
+            world = World(platform, one, two, one)
+            for number in range(6):
+                tenant = f"talker-{number}"
+                key = platform.new_tenant(tenant)
+                turns = [" ".join(f"{number}-{turn}-{word}" for word in range(60)) for turn in range(6)]
+                for count in range(1, 7):
+                    messages = [{"role": "user", "content": turn} for turn in turns[:count]]
+                    assert world.ask(key, messages=messages).status_code == 200
+                assert len(world.replicas(tenant, 6)) == 1
+            assert min(mock.counter("vllm:request_success_total") for mock in (one, two)) >= 6

@@ -85,9 +85,9 @@ def test_an_idle_process_gives_back_what_it_does_not_need() -> None:
     share.renewed(RateGrant(100, 1030, 0, 0, 0))
     share.take(20, 1000)
     assert share.report(1001, 1.0, reserve_s=2.0).held == 40  # twice the last second's use
-    assert share.report(1002, 2.0, reserve_s=2.0).held == 4
-    assert share.report(1003, 3.0, reserve_s=2.0).held == 0
-    assert share.report(1004, 4.0, reserve_s=2.0, cushion=2).held == 0, "a cushion is kept, not made"
+    assert share.report(1001, 1.5, reserve_s=2.0).held == 4
+    assert share.report(1002, 2.0, reserve_s=2.0).held == 0
+    assert share.report(1003, 3.0, reserve_s=2.0, cushion=2).want == 2
 
 
 def test_seconds_before_a_clock_was_put_back_do_not_block() -> None:

@@ -163,7 +163,8 @@ class Plane:
         assert all(replica.clock.active == 0 for route in self.routes.by_name.values() for replica in route.replicas)
         found = [decode_settled(each.payload) for each in read_frames(self._log_directory, (1, 0))]
         assert len({each.opened.request_id for each in found}) == len(found)
-        assert self.wallet.spent == sum(each.charge for each in found)
+        own = [each for each in found if each.opened.tenant_id == self.tenant_id]
+        assert self.wallet.spent == sum(each.charge for each in own)
         return found
 
     async def record(self) -> Settled:

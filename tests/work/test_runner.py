@@ -460,3 +460,23 @@ async def test_batches_of_another_site_are_left_alone(mill: Mill) -> None:
     with mill.store.read() as connection:
         assert [each.batch_id for each in batches_store.open_batches(connection, mill.blobs.site)] == [batch_id]
         assert batches_store.open_batches(connection, "site_elsewhere") == []
+
+
+async def test_batches_in_hand_are_bounded_and_all_are_validated_at_once(
+    mill: Mill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_module, "HANDS_PER_MODEL", 2)
+    mill.slack.waiting = {"mock": 1}
+    ids = [mill.submit([line("a"), line("b")]) for _ in range(7)]
+    wrong = mill.submit(["{"])
+    async with mill.run(fine) as running:
+        for batch_id in ids:
+            await running.started(batch_id)
+        assert (await running.ended(wrong)).status is BatchStatus.FAILED
+        assert sorted(running.runner._hands) == sorted(ids[:2])
+        mill.cancel(ids[6])  # what waits can be cancelled, too
+        assert (await running.ended(ids[6])).status is BatchStatus.CANCELLED
+        mill.slack.waiting = {}
+        for batch_id in ids[:6]:
+            assert (await running.ended(batch_id)).counts.completed == 2
+    assert len(running.calls) == 12

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 KILL_AFTER_S = 10.0
 
@@ -55,8 +55,13 @@ class Child:
             self._process.kill()
 
 
-async def start_child(name: str, module: str, arguments: Sequence[str], log_fd: int) -> Child:
-    """Start `python -m module`; its standard error, and what it prints in C, goes to `log_fd`, which is closed."""
+async def start_child(
+    name: str, module: str, arguments: Sequence[str], log_fd: int, *, env: Mapping[str, str] | None = None
+) -> Child:
+    """Start `python -m module`; its standard error, and what it prints in C, goes to `log_fd`, which is closed.
+
+    `env` comes on top of this process's environment.
+    """
     try:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -67,6 +72,7 @@ async def start_child(name: str, module: str, arguments: Sequence[str], log_fd: 
             stdout=asyncio.subprocess.PIPE,
             stderr=log_fd,
             start_new_session=True,
+            env={**os.environ, **(env or {})},
             limit=16 * 1024 * 1024,
         )
     finally:

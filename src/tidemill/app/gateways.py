@@ -16,6 +16,7 @@ from tidemill.app.datadir import DataDir
 from tidemill.app.worker import Command, Report, WorkerSpec
 from tidemill.errors import Conflict, Unavailable
 from tidemill.gateway.batches import BatchRules
+from tidemill.gateway.board import create_board
 from tidemill.gateway.files import FileRules
 from tidemill.gateway.routing import ModelSpec
 
@@ -113,8 +114,9 @@ class GatewayProcess:
 
     async def _one_life(self) -> int:
         spec = self._owner.worker_spec(self.index)
+        name = f"gateway-{self.index}"
         child = await start_child(
-            f"gateway-{self.index}", "tidemill.app.worker", [], self._owner.data.log_file(f"gateway-{self.index}")
+            name, "tidemill.app.worker", [], self._owner.data.log_file(name), env=self._owner.environment
         )
         self._child = child
         if self._owner.stopping:  # meanwhile; `stop` has spoken to the one before
@@ -182,6 +184,9 @@ class Gateways:
         self._config_dir = config_dir
         self._store_url = store_url
         self._tickets = itertools.count(1)
+        self._board: Path | None = None
+        # The gateways look prompts up by Python's hash, and tell each other what they found (gateway.board).
+        self.environment = {"PYTHONHASHSEED": str(1 + secrets.randbelow(2**32 - 1))}
         self.processes = [GatewayProcess(index, self) for index in range(workers)]
 
     def worker_spec(self, index: int) -> WorkerSpec:
@@ -204,10 +209,18 @@ class Gateways:
             files=file_rules(self._config, self._config_dir, self.data),
             batch=BatchRules(tenant_open=self._config.batch.tenant_open),
             internal_token=self._internal_token,
+            board=str(self._board) if self._board is not None else None,
         )
 
     async def start(self) -> None:
         """Start all; returns when they listen. Raises Conflict when the port is taken."""
+        if len(self.processes) > 1:
+            path = self.data.path.resolve() / "board"
+            try:
+                create_board(path, len(self.processes))
+                self._board = path
+            except OSError as error:
+                log.warning("the gateways do not share what they know of replicas", reason=error.strerror)
         for process in self.processes:
             process.start()
         await asyncio.gather(*(process.first_start for process in self.processes))

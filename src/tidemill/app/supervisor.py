@@ -127,7 +127,15 @@ class Supervisor:
         return f"http://{_reachable(self.config.control_host)}:{self.control_port}"
 
     async def drain_usage(self) -> None:
-        """All that was settled until now is in the store afterwards."""
+        """All that was settled until now is in the store afterwards, as far as it can be loaded."""
+        try:
+            await self._load()
+        except TidemillError:
+            raise
+        except Exception as error:  # of one log, which must not keep the others' figures from their readers
+            log.debug("loading failed", reason=str(error))  # `_keep_loading` says so
+
+    async def _load(self) -> None:
         await asyncio.get_running_loop().run_in_executor(self._loading, self._loader.drain)
 
     async def announce(self) -> None:
@@ -337,7 +345,7 @@ class Supervisor:
                     await asyncio.gather(self._control_task, return_exceptions=True)
         if hasattr(self, "_loader"):
             try:
-                await self.drain_usage()
+                await self._load()
             except TidemillError as error:
                 log.error("the store does not answer; what is left is loaded at the next start", reason=str(error))
             except Exception:
@@ -368,7 +376,7 @@ class Supervisor:
         while True:
             await asyncio.sleep(LOAD_EVERY_S)
             try:
-                await self.drain_usage()
+                await self._load()
             except Unavailable as error:
                 if time.monotonic() > quiet_until:
                     quiet_until = time.monotonic() + 10.0

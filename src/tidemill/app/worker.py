@@ -24,6 +24,7 @@ from sqlalchemy import make_url
 from tidemill.app.logs import configure_logs
 from tidemill.gateway.admission import Admission
 from tidemill.gateway.batches import Batches, BatchRules
+from tidemill.gateway.board import Board
 from tidemill.gateway.door import Door
 from tidemill.gateway.files import FileRules, Files, open_blobs
 from tidemill.gateway.flight import Meter
@@ -73,6 +74,8 @@ class WorkerSpec(msgspec.Struct, kw_only=True):
     files: FileRules
     batch: BatchRules
     internal_token: str
+    board: str | None = None
+    """See `gateway.board`."""
     """See `gateway.internal`."""
 
 
@@ -116,7 +119,8 @@ async def serve(spec: WorkerSpec, commands: asyncio.StreamReader) -> None:
     meter = Meter(UsageLog(directory, loop), LiveTable(directory / LIVE_FILE), Leasing(store, spec.worker_id, executor))
     proxies = networks_of(spec.trusted_proxies)
     door = Door(store, executor, InternalRoad(spec.internal_token), proxies=proxies)
-    routes = Routes(loop)
+    board = Board(Path(spec.board), spec.index, spec.workers) if spec.board is not None else None
+    routes = Routes(loop, board)
     queues = Queues(spec.index, spec.workers, time.monotonic)
     for each in (routes, queues):
         each.update(spec.models)
@@ -161,7 +165,7 @@ async def serve(spec: WorkerSpec, commands: asyncio.StreamReader) -> None:
         for chore in (_sweep(routes, queues), _housekeeping(door, meter, stop), _keep_shares(limits.shares))
     ]
     grace_s = await _obey(commands, door, routes, queues, meter, stop)
-    finished = await server.stop(grace_s)
+    finished = await _let_finish(server, commands, grace_s)
     if not finished:
         await server.cut_off()
     for chore in chores:
@@ -185,6 +189,8 @@ async def _obey(
         line_task = asyncio.create_task(commands.readline())
         await asyncio.wait([line_task, stopped], return_when=asyncio.FIRST_COMPLETED)
         if not line_task.done():
+            line_task.cancel()
+            await asyncio.wait([line_task])
             return ORPHAN_GRACE_S
         line = line_task.result()
         if not line:
@@ -200,6 +206,26 @@ async def _obey(
                 tell(Report(say="refreshed", ticket=command.ticket))
             case "stop":
                 return command.grace_s
+
+
+async def _let_finish(server: HttpServer, commands: asyncio.StreamReader, grace_s: float) -> bool:
+    """Let open requests finish for `grace_s` seconds, or less when the supervisor says stop once more or dies; True
+    when all of them did.
+    """
+    stopping = asyncio.create_task(server.stop(grace_s))
+    while not stopping.done():
+        line_task = asyncio.create_task(commands.readline())
+        await asyncio.wait([line_task, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if not line_task.done():
+            line_task.cancel()
+            break
+        line = line_task.result()
+        command = _decode_command(line) if line else Command(do="stop", grace_s=ORPHAN_GRACE_S)
+        if command.do == "stop":
+            await asyncio.wait([stopping], timeout=command.grace_s)
+            stopping.cancel()
+            break
+    return server.working == 0
 
 
 async def _sweep(routes: Routes, queues: Queues) -> None:

@@ -133,6 +133,7 @@ class Stay:
         for rate in self._plan.tokens:
             if used_tokens < self.tokens:
                 rate.share.refund(self.tokens - used_tokens, self._second)
+                rate.denied_until = 0.0  # there may be enough now
             elif used_tokens > self.tokens:
                 rate.share.overrun(used_tokens - self.tokens, self._shares.second())
 

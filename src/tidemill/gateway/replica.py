@@ -6,6 +6,7 @@ import time
 
 import msgspec
 
+from tidemill.gateway.board import MAX_REPLICAS, Board
 from tidemill.gateway.breaker import Breaker
 from tidemill.gateway.prefix import Keys, PrefixIndex
 from tidemill.gateway.upstream import Address, Pool
@@ -43,6 +44,38 @@ class Replica:
         """Work in flight from this gateway process, in tokens of prefill."""
         self.label = f"{spec.name}#{spec.life}" if spec.life else spec.name
         """The name that usage records carry: the replica and its life."""
+        self.board_id = spread_key(self.label.encode())
+        self._board: Board | None = None
+        self._row = 0
+
+    def share(self, board: Board | None, row: int) -> None:
+        """Tell the other gateway processes of this machine, and hear of them, in a row of the board."""
+        self._board = board if row < MAX_REPLICAS else None
+        self._row = row
+        self._tell_load()
+
+    def add_work(self, tokens: int) -> None:
+        """More work (or less) is in flight from here."""
+        self.in_flight += tokens
+        if self._board is not None:
+            self._tell_load()
+
+    def _tell_load(self) -> None:
+        if self._board is not None:
+            self._board.tell_load(self._row, self.board_id, self.in_flight, self.clock.active)
+
+    def note(self, keys: Keys) -> None:
+        """A prompt with these keys goes there."""
+        self.prefix.note(keys)
+        if self._board is not None:
+            self._board.tell_prompt(self.board_id, keys)
+
+    def load(self) -> tuple[int, int]:
+        """Work and requests in flight there, as far as this machine's gateway processes know."""
+        if self._board is None:
+            return self.in_flight, self.clock.active
+        work, active = self._board.others_load(self._row, self.board_id)
+        return self.in_flight + work, self.clock.active + active
 
     @property
     def spec(self) -> ReplicaSpec:
@@ -55,15 +88,15 @@ class Replica:
             self.breaker.reached()
         self._spec = spec
 
-    def standing(self, now: float, slots: int | None) -> Standing:
-        """How it stands now; `slots` is how many requests it works on at a time."""
+    def standing(self, now: float, slots: int | None, active: int = 0) -> Standing:
+        """How it stands now; of `slots` requests that it works on at a time, `active` are taken."""
         if not self._spec.ready:
             return Standing.DOWN
         if not self.breaker.calm:
             standing = self.breaker.standing(now)
             if standing is not Standing.READY:
                 return standing
-        return Standing.FULL if slots is not None and self.clock.active >= slots else Standing.READY
+        return Standing.FULL if slots is not None and active >= slots else Standing.READY
 
 
 class Leg:
@@ -87,22 +120,23 @@ class Leg:
         replica = self.replica
         work = work_of(self._prompt, self._cached, output_bound, choices)
         self._prefill, self._decode = work.prefill, work.decode
-        replica.in_flight += work.prefill + work.decode
         if self._keys:
-            replica.prefix.note(self._keys)
+            replica.note(self._keys)
         if not replica.breaker.calm:
             replica.breaker.begun(now)
         self._ticket = replica.clock.start(time.monotonic_ns())
+        replica.add_work(work.prefill + work.decode)
 
     def first_token(self) -> None:
         """The prompt is computed; what is left is the answer."""
-        self.replica.in_flight -= self._prefill
+        self.replica.add_work(-self._prefill)
         self._prefill = 0
 
     def finish(self) -> int:
         """The attempt is over; its share of the replica's time, ns."""
         assert self._ticket is not None
         replica = self.replica
-        replica.in_flight -= self._prefill + self._decode
         ticket, self._ticket = self._ticket, None
-        return replica.clock.finish(ticket, time.monotonic_ns())
+        device_ns = replica.clock.finish(ticket, time.monotonic_ns())
+        replica.add_work(-self._prefill - self._decode)
+        return device_ns

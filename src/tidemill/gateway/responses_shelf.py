@@ -73,7 +73,6 @@ class Shelf:
         self._waiting_bytes = 0
         self._writing: asyncio.Task[None] | None = None
         self._written = 0
-        self._deleted: set[str] = set()
 
     def keep(self, kept: Kept) -> bool:
         """Keep a response; False when there is no room for it now."""

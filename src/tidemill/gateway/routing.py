@@ -10,7 +10,9 @@ from tidemill.engines.llamacpp import LlamaCppEngine
 from tidemill.engines.openai import OpenAIEngine
 from tidemill.engines.protocol import Engine
 from tidemill.errors import Unavailable
+from tidemill.gateway.board import Board
 from tidemill.gateway.errors import ModelNotFound
+from tidemill.gateway.prefix import Keys
 from tidemill.gateway.replica import Replica, ReplicaSpec
 from tidemill.ledger.pricing import Price
 
@@ -87,11 +89,16 @@ class Route:
         return sum(replica.clock.active for replica in self.replicas)
 
     @property
+    def decides(self) -> bool:
+        """Where a request goes depends on how its replicas do."""
+        return len(self.replicas) > 1 or self.spec.overflow
+
+    @property
     def straight(self) -> Replica | None:
         """The one replica that all requests of this model go to while it is well: nothing has to be decided."""
         replica = self.replicas[0]
         spec = self.spec
-        if len(self.replicas) > 1 or spec.split or spec.overflow or not replica.spec.ready:
+        if self.decides or spec.split or not replica.spec.ready:
             return None
         return replica if replica.breaker.calm else None
 
@@ -121,6 +128,7 @@ class Route:
             replicas.append(replica)
         for gone in known.values():
             gone.pool.close_idle()
+            gone.share(None, 0)
         self.spec = spec
         self.replicas = replicas
 
@@ -128,8 +136,11 @@ class Route:
 class Routes:
     """All models of this gateway process."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, board: Board | None = None) -> None:
+        """With a `board` the gateway processes of a machine share what they know of replicas."""
         self.loop = loop
+        self._board = board
+        self._by_board_id: dict[int, Replica] = {}
         self.by_name: dict[str, Route] = {}
         """By the model's own name."""
         self._by_any_name: dict[str, Route] = {}
@@ -145,6 +156,12 @@ class Routes:
                 route.update(spec, self.loop)
             routes[spec.name] = route
         self.by_name = routes
+        if self._board is not None:
+            # The order is the same in all processes, as the configuration is.
+            replicas = [replica for route in routes.values() if route.decides for replica in route.replicas]
+            for row, replica in enumerate(replicas):
+                replica.share(self._board, row)
+            self._by_board_id = {replica.board_id: replica for replica in replicas}
         aliases = {alias: route for route in routes.values() for alias in route.spec.aliases}
         self._by_any_name = aliases | routes
 
@@ -162,7 +179,18 @@ class Routes:
             raise ModelNotFound(f"There is no model {name[:128]!r}.", hint=hint, param="model")
         return route
 
+    def hear(self) -> None:
+        """Take over what the other gateway processes have sent where."""
+        if self._board is not None:
+            self._board.hear(self._heard)
+
+    def _heard(self, board_id: int, keys: Keys) -> None:
+        replica = self._by_board_id.get(board_id)
+        if replica is not None:
+            replica.prefix.note(keys)
+
     def sweep(self, now: float) -> None:
+        self.hear()
         for route in self.by_name.values():
             for replica in route.replicas:
                 replica.pool.sweep(now)

@@ -68,7 +68,9 @@ class Rate:
         self.patient = 0
         """What requests hope to get of what is held elsewhere."""
 
-    def report(self, second: int, now: float) -> RateReport:
+    def report(self, second: int, now: float, closing: bool = False) -> RateReport:
+        if closing:
+            return self.share.report(second, now)
         plenty = 2 * self.free >= self.limit.amount
         return self.share.report(
             second,
@@ -173,6 +175,7 @@ class Shares:
         self._next: asyncio.Future[Unavailable | None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._began = 0.0
+        self._closing = False
         self.rounds = 0
 
     def rate(self, limit: Limit) -> Rate:
@@ -238,11 +241,10 @@ class Shares:
             await asyncio.wait([self._task], timeout=STORE_PATIENCE_S)
 
     async def give_back(self) -> None:
-        """At the end of this process: keep nothing. What was spent goes on counting."""
-        for share in self._all():
-            if isinstance(share, Rate):
-                share.share.held = 0
-            share.share.dirty = True
+        """At the end of this process: keep no permits. What was spent goes on counting; slots are freed by whoever
+        closes the process's log (`meter.loader`).
+        """
+        self._closing = True
         await self.beat()
 
     def _all(self) -> list[Share]:
@@ -284,7 +286,7 @@ class Shares:
 
     async def _round(self, part: list[Share]) -> None:
         second, now = self.second(), self.clock()
-        rates = {each: each.report(second, now) for each in part if isinstance(each, Rate)}
+        rates = {each: each.report(second, now, self._closing) for each in part if isinstance(each, Rate)}
         slots = {each: each.report(second, now) for each in part if isinstance(each, Slots)}
         by_id = {each.limit.limit_id: report for each, report in rates.items()}
         slots_by_id = {each.limit.limit_id: report for each, report in slots.items()}

@@ -128,12 +128,17 @@ class Way:
         replicas = route.replicas
         if len(replicas) == 1:
             (replica,) = replicas
-            if replica in self._tried or replica.standing(now, slots) > worst:
+            if replica in self._tried or replica.standing(now, slots, replica.load()[1]) > worst:
                 return None
             return Leg(replica, self._prompt)
-        standings = [Standing.DOWN if each in self._tried else each.standing(now, slots) for each in replicas]
+        loads = [each.load() for each in replicas]
+        standings = [
+            Standing.DOWN if each in self._tried else each.standing(now, slots, active)
+            for each, (_, active) in zip(replicas, loads, strict=True)
+        ]
         if min(standings) > worst:
             return None
+        self._routes.hear()
         if self._keys is None:
             self._keys = prompt_keys(self._request.ask)
         keys = self._keys
@@ -144,7 +149,7 @@ class Way:
             ReplicaView(
                 standing=standings[index],
                 cached=0 if cached is None else cached[index],
-                in_flight=each.in_flight,
+                in_flight=loads[index][0],
                 held=len(each.prefix),
                 home=index == at_home,
             )

@@ -25,6 +25,8 @@ SLICES = 4
 """A process gets at most this fraction of what is free, unless more is waiting for it."""
 SHORTEST_PACE_S = 0.25
 """The pace is not judged by a shorter time than this."""
+FADING = 0.01
+"""What is left of the pace after a second without use: what an idle process holds, others may be waiting for."""
 
 Booked = Mapping[int, int]
 """Permits by the second in which they count."""
@@ -178,7 +180,7 @@ class RateShare:
         if second > self.valid:
             self.held = 0
         passed = max(now - self._paced_at, 0.0)
-        self._pace = max(self._used / max(passed, SHORTEST_PACE_S), self._pace * 0.1**passed)
+        self._pace = max(self._used / max(passed, SHORTEST_PACE_S), self._pace * FADING**passed)
         self._paced_at, self._used, self.dirty = now, 0, False
         wanted = max(int(self._pace * reserve_s), cushion) + need
         self.held = min(self.held, wanted)

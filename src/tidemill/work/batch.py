@@ -5,6 +5,7 @@ recorded of a line, and when it is run again, is written down in docs/batch.md.
 """
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
@@ -27,6 +28,11 @@ log = structlog.get_logger()
 LOOK_EVERY_S = 0.5
 """How often the store is asked for new batches, and told how far the others have come."""
 SYNC_EVERY_S = 1.0
+MAX_HANDS = 128
+HANDS_PER_MODEL = 16
+"""Batches in hand, each with its index in memory: 5 MB for 50,000 lines. The others wait, once they are validated."""
+AT_A_TIME = 2
+"""Batches that are validated or put away at a time."""
 FINISH_S = 600.0
 """How long lines in flight may go on once their batch was cancelled or has expired."""
 SWEEP_EVERY_S = 30.0
@@ -58,6 +64,7 @@ class BatchRunner:
         self._hands: dict[str, BatchInHand] = {}
         self._busy: dict[str, asyncio.Task[None]] = {}
         """Batches that are being taken in hand or put away."""
+        self._few = asyncio.Semaphore(AT_A_TIME)
         self._held: dict[str, float] = {}
         """Batches that rest, and until when."""
         self._running: Counter[str] = Counter()
@@ -69,6 +76,7 @@ class BatchRunner:
         self._careful: dict[str, int] = {}
         """Tenants whose balance is scarce, and after how many lines more they are believed to have one again."""
         self._wake = asyncio.Event()
+        self._look_again = asyncio.Event()
         self._sweep_orphans_at = 0.0
         self._full = False
         """The disk has refused a result: no line is begun until it is recorded."""
@@ -76,7 +84,7 @@ class BatchRunner:
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set. What runs then goes on; see `close`."""
         chores = [
-            asyncio.create_task(_every(LOOK_EVERY_S, self._look)),
+            asyncio.create_task(_every(LOOK_EVERY_S, self._look, self._look_again)),
             asyncio.create_task(_every(SYNC_EVERY_S, self._sync)),
             asyncio.create_task(_every(SWEEP_EVERY_S, self._sweep)),
         ]
@@ -115,7 +123,8 @@ class BatchRunner:
         for batch in await asyncio.to_thread(self._lifecycle.open):
             hand = self._hands.get(batch.batch_id)
             if hand is None:
-                if batch.batch_id not in self._busy and self._held.get(batch.batch_id, 0.0) <= loop.time():
+                rests = batch.batch_id in self._busy or self._held.get(batch.batch_id, 0.0) > loop.time()
+                if not rests and (batch.in_progress_at is None or self._may_take(batch)):
                     self._begin(batch.batch_id, self._take(batch))
             elif batch.status is BatchStatus.CANCELLING:
                 hand.close_as(BatchStatus.CANCELLED, loop.time())
@@ -241,18 +250,31 @@ class BatchRunner:
     # Batches and chores
 
     async def _take(self, batch: Batch) -> None:
-        hand = await asyncio.to_thread(self._lifecycle.take, batch, self._names())
-        if hand is not None:
+        async with self._few:
+            hand = await asyncio.to_thread(self._lifecycle.take, batch, self._names())
+        if hand is not None and self._may_take(hand.batch):
             self._hands[batch.batch_id] = hand
+        elif hand is not None:
+            hand.close()
+
+    def _may_take(self, batch: Batch) -> bool:
+        """There is room for one more batch in hand. One that is to end at once always has it."""
+        if batch.outcome is not None or batch.status is BatchStatus.CANCELLING:
+            return True
+        if batch.expires_at.timestamp() <= time.time():
+            return True
+        alike = sum(hand.batch.model == batch.model for hand in self._hands.values())
+        return len(self._hands) < MAX_HANDS and alike < HANDS_PER_MODEL
 
     async def _put_away(self, hand: BatchInHand) -> None:
         try:
-            async with hand.lock:
+            async with self._few, hand.lock:
                 await asyncio.to_thread(self._lifecycle.put_away, hand)
         except BaseException:
             hand.finishing = False
             raise
         del self._hands[hand.batch.batch_id]
+        self._look_again.set()
 
     def _begin(self, batch_id: str, doing: Coroutine[Any, Any, None]) -> None:
         self._busy[batch_id] = asyncio.create_task(self._guarded(batch_id, doing))
@@ -295,8 +317,10 @@ class BatchRunner:
             self._sweep_orphans_at = now + ORPHANS_EVERY_S
 
 
-async def _every(seconds: float, chore: Callable[[], Awaitable[None]]) -> None:
+async def _every(seconds: float, chore: Callable[[], Awaitable[None]], sooner: asyncio.Event | None = None) -> None:
+    sooner = sooner or asyncio.Event()
     while True:
+        sooner.clear()
         try:
             await chore()
         except Unavailable as error:
@@ -305,4 +329,6 @@ async def _every(seconds: float, chore: Callable[[], Awaitable[None]]) -> None:
         except Exception:
             log.exception("a chore of the batch runner failed")
             await asyncio.sleep(1.0)
-        await asyncio.sleep(seconds)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await sooner.wait()

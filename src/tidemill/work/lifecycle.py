@@ -81,6 +81,7 @@ class Lifecycle:
             model = index.models[0] if len(index.models) == 1 else None
             with self._store.write() as connection:
                 started = start_batch(connection, batch.batch_id, total=len(index), model=model, now=datetime.now(UTC))
+            batch = msgspec.structs.replace(batch, total=len(index), model=model)
             if not started:  # cancelled meanwhile: the next look finds it so
                 os.close(input_fd)
                 return None

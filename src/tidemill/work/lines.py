@@ -52,10 +52,10 @@ class Index:
     """Where the lines of a file are. A line is known by its number in the file, from 1."""
 
     def __init__(self) -> None:
-        self.numbers = array("L")
+        self.numbers = array("I")
         self.offsets = array("Q")
-        self.lengths = array("L")
-        self.model_numbers = array("L")
+        self.lengths = array("I")
+        self.model_numbers = array("I")
         self.models: list[str] = []
 
     def __len__(self) -> int:
