@@ -28,6 +28,7 @@ from .clients import Crowd, Seen
 
 STREAMS = 50
 EMBEDDED = 6
+WORKERS = 2
 CREDIT = 1000
 TENANTS = ("one", "two", "three")
 ROUNDS: tuple[tuple[Part, ...] | str, ...] = (
@@ -67,7 +68,8 @@ def upstream() -> Iterator[Mock]:
 async def test_nothing_is_lost_and_nothing_counts_twice(tmp_path: Path, upstream: Mock) -> None:
     seed = int(os.environ.get("TIDEMILL_KILL_SEED") or time.time_ns() % 10**9)
     print(f"TIDEMILL_KILL_SEED={seed}")
-    platform = await asyncio.to_thread(start_platform, tmp_path, CONFIG + upstream.config(drain_seconds=2.0))
+    config = CONFIG + upstream.config(drain_seconds=2.0)
+    platform = await asyncio.to_thread(start_platform, tmp_path, config, workers=WORKERS)
     try:
         keys = {name: platform.new_tenant(name, credit=str(CREDIT)) for name in TENANTS}
         crowd = Crowd(platform.port, keys, random.Random(seed))
@@ -89,7 +91,7 @@ async def one_round(platform: Platform, crowd: Crowd, parts: tuple[Part, ...] | 
             assert platform.kill9(part), f"there was no {part} to kill"  # type: ignore[arg-type]
     await asyncio.sleep(crowd.random.uniform(0.0, 1.0))  # those that are still there go on being asked
     if parts == "everything" or "supervisor" in parts:
-        await asyncio.to_thread(platform.start)
+        await asyncio.to_thread(platform.start, workers=WORKERS)
     await crowd.stop()
     await serves_again(platform, crowd)
 
@@ -133,7 +135,7 @@ def check(platform: Platform, seen: list[Seen]) -> None:
     broken = [each for each in accepted if not each.whole]
     lost = [record for record in records if record.status in (Status.GATEWAY_LOST, Status.ENGINE_LOST)]
     print(
-        f"{len(seen)} asked, {len(accepted)} accepted, {len(broken)} broken off, {len(records)} records, {len(lost)} lost"
+        f"{len(accepted)} of {len(seen)} accepted, {len(broken)} broken off; {len(records)} records, {len(lost)} lost"
     )
     assert len(broken) > 50, "the kills have hit nothing"
     assert any(record.status is Status.GATEWAY_LOST for record in records)
