@@ -2,6 +2,7 @@
 # make test   set up and run all tests
 # make check  formatting, lint, types and import rules
 # make bench-gateway
+# make bench-routing
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3
@@ -11,7 +12,7 @@ STAMP := $(VENV)/.tidemill-installed
 UV_VERSION := 0.13.9
 ARGS ?=
 
-.PHONY: up test check format demo bench-gateway lock clean
+.PHONY: up test check format demo bench-gateway bench-routing lock clean
 
 up: $(STAMP)
 	@exec $(BIN)/tidemill up $(ARGS)
@@ -34,6 +35,9 @@ demo: $(STAMP)
 
 bench-gateway: $(STAMP)
 	$(BIN)/python bench/gateway.py $(ARGS)
+
+bench-routing: $(STAMP)
+	$(BIN)/python bench/routing.py $(ARGS)
 
 # The lock names versions and hashes; which index they come from is pip's own configuration, so that a mirror or an
 # air-gapped site works as it is set up.

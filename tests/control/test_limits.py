@@ -61,7 +61,6 @@ def test_a_budget_begins_with_what_was_spent(api: Api, acme: Any, platform: Fake
         ({"rpm": 0}, 400, "rpm", "rpm is from 1 to 1,000,000,000,000, got 0."),
         ({"tpm": 10**13}, 400, "tpm", "tpm is from 1 to"),
         ({"concurrency": -1}, 400, "concurrency", "concurrency is from 1 to"),
-        ({"rpm": "100"}, 400, "rpm", "rpm: "),
         ({"budget": "0"}, 400, "budget", "budget: is more than zero."),
         ({"budget": "ten"}, 400, "budget", "budget: 'ten' is not an amount"),
         ({"budget": "1", "per": "mouth"}, 400, "per", "per: 'mouth' is not a period."),

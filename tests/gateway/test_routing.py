@@ -336,7 +336,17 @@ async def test_a_context_that_is_too_small_is_no_fallback(fleet: Fleet) -> None:
         models("mock", dead_port(), fallbacks=("other",)), models("other", other.port, context=512)
     )
     assert (await plane.ask(messages=[{"role": "user", "content": "word " * 2000}])).status == 503
+    assert (await plane.ask(max_tokens=500)).status == 503
     assert (await plane.ask()).status == 200
+
+
+async def test_a_fallback_keeps_its_own_limit(fleet: Fleet) -> None:
+    (other,) = await fleet.engines(whole)
+    spare = models("other", other.port, max_output_tokens=99)
+    plane = await fleet.plane(models("mock", dead_port(), fallbacks=("other",), max_output_tokens=256), spare)
+    assert (await plane.ask()).status == 200
+    assert (await plane.ask(max_tokens=7)).status == 200
+    assert [asked.json["max_tokens"] for asked in other.asked] == [99, 7]
 
 
 @pytest.mark.parametrize("overflow", [False, True])

@@ -94,7 +94,7 @@ def _budget(template: Limit, budget: str, per: str | None, soft_percent: int | N
     try:
         period = Per(per or Per.MONTH)
     except ValueError as error:
-        hint = nearest_hint(str(per), [*Per]) or "A budget is per day or month."
+        hint = nearest_hint(str(per), [each.value for each in Per]) or "A budget is per day or month."
         raise BadInput(f"per: {str(per)[:80]!r} is not a period.", hint=hint, param="per") from error
     if soft_percent is not None and not 1 <= soft_percent <= 100:
         raise BadInput(f"soft_percent is from 1 to 100, got {soft_percent}.", param="soft_percent")

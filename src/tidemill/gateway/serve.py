@@ -15,7 +15,7 @@ from tidemill.gateway.door import Door
 from tidemill.gateway.engine_errors import counted_prompt, engine_error
 from tidemill.gateway.errors import UnsupportedParameter, error_headers
 from tidemill.gateway.flight import Flight, Meter
-from tidemill.gateway.holding import mid_stream_stop
+from tidemill.gateway.holding import mid_stream_stop, output_bound
 from tidemill.gateway.http import ClientGone, Exchange
 from tidemill.gateway.replies import Reply
 from tidemill.gateway.requests import ModelRequest
@@ -144,7 +144,10 @@ async def _ask(flight: Flight) -> None:
 async def _attempt(flight: Flight) -> Failure | None:
     """Ask the engine and pass its answer on; None when the request is settled by it."""
     request, engine, spec = flight.request, flight.route.engine, flight.route.spec
-    body = engine.body(request.ask, model=spec.upstream_model, output_cap=flight.hold.output_cap)
+    cap = flight.hold.output_cap
+    if flight.way.detours:
+        cap = min(cap, output_bound(request, flight.route))
+    body = engine.body(request.ask, model=spec.upstream_model, output_cap=cap)
     try:
         connection = await flight.replica.pool.request(request.ask.path, body, flight.time_left(), owner=flight)
     except EngineLost as lost:

@@ -65,6 +65,11 @@ class Way:
         spec = self._asked.spec
         return bool(len(self._asked.replicas) > 1 or spec.fallbacks or spec.split)
 
+    @property
+    def detours(self) -> bool:
+        """The current leg is on another model than the one that was asked for."""
+        return self.route is not self._asked
+
     def first(self) -> Leg:
         """The leg to begin with. Raises NoReplica."""
         replica = self._asked.straight
@@ -119,7 +124,7 @@ class Way:
     def _fits(self, route: Route) -> bool:
         """It takes what the client asks for: one that does not would turn an outage into a refusal."""
         spec = route.spec
-        if spec.context is not None and self._prompt >= spec.context:
+        if spec.context is not None and self._prompt + (self._request.ask.max_tokens or 0) >= spec.context:
             return False
         return refusal(spec.engine, spec.lacks, self._request.ask) is None
 
