@@ -82,7 +82,7 @@ class Stage:
         self.data.meter.mkdir(parents=True)
         (tmp_path / "logs").mkdir()
 
-    async def start_child(self, name: str, module: str, arguments: Any, log_fd: int) -> Actor:
+    async def start_child(self, name: str, module: str, arguments: Any, log_fd: int, **more: Any) -> Actor:
         os.close(log_fd)
         await asyncio.sleep(self.delay_s)
         plan = self.plans.pop(0) if len(self.plans) > 1 else self.plans[0]
@@ -198,6 +198,18 @@ async def test_one_that_cannot_be_started_now_is_started_later(stage: Stage) -> 
     async with asyncio.timeout(2):
         await gateways.start()
     assert await gateways.stop(1.0)
+
+
+async def test_a_fault_that_nobody_has_foreseen_ends_the_start(stage: Stage) -> None:
+    def broken() -> Actor:
+        raise ZeroDivisionError
+
+    stage.plans = [broken]
+    gateways = stage.gateways()
+    async with asyncio.timeout(2):
+        with pytest.raises(ZeroDivisionError):
+            await gateways.start()
+        await gateways.stop(0.0)
 
 
 async def test_what_is_no_report_does_no_harm(stage: Stage) -> None:

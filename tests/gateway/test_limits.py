@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import pytest_asyncio
+from msgspec import structs
 
 from store.databases import FlakyStore
 from tidemill.errors import Unavailable
@@ -56,7 +56,7 @@ class Site:
             made = set_limit(connection, wanted, now=datetime.now(UTC))
         self._limits = (*(each for each in self._limits if each.limit_id != made.limit_id), made)
         for process in self.processes:
-            process.update(SimpleNamespace(keys={b"": self.principal}, warned=frozenset()))  # type: ignore[arg-type]
+            process.update(structs.replace(EMPTY, limit_ids=frozenset(each.limit_id for each in self._limits)))
         return made
 
     @property

@@ -51,6 +51,15 @@ class GatewayProcess:
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._keep_alive())
+        self._task.add_done_callback(self._given_up)
+
+    def _given_up(self, task: asyncio.Task[None]) -> None:
+        """A fault that nobody has foreseen must not leave the start waiting for ever."""
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not self.first_start.done():
+            self.first_start.set_exception(error)
+        elif error is not None:
+            log.error("a gateway process is kept alive no more", worker=self.index, exc_info=error)
 
     async def refresh(self, ticket: int) -> None:
         """Have it take over the store's state; returns when it has."""

@@ -158,7 +158,7 @@ class Limits:
         """Take over the limits of a new snapshot."""
         self._plans.clear()
         self._warned = snapshot.warned
-        self.shares.refresh({limit.limit_id for each in snapshot.keys.values() for limit in each.limits})
+        self.shares.refresh(snapshot.limit_ids)
 
     def plan(self, principal: Principal, model: str) -> Plan | None:
         """The limits that bind this request; None when none does. The lines of batches are bound by budgets only."""

@@ -56,6 +56,8 @@ class Snapshot(msgspec.Struct, frozen=True):
     """By model and currency."""
     batch_prices: dict[tuple[str, str], PricePoint] = {}
     """The same, for the lines of batches."""
+    limit_ids: frozenset[str] = frozenset()
+    """All limits that there are."""
     warned: frozenset[tuple[str, str]] = frozenset()
     """Budgets, by limit id and period, whose soft limit is reached."""
 
@@ -99,6 +101,7 @@ def read_snapshot(store: Store, known_revision: int = -1) -> Snapshot | None:
         keys=_principals(rows, limits),
         prices=_points(prices),
         batch_prices=_points(batch_prices),
+        limit_ids=frozenset(limit.limit_id for limit in limits),
         warned=warnings,
     )
 

@@ -14,6 +14,15 @@ from sqlalchemy.pool import QueuePool
 
 from tidemill.errors import ConfigError, Unavailable
 
+PATIENCE = {
+    "connect_timeout": 5,
+    "tcp_user_timeout": 10_000,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+}
+"""How libpq notices within seconds (tcp_user_timeout: milliseconds) that PostgreSQL's machine is gone, where the kernel
+alone would wait for a quarter of an hour. The URL may say otherwise."""
 SQLITE_BUSY_TIMEOUT_S = 10
 """How long a writer waits for another process's transaction before it gives up."""
 
@@ -87,7 +96,10 @@ def open_store(url: URL, *, read_only: bool = False) -> Store:
     if url.get_backend_name() == "sqlite":
         return Store(_sqlite_engine(url, read_only))
     try:
-        engine = create_engine(url, pool_size=4, max_overflow=4, pool_pre_ping=True, pool_recycle=1800)
+        patience = {name: value for name, value in PATIENCE.items() if name not in url.query}
+        engine = create_engine(
+            url, pool_size=4, max_overflow=4, pool_pre_ping=True, pool_recycle=1800, connect_args=patience
+        )
     except ModuleNotFoundError as error:
         raise ConfigError(
             "store.url asks for PostgreSQL, but its driver is not installed.",
