@@ -1,5 +1,6 @@
 """The first start, and what each start sees to: schema, settings, prices, the first tenant and its key."""
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -28,10 +29,11 @@ class FirstTenant(NamedTuple):
     key: str
 
 
-def prepare_store(store: Store, config: Config) -> FirstTenant | None:
+def prepare_store(store: Store, config: Config, keep_key: Callable[[str], None]) -> FirstTenant | None:
     """Bring the store up to date with the program and the configuration, in one transaction after the migration.
 
-    Returns the first tenant when it was made now. Raises ConfigError when the configuration contradicts the store.
+    Returns the first tenant when it was made now. Its key is handed to `keep_key` before the commit, as a kill behind
+    it would leave a tenant whose key nobody knows. Raises ConfigError when the configuration contradicts the store.
     """
     migrate(store)
     now = datetime.now(UTC)
@@ -46,7 +48,9 @@ def prepare_store(store: Store, config: Config) -> FirstTenant | None:
                 set_price(connection, model=model, currency=currency, price=batch, now=now, tier=Tier.BATCH)
         if connection.execute(select(tenants.c.tenant_id).limit(1)).first() is not None:
             return None
-        return _first_tenant(connection, config, now)
+        first = _first_tenant(connection, config, now)
+        keep_key(first.key)
+        return first
 
 
 def _settle_currency(connection: Connection, config: Config) -> None:

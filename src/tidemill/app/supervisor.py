@@ -211,9 +211,9 @@ class Supervisor:
         url = store_url(self.config.store.url, self.data.path.resolve())
         store = open_store(url)
         self._store = store
-        self.first_tenant = await asyncio.to_thread(prepare_store, store, self.config)
-        if self.first_tenant is not None:
-            self.data.write("first-key", self.first_tenant.key + "\n")
+        self.first_tenant = await asyncio.to_thread(
+            prepare_store, store, self.config, lambda key: self.data.write("first-key", key + "\n")
+        )
         self._loader = Loader(store, self.data.meter, zone=self.config.timezone)
         await self._recover()
         if store.is_sqlite:

@@ -19,11 +19,6 @@ from tidemill.meter.frames import END_OF_SEGMENT, HEADER, SEGMENT_BYTES, allocat
 RECORD_RESERVE = 1024
 """Bytes kept free in the segments for each open request: what its settlement will need at the most."""
 
-
-LINGER_S = 0.001
-"""How long a commit waits for company while commits serve several requests anyway: fewer, larger ones cost less."""
-
-
 SEGMENT_RETRY_S = 1.0
 """How long a disk without room for another segment is left alone."""
 
