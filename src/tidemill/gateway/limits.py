@@ -32,9 +32,9 @@ FILE_TOKENS = 1024
 FILE_MARK = b";base64,"
 FILE_BYTES = 16 * 1024
 """A shorter body is not searched for pictures."""
-RECALL_S = 1.5
-"""How long a request waits for permits that other gateway processes hold and do not use: they give them back within
-a second or so."""
+RECALL_S = 2.5
+"""How long a request waits for permits that other gateway processes hold and do not use: they give them back with
+their second report, a report a second."""
 RECALL_EVERY_S = 0.2
 
 

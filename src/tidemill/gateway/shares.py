@@ -77,7 +77,7 @@ class Rate:
             now,
             need=sum(self.waiting),
             least=min(self.waiting, default=1),
-            reserve_s=RESERVE_S,
+            reserve_s=RESERVE_S if self.free else 0.0,  # else others may be waiting for what is kept here
             cushion=self.limit.amount // CUSHION if plenty else 0,
         )
 
