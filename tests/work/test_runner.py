@@ -42,9 +42,10 @@ async def test_all_lines_of_a_batch(mill: Mill) -> None:
         "response": {"status_code": 200, "request_id": f"{batch_id}_1", "body": json.loads(answered().body)},
         "error": None,
     }
-    assert running.calls[0] == Call(
+    first = Call(
         path=CHAT, body=b'{"model": "mock"}', tenant_id=mill.tenant_id, key_id="key_1", request_id=f"{batch_id}_1"
     )
+    assert running.calls.count(first) == 1  # the lines in work at a time come in any order
     assert not mill.blobs.batch_directory(batch_id).exists()
     with mill.store.read() as connection:
         file = find_file(
@@ -473,10 +474,14 @@ async def test_batches_in_hand_are_bounded_and_all_are_validated_at_once(
         for batch_id in ids:
             await running.started(batch_id)
         assert (await running.ended(wrong)).status is BatchStatus.FAILED
-        assert sorted(running.runner._hands) == sorted(ids[:2])
-        mill.cancel(ids[6])  # what waits can be cancelled, too
-        assert (await running.ended(ids[6])).status is BatchStatus.CANCELLED
+        in_hand = set(running.runner._hands)  # those that were validated first; a busy machine decides which
+        assert len(in_hand) == 2 and in_hand < set(ids)
+        cancelled = next(batch_id for batch_id in reversed(ids) if batch_id not in in_hand)
+        mill.cancel(cancelled)  # what waits can be cancelled, too
+        assert (await running.ended(cancelled)).status is BatchStatus.CANCELLED
         mill.slack.waiting = {}
-        for batch_id in ids[:6]:
+        for batch_id in ids:
+            if batch_id == cancelled:
+                continue
             assert (await running.ended(batch_id)).counts.completed == 2
     assert len(running.calls) == 12
