@@ -267,10 +267,10 @@ async def test_a_client_that_never_reads_a_short_answer(start: Start) -> None:
 async def test_many_leave_at_once(start: Start, owned: bool) -> None:
     async def script(asked: Asked, caller: Caller) -> None:
         await caller.send(STREAM_HEAD)
-        for _ in range(20):
+        for _ in range(100):
             await caller.chunk(word("one "))
-            await asyncio.sleep(0.01)
-        await caller.chunk(usage(2, 20) + DONE)
+            await asyncio.sleep(0.02)
+        await caller.chunk(usage(2, 100) + DONE)
         await caller.send(LAST_CHUNK)
 
     plane, _ = await start(script, owned=owned)
@@ -279,7 +279,9 @@ async def test_many_leave_at_once(start: Start, owned: bool) -> None:
         await line.send(plane.request(stream=True))
         if n % 4 == 0:
             line.reset()
-    await asyncio.sleep(0.1)
+    for n, line in enumerate(lines):
+        if n % 4 in (1, 2):  # who leaves before admission leaves no record
+            assert (await line.head())[0] == 200
     for n, line in enumerate(lines):
         if n % 4 == 1:
             line.close()
@@ -292,4 +294,4 @@ async def test_many_leave_at_once(start: Start, owned: bool) -> None:
     records = await plane.settled()
     assert sum(each.status == "ok" for each in records) == 15
     assert {each.status for each in records} == {"ok", "client_closed"}
-    assert len(records) <= 60
+    assert 45 <= len(records) <= 60
