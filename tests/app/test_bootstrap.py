@@ -10,8 +10,11 @@ from store.values import assert_clean
 from tidemill.app.bootstrap import prepare_store
 from tidemill.app.config import Config, FirstTenantConfig, default_config
 from tidemill.errors import ConfigError
-from tidemill.store.accounts import tenant_balances
+from tidemill.ledger.money import Nanos
+from tidemill.ledger.posting import credit_grant
+from tidemill.store.accounts import post, tenant_balances
 from tidemill.store.engine import Store, open_store, store_url
+from tidemill.store.ids import new_id
 from tidemill.store.keys import digest_of
 from tidemill.store.prices import current_prices, price_versions
 from tidemill.store.schema import keys
@@ -81,3 +84,28 @@ def test_the_currency_of_an_installation_stays(store: Store) -> None:
     prepare_store(store, default_config(), lambda key: None)
     with pytest.raises(ConfigError, match="this installation was begun in USD; it cannot become CNY"):
         prepare_store(store, Config(currency="CNY"), lambda key: None)
+
+
+def _book(store: Store, at: datetime) -> None:
+    with store.write() as connection:
+        (tenant,) = list_tenants(connection)
+        grant = credit_grant(new_id("txn"), tenant_id=tenant.tenant_id, currency="USD", amount=Nanos(1), at=at)
+        post(connection, grant)
+
+
+def test_the_time_zone_may_change_while_no_booking_changes_its_month(store: Store) -> None:
+    prepare_store(store, Config(first_tenant=FirstTenantConfig(credit="0")), lambda key: None)
+    _book(store, datetime(2026, 1, 15, tzinfo=UTC))
+    _book(store, datetime(2026, 3, 1, 0, 0, tzinfo=UTC))
+    _book(store, datetime(2026, 3, 31, 15, 59, 59, tzinfo=UTC))
+    prepare_store(store, Config(timezone="Asia/Shanghai"), lambda key: None)
+    prepare_store(store, Config(), lambda key: None)
+
+
+@pytest.mark.parametrize("at", [datetime(2026, 2, 28, 16, tzinfo=UTC), datetime(2026, 3, 31, 23, 59, tzinfo=UTC)])
+def test_the_time_zone_stays_when_another_would_change_invoices(store: Store, at: datetime) -> None:
+    prepare_store(store, Config(first_tenant=FirstTenantConfig(credit="0")), lambda key: None)
+    _book(store, at)
+    with pytest.raises(ConfigError, match=f"booked at {at:%Y-%m-%d %H:%M} UTC would be on another month's invoice"):
+        prepare_store(store, Config(timezone="Asia/Shanghai"), lambda key: None)
+    prepare_store(store, Config(), lambda key: None)

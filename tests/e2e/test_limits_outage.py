@@ -1,12 +1,9 @@
 """Limits while PostgreSQL hangs: what was leased goes on, then the error says so, and nothing waits for ever."""
 
 import asyncio
-import os
-import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,32 +27,6 @@ def platform(postgres_server: PostgresServer, tmp_path: Path) -> Iterator[Platfo
         start_platform(tmp_path, f'[store]\nurl = "{url}"\n{mock.config()}', workers=2) as platform,
     ):
         yield platform
-
-
-@contextmanager
-def frozen(server: PostgresServer) -> Iterator[None]:
-    """All of its processes stand still; connections stay open, and nothing answers."""
-    assert server._process is not None
-    group = [server._process.pid, *children(server._process.pid)]
-    for pid in group:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in group:
-            os.kill(pid, signal.SIGCONT)
-
-
-def children(parent: int) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-    return found
 
 
 async def ask(platform: Platform, key: str, count: int) -> list[tuple[int, float, Any]]:
@@ -89,7 +60,7 @@ def test_a_store_that_hangs(platform: Platform, postgres_server: PostgresServer)
     assert before == {200: 40}
     time.sleep(1.5)  # the balance's leases and the limit's shares are filled by now
 
-    with frozen(postgres_server):
+    with postgres_server.frozen():
         answers = asyncio.run(ask(platform, free, 60))
         assert Counter(status for status, _, _ in answers) == {200: 60}, "no limits, and money was leased in advance"
         answers = asyncio.run(ask(platform, limited, 100))
@@ -108,3 +79,11 @@ def test_a_store_that_hangs(platform: Platform, postgres_server: PostgresServer)
     assert set(after) == {200, 429}
     assert 250 <= passed + after[200] <= 300, "and the limit has held over it all"
     assert platform.usage("free")["requests"] == 100
+
+
+def test_a_stopped_platform_on_postgresql_can_be_read(platform: Platform) -> None:
+    platform.new_tenant("acme", credit="12.50")
+    running = platform.cli("usage", "--tenant", "acme")
+    platform.stop()
+    assert platform.cli("usage", "--tenant", "acme") == running
+    assert "@" not in (platform.data / "store-url").read_text().replace("tidemill@", "")

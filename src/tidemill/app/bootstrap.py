@@ -4,21 +4,23 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, func, select
 
 from tidemill.app.config import Config
 from tidemill.errors import ConfigError
 from tidemill.ledger.money import parse_amount
+from tidemill.ledger.period import period_of
 from tidemill.ledger.posting import credit_grant
 from tidemill.ledger.pricing import Tier
 from tidemill.store.accounts import post
+from tidemill.store.clock import from_micros, to_micros
 from tidemill.store.engine import Store
 from tidemill.store.ids import new_id
 from tidemill.store.keys import create_key
 from tidemill.store.migrate import migrate
 from tidemill.store.prices import set_price
 from tidemill.store.revision import get_setting, set_setting
-from tidemill.store.schema import tenants
+from tidemill.store.schema import tenants, transactions, usage_records
 from tidemill.store.tenants import create_tenant
 
 
@@ -39,7 +41,7 @@ def prepare_store(store: Store, config: Config, keep_key: Callable[[str], None])
     now = datetime.now(UTC)
     with store.write() as connection:
         _settle_currency(connection, config)
-        set_setting(connection, "zone", config.timezone)
+        _settle_zone(connection, config.timezone, now)
         set_setting(connection, "issuer", config.issuer)
         for model, currencies in config.prices.items():
             for currency, price in currencies.items():
@@ -61,6 +63,38 @@ def _settle_currency(connection: Connection, config: Config) -> None:
             hint=f'Write currency = "{known}", and give tenants their own with `tidemill tenant create --currency`.',
         )
     set_setting(connection, "currency", config.currency)
+
+
+def _settle_zone(connection: Connection, zone: str, now: datetime) -> None:
+    """Another zone moves the bounds of all months; it is taken only if nothing that was booked changes its month."""
+    known = get_setting(connection, "zone")
+    if known is not None and known != zone:
+        moved = _first_moved(connection, known, zone, now)
+        if moved is not None:
+            raise ConfigError(
+                f"timezone: this installation's months are those of {known}; in {zone} what was booked at"
+                f" {moved:%Y-%m-%d %H:%M} UTC would be on another month's invoice.",
+                hint=f'Write timezone = "{known}".',
+            )
+    set_setting(connection, "zone", zone)
+
+
+def _first_moved(connection: Connection, known: str, zone: str, now: datetime) -> datetime | None:
+    """The first booking or usage that is of one month in `known` and of another in `zone`; None when there is none."""
+    instants = (transactions.c.at, usage_records.c.finished_at)
+    begun = [connection.execute(select(func.min(each))).scalar() for each in instants]
+    if not any(begun):
+        return None
+    month, other = (period_of(from_micros(min(filter(None, begun))), each) for each in (known, zone))
+    other = min(other, other.next, other.previous, key=lambda each: abs(each.start - month.start))
+    while month.start <= now or other.start <= now:
+        window = sorted((to_micros(month.start), to_micros(other.start)))
+        for each in instants:
+            found = connection.execute(select(func.min(each)).where(each >= window[0], each < window[1])).scalar()
+            if found is not None:
+                return from_micros(found)
+        month, other = month.next, other.next
+    return None
 
 
 def _first_tenant(connection: Connection, config: Config, now: datetime) -> FirstTenant:

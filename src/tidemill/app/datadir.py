@@ -3,6 +3,7 @@
 DATA/lock           held by the supervisor while it runs
 DATA/runtime.json   where the running platform listens
 DATA/tidemill.db    the embedded store
+DATA/store-url      where the store is instead, without the password
 DATA/meter/         the usage logs of the gateway processes, one directory each
 DATA/board          what the gateway processes tell each other of replicas (see gateway.board)
 DATA/files/         files of tenants, and batches at work (see store.blobs)
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 
 import msgspec
+from sqlalchemy import URL
 
 from tidemill.errors import ConfigError, Conflict
 from tidemill.meter.frames import sync_directory
@@ -26,6 +28,7 @@ from tidemill.meter.frames import sync_directory
 LOG_BYTES = 16 * 1024 * 1024
 """A log file longer than this is begun anew at the next start of its process."""
 LOCK_TRIES = 5
+STORE_FILE = "store-url"
 
 
 class Runtime(msgspec.Struct, frozen=True):
@@ -88,6 +91,13 @@ class DataDir:
     def announce(self, runtime: Runtime) -> None:
         """Say where the platform listens."""
         self.write("runtime.json", msgspec.json.format(msgspec.json.encode(runtime)).decode() + "\n")
+
+    def note_store(self, url: URL) -> None:
+        """Say where the store is, for who reads the data of a stopped platform. Its password is not written down."""
+        if url.get_backend_name() == "sqlite" and url.database == str(self.path.resolve() / "tidemill.db"):
+            (self.path / STORE_FILE).unlink(missing_ok=True)
+        else:
+            self.write(STORE_FILE, url.set(password=None).render_as_string() + "\n")
 
     def admin_token(self) -> str:
         """The control plane's token: from TIDEMILL_ADMIN_TOKEN, else made at the first start and kept."""

@@ -211,6 +211,7 @@ class Supervisor:
         url = store_url(self.config.store.url, self.data.path.resolve())
         store = open_store(url)
         self._store = store
+        self.data.note_store(url)
         self.first_tenant = await asyncio.to_thread(
             prepare_store, store, self.config, lambda key: self.data.write("first-key", key + "\n")
         )

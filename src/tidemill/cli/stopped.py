@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import SQLAlchemyError
 
+from tidemill.app.datadir import STORE_FILE
 from tidemill.control import limits as control_limits
 from tidemill.control import queries
 from tidemill.errors import Unavailable
@@ -66,7 +67,7 @@ class Stopped:
         return self._read(lambda connection: queries.models(connection, None, now=_now()))
 
     def _read(self, query: Callable[[Connection], T]) -> T:
-        store = open_store(store_url(None, self._directory), read_only=True)
+        store = open_store(store_url(_elsewhere(self._directory), self._directory), read_only=True)
         try:
             with store.read() as connection:
                 self._check_schema(connection)
@@ -88,6 +89,14 @@ class Stopped:
                 f"The data in {self._directory} is of another version of Tidemill (schema {found}).",
                 hint="Read it with that version, or start this one on it once.",
             )
+
+
+def _elsewhere(directory: Path) -> str | None:
+    """Where the store is when it is not in the directory. libpq takes its password from PGPASSWORD or ~/.pgpass."""
+    try:
+        return (directory / STORE_FILE).read_text().strip()
+    except FileNotFoundError:
+        return None
 
 
 def _now() -> datetime:
