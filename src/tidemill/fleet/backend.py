@@ -56,6 +56,8 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     stop_signal: str = "TERM"
     orphan_grace_s: float = 5.0
     """What it gets to end in when this process has died; then it is killed."""
+    oom_score_adj: int = 100
+    """How readily the kernel kills it when memory runs out, up to 1000 (proc(5)); of idle class at least 800."""
 
 
 class Ended(msgspec.Struct, frozen=True):
