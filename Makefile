@@ -9,6 +9,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.tidemill-installed
+ALL_STAMP := $(VENV)/.tidemill-all-installed
 UV_VERSION := 0.13.9
 ARGS ?=
 
@@ -17,7 +18,7 @@ ARGS ?=
 up: $(STAMP)
 	@exec $(BIN)/tidemill up $(ARGS)
 
-test: $(STAMP)
+test: $(ALL_STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
 check: $(STAMP)
@@ -39,6 +40,12 @@ bench-gateway: $(STAMP)
 bench-routing: $(STAMP)
 	$(BIN)/python bench/routing.py $(ARGS)
 
+define install_locked
+$(BIN)/uv export -q --frozen --all-groups --all-extras $(1) --no-emit-project -o $(VENV)/requirements.txt >/dev/null && \
+$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --no-deps --require-hashes \
+  -r $(VENV)/requirements.txt | sed -un 's/^Collecting \([^ ]*\).*/  \1/p'
+endef
+
 # The lock names versions and hashes; which index they come from is pip's own configuration, so that a mirror or an
 # air-gapped site works as it is set up.
 $(STAMP): pyproject.toml uv.lock
@@ -46,11 +53,15 @@ $(STAMP): pyproject.toml uv.lock
 	@test -x $(BIN)/python || { echo "· making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "· installing the locked dependencies (about 200 MB, most of it the embedded engine and its model)"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --progress-bar off "uv==$(UV_VERSION)"
-	@$(BIN)/uv export -q --frozen --all-groups --all-extras --no-emit-project -o $(VENV)/requirements.txt >/dev/null
-	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --no-deps --require-hashes \
-	  -r $(VENV)/requirements.txt | sed -un 's/^Collecting \([^ ]*\).*/  \1/p'
+	@$(call install_locked,--no-extra ray)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $(STAMP)
+
+# The tests also need what a single machine does not: Ray.
+$(ALL_STAMP): $(STAMP)
+	@echo "· installing what only the tests need"
+	@$(call install_locked,)
+	@touch $(ALL_STAMP)
 
 lock: $(STAMP)
 	$(BIN)/uv lock
