@@ -8,6 +8,7 @@ everything that it has started.
 
 import asyncio
 import contextlib
+import importlib
 import inspect
 import os
 import sys
@@ -54,8 +55,7 @@ class Bridge:
         return True
 
     def _connect(self, address: str) -> None:
-        import ray
-
+        ray = _import("ray")
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="warning")
         ray.cloudpickle.register_pickle_by_value(ray_runner)
         self._ray = ray
@@ -114,10 +114,9 @@ class Bridge:
         actors: list[Any] = []
         try:
             group = await asyncio.to_thread(self._set_aside, command.parts)
-            from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
+            within = _import("ray.util.scheduling_strategies").PlacementGroupSchedulingStrategy
             for index, part in enumerate(command.parts):
-                where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+                where = within(group, placement_group_bundle_index=index)
                 options = _options(part.resources)
                 actors.append(
                     self._runner.options(scheduling_strategy=where, max_concurrency=THREADS, **options).remote(
@@ -149,23 +148,20 @@ class Bridge:
 
     def _set_aside(self, parts: tuple[Part, ...]) -> Any:
         """Have Ray keep a gang's devices for it: all of them, or none."""
-        from ray.util.placement_group import placement_group, remove_placement_group
-
-        group = placement_group(
+        groups = _import("ray.util.placement_group")
+        group = groups.placement_group(
             [part.resources for part in parts],
             strategy="PACK",
             bundle_label_selector=[{"ray.io/node-id": part.node_id} for part in parts],
         )
         if group.wait(ROOM_WITHIN_S):
             return group
-        remove_placement_group(group)
+        groups.remove_placement_group(group)
         raise RuntimeError("somebody else holds the devices there, as Ray sees it")
 
     def _give_back(self, group: Any) -> None:
-        from ray.util.placement_group import remove_placement_group
-
         with contextlib.suppress(Exception):
-            remove_placement_group(group)
+            _import("ray.util.placement_group").remove_placement_group(group)
 
     async def _await_ends(self, parts: tuple[Part, ...], actors: list[Any], group: Any) -> None:
         await asyncio.gather(*(self._await_end(part, actor) for part, actor in zip(parts, actors, strict=True)))
@@ -196,14 +192,12 @@ class Bridge:
 
     async def _alive(self, node_id: str) -> bool:
         """Whether a node lives. Ray takes a quarter of a minute to say so; a process on it tells sooner."""
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+        on_node = _import("ray.util.scheduling_strategies").NodeAffinitySchedulingStrategy(node_id, soft=False)
 
         def answer() -> bool:
             return True
 
-        probe = self._ray.remote(answer).options(
-            num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)
-        )
+        probe = self._ray.remote(answer).options(num_cpus=0, max_retries=0, scheduling_strategy=on_node)
         with contextlib.suppress(Exception):
             async with asyncio.timeout(2 * PING_WITHIN_S):
                 return bool(await probe.remote())
@@ -218,6 +212,11 @@ class Bridge:
     def _say(self, word: Word) -> None:
         with contextlib.suppress(OSError):
             os.write(self._out, encode(word) + b"\n")
+
+
+def _import(name: str) -> Any:
+    """A module of Ray, which is an extra, untyped in part, and slow to import."""
+    return importlib.import_module(name)
 
 
 def _options(resources: dict[str, float]) -> dict[str, Any]:
