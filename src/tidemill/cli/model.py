@@ -1,12 +1,19 @@
 """`tidemill model`"""
 
-from cyclopts import App
+import time
+from pathlib import Path
+from typing import Annotated
 
-from tidemill.cli.locate import source
-from tidemill.cli.output import grouped, print_json, print_table
+from cyclopts import App, Parameter
+
+from tidemill.cli.locate import running, source
+from tidemill.cli.output import complain, grouped, print_json, print_table, print_text
 from tidemill.cli.place import HERE, Place
+from tidemill.errors import Conflict
 
 app = App(name="model")
+
+LOOK_EVERY_S = 0.3
 
 
 @app.command(name="list")
@@ -38,3 +45,117 @@ def list_(*, place: Place = HERE) -> None:
         ],
         rows,
     )
+
+
+@app.command
+def roll(
+    name: str,
+    *,
+    path: str,
+    version: str = "",
+    wait: Annotated[bool, Parameter(negative="--no-wait")] = True,
+    place: Place = HERE,
+) -> None:
+    """Roll a model to other weights, replica by replica, without a request that fails.
+
+    A version that does not start is taken back. It stays over restarts, until the configuration names other weights.
+
+    Parameters
+    ----------
+    name
+        The model.
+    path
+        A GGUF file for llamacpp; for vllm and sglang a folder, or a name on a hub.
+    version
+        What it is called. [default: the file's name]
+    wait
+        Stay until it is over.
+    """
+    client = running(place)
+    given = Path(path).expanduser()
+    state = client.roll(name, str(given.absolute()) if given.exists() else path, version)
+    said = -1
+    while wait and state["ended_at"] is None:
+        if state["done"] != said and not place.json:
+            said = state["done"]
+            complain(f"{name}: {said} of {state['of']} replicas run {state['version']}", kind="note")
+        time.sleep(LOOK_EVERY_S)
+        state = next(each for each in client.rolls()["rolls"] if each["model"] == name)
+    if place.json:
+        print_json(state)
+    elif state["ended_at"] is None:
+        print_text(f"{name} is being rolled to {state['version']}; `tidemill fleet list` shows its replicas.")
+    elif state["state"] == "done":
+        print_text(f"{name} runs {state['version']}.")
+    if state["ended_at"] is not None and state["state"] != "done":
+        raise Conflict(f"{name} was not rolled: {state['why']}.", hint=f"Now: {state['state']}.")
+
+
+_Json = Annotated[bool, Parameter(negative="")]
+
+
+@app.command
+def fit(
+    model: str,
+    *,
+    nodes: str,
+    context: str | None = None,
+    concurrency: int = 16,
+    precision: str | None = None,
+    kv_precision: str = "bf16",
+    engine: str = "vllm",
+    all_: Annotated[bool, Parameter(name="--all", negative="")] = False,
+    json: _Json = False,
+) -> None:
+    """What of a model fits on which nodes, with the arithmetic. Needs no platform.
+
+    Parameters
+    ----------
+    model:
+        A model of the catalogue, as `deepseek-r1` or `Qwen/Qwen3-32B`.
+    nodes:
+        `2x8xH800`: two nodes of eight H800 each; several kinds with commas.
+    context:
+        Tokens of each sequence, prompt and answer together, as `32k`. [default: 8k]
+    concurrency:
+        Sequences that a replica works on at a time.
+    precision:
+        Of the weights: bf16, fp8, int8, int4, mxfp4. [default: the maker's own, else bf16]
+    kv_precision:
+        Of the KV cache: bf16 or fp8.
+    engine:
+        Whose launch line is shown: vllm or sglang.
+    all_:
+        Show also layouts that do not hold it.
+    json:
+        Print exactly one JSON document.
+    """
+    from tidemill.cli.model_fit import show_fit
+
+    show_fit(
+        model,
+        nodes,
+        context=context,
+        concurrency=concurrency,
+        precision=precision,
+        kv=kv_precision,
+        engine=engine,
+        everything=all_,
+        json=json,
+    )
+
+
+@app.command
+def catalogue(*, gpus: Annotated[bool, Parameter(negative="")] = False, json: _Json = False) -> None:
+    """List the models that `tidemill model fit` knows. Needs no platform.
+
+    Parameters
+    ----------
+    gpus:
+        List the kinds of devices instead.
+    json:
+        Print exactly one JSON document.
+    """
+    from tidemill.cli.model_fit import show_gpus, show_models
+
+    (show_gpus if gpus else show_models)(json=json)

@@ -1,8 +1,9 @@
 """What engines cannot do: the parameters of a request that they would ignore in silence, so that it is refused.
 
 llama.cpp takes a chat and leaves out what it does not know, without a word (its tools/server/README.md names what it
-takes; the rest was tried on build 11549). Another OpenAI-compatible server answers for itself: what it does not like,
-it refuses by name, and that error reaches the client.
+takes; the rest was tried on build 11549). So do vLLM and SGLang (the fields of the request classes of vLLM 0.33.0 and
+SGLang 0.5.23 are recorded in tests/engines/contracts/). Another OpenAI-compatible server answers for itself: what it
+does not like, it refuses by name, and that error reaches the client.
 """
 
 from typing import Any
@@ -19,19 +20,24 @@ _decode = msgspec.json.Decoder().decode
 LONGEST_HARMLESS = 64
 """A longer value, in bytes of JSON, always asks for something."""
 
+_BY_ALL_OF_OURS: dict[str, tuple[Harmless, str]] = {
+    "audio": ((), "It gives no sound."),
+    "modalities": ((["text"],), "It gives text only."),
+    "web_search_options": ((), "It does not search the web."),
+    "store": ((False,), "It keeps no conversations; the Responses API does."),
+    "functions": ((), "Send 'tools'."),
+    "function_call": (("none",), "Send 'tool_choice'."),
+    "verbosity": (("medium",), "Say in the prompt how long the answer shall be."),
+}
+
 _IGNORED: dict[str, dict[str, tuple[Harmless, str]]] = {
     "llamacpp": {
-        "audio": ((), "It gives no sound."),
-        "modalities": ((["text"],), "It gives text only."),
-        "web_search_options": ((), "It does not search the web."),
-        "store": ((False,), "It keeps no conversations; the Responses API does."),
-        "functions": ((), "Send 'tools'."),
-        "function_call": (("none",), "Send 'tool_choice'."),
-        "verbosity": (("medium",), "Say in the prompt how long the answer shall be."),
+        **_BY_ALL_OF_OURS,
         "echo": ((False,), "Put the prompt before the answer yourself."),
         "suffix": (("",), "Use a chat."),
     },
-    "openai": {},
+    "vllm": _BY_ALL_OF_OURS,
+    "sglang": _BY_ALL_OF_OURS,
 }
 """By kind of engine: parameter, what of it is harmless, and what to do instead."""
 
@@ -62,7 +68,7 @@ def refusal(kind: str, lacks: tuple[str, ...], ask: Ask) -> Refusal | None:
 
     `lacks` is what the model's chat template has no place for (`template_lacks`).
     """
-    fields, ignored = ask.fields, _IGNORED[kind]
+    fields, ignored = ask.fields, _IGNORED.get(kind, {})
     for name in fields.keys() & ignored.keys():
         harmless, hint = ignored[name]
         if _asks_for_something(fields[name], harmless):

@@ -11,6 +11,7 @@ import msgspec
 from tidemill.engines.openai import LIMIT_ALIASES, encode, stream_options
 from tidemill.engines.prometheus import counter_sum
 from tidemill.engines.protocol import Ask, Counters, Counts
+from tidemill.engines.running import sum_of_choices
 from tidemill.engines.sse import SseTap, data_of, usage_object, usage_of
 
 _NOT_FOR_TENANTS = ("verbose", "return_progress", "id_slot")
@@ -120,14 +121,10 @@ class LlamaCppTap(SseTap):
         return b"data: " + with_usage(data_of(event), self.counts)
 
     def _add_up(self, counts: Collection[Counts]) -> None:
-        """The sum over the choices; a prompt that several choices share counts once."""
-        prompt, cached = max((each.prompt, each.cached) for each in counts)
-        if self._prompts > 1:
-            share = self._choices // self._prompts
-            prompt = sum(each.prompt for each in counts) // share
-            cached = sum(each.cached for each in counts) // share
-        completion = sum(each.completion for each in counts)
-        self.counts = Counts(prompt, cached, completion, min(sum(self._reasoned.values()), completion))
+        """The sum over the choices; what of it was reasoning is known of the chunks alone."""
+        found = sum_of_choices(counts, choices=self._choices, prompts=self._prompts)
+        reasoning = min(sum(self._reasoned.values()), found.completion)
+        self.counts = Counts(found.prompt, found.cached, found.completion, reasoning)
         self.exact = True
 
 

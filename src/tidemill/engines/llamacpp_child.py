@@ -1,9 +1,11 @@
 """The llama.cpp engine's own process: `python -m tidemill.engines.llamacpp_child '{"path": ...}'`.
 
-It serves OpenAI's API on a loopback port until its parent goes away, which it notices by the end of its standard
-input. So an engine never outlives a platform that was killed.
+It serves OpenAI's API on a loopback port until it gets a SIGTERM. What started it sees to it that it does not
+outlive a platform that was killed (`fleet.shim`).
 """
 
+import os
+import signal
 import sys
 
 import msgspec
@@ -23,10 +25,14 @@ class LlamaCppLaunch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Requests worked on at a time."""
     threads: int
     """CPU threads; 0 leaves the choice to llama.cpp."""
+    embeddings: str = ""
+    """How a text's vectors become one, beside the answering of chats: `mean`, `cls`, `last`, or `model`: as the file
+    says. Empty: there are no embeddings."""
 
 
 def serve(launch: LlamaCppLaunch) -> None:
-    """Load the model, serve it, and return when standard input ends."""
+    """Load the model and serve it until a SIGTERM. Does not return."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # of the engine's threads as well
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -40,12 +46,18 @@ def serve(launch: LlamaCppLaunch) -> None:
     params.endpoint_props = False
     params.ui = False
     params.cache_ram_mib = 256  # the default would keep up to 8 GiB of old prompts
+    if launch.embeddings:
+        params.embedding = True
+        params.n_batch = params.n_ubatch = launch.context  # a text is computed in one piece, or refused
+        if launch.embeddings != "model":
+            params.pooling_type = xllamacpp.llama_pooling_type[f"LLAMA_POOLING_TYPE_{launch.embeddings.upper()}"]
     if launch.threads:
         params.cpuparams.n_threads = launch.threads
         params.cpuparams_batch.n_threads = launch.threads
     server = xllamacpp.Server(params)
     print(f"ready {server.listening_address}", flush=True)
-    sys.stdin.buffer.read()
+    signal.sigwait({signal.SIGTERM})
+    os._exit(0)  # taking the engine down in order may hang on its open connections, and nothing needs it
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from typing import Protocol
 import msgspec
 
 
-class Counts(msgspec.Struct, frozen=True):
+class Counts(msgspec.Struct, frozen=True, gc=False):
     """Token counts as an engine reports them. `prompt` includes `cached`, `completion` includes `reasoning`."""
 
     prompt: int = 0
@@ -41,6 +41,8 @@ class Ask(msgspec.Struct):
     """How many prompts it carries; more than one only in a text completion."""
     generates: bool = True
     """False for embeddings: nothing is produced token by token, nothing is limited."""
+    filler: bool = False
+    """It can wait: an engine that orders its requests by priority takes people's before it."""
 
 
 class Tap(Protocol):
@@ -70,6 +72,11 @@ class Tap(Protocol):
 
     def end(self) -> bytes:
         """Take the end of the body: an event whose closing blank line is missing is returned after all."""
+        ...
+
+    @property
+    def estimated_completion(self) -> int:
+        """The completion tokens of `estimate`."""
         ...
 
     def estimate(self, prompt_bytes: int) -> Counts:

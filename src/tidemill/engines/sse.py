@@ -32,19 +32,25 @@ class _CompletionDetails(msgspec.Struct):
     reasoning_tokens: int | None = None
 
 
+_NOTHING = msgspec.Raw(b"null")
+
+
 class Usage(msgspec.Struct):
     """OpenAI's usage object, as far as metering needs it."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     prompt_tokens_details: _PromptDetails | None = None
-    completion_tokens_details: msgspec.Raw = msgspec.Raw(b"null")
+    completion_tokens_details: msgspec.Raw = _NOTHING
 
     def counts(self) -> Counts:
-        details = self.prompt_tokens_details
+        details, more = self.prompt_tokens_details, self.completion_tokens_details
         cached = (details.cached_tokens or 0) if details is not None else 0
-        reasoning = _reasoning_tokens(self.completion_tokens_details)
-        prompt, completion = bounded(self.prompt_tokens), bounded(self.completion_tokens)
+        reasoning = _reasoning_tokens(more) if more is not _NOTHING else 0
+        prompt, completion = self.prompt_tokens, self.completion_tokens
+        if 0 <= cached <= prompt <= MAX_COUNT and 0 <= reasoning <= completion <= MAX_COUNT:
+            return Counts(prompt, cached, completion, reasoning)
+        prompt, completion = bounded(prompt), bounded(completion)
         return Counts(prompt, min(bounded(cached), prompt), completion, min(bounded(reasoning), completion))
 
 
@@ -106,22 +112,35 @@ def data_of(event: bytes) -> bytes:
     return b"\n".join(lines)
 
 
+NO_COUNTS = Counts()
+
+
 class SseTap:
     """Passes a chat stream through: counts events, notes usage, holds `[DONE]` back. The `Tap` of `openai`."""
 
+    done = False
+    failed = False
+    counts = NO_COUNTS
+    exact = False
+    _rest = b""
+    _events = 0
+    _bytes = 0
+    _smallest = MAX_EVENT_BYTES
+
     def __init__(self, *, wants_usage: bool) -> None:
-        self.done = False
-        self.failed = False
-        self.counts = Counts()
-        self.exact = False
         self._wants_usage = wants_usage
-        self._rest = b""
-        self._events = 0
-        self._bytes = 0
-        self._smallest = MAX_EVENT_BYTES
 
     def feed(self, data: bytes) -> bytes:
         """See `Tap.feed`. Raises BrokenStream."""
+        if data[:7] == b"data: {" and not self._rest and data.count(b"\n") == 2 and data[-2:] == b"\n\n":
+            # One event of one line, as engines send them: most of all chunks.
+            if b'"usage"' not in data and b'"error"' not in data and b"\r" not in data:
+                size = len(data)
+                if size < self._smallest:
+                    self._smallest = size
+                self._events += 1
+                self._bytes += size
+                return data
         data = self._whole_events(data)
         if data.startswith(b"\n") or b"\n\n\n" in data:  # blank lines between events are nothing
             data = b"".join(event.lstrip(b"\n") + b"\n\n" for event in data.split(b"\n\n") if event.strip(b"\n"))
@@ -213,6 +232,13 @@ class SseTap:
         """Completion tokens so far: the engine's count, else a token per chunk (the first chunk names the role)."""
         return self.counts.completion if self.exact else max(self._events - 1, 0)
 
+    @property
+    def estimated_completion(self) -> int:
+        """See `Tap.estimated_completion`."""
+        events = self._events
+        text = (self._bytes - events * self._smallest) // BYTES_PER_TOKEN
+        return text if text >= events else max(events - 1, 0)
+
     def estimate(self, prompt_bytes: int) -> Counts:
         """Count a stream that reported nothing: a token per chunk, or per four bytes of text if that is more.
 
@@ -221,6 +247,4 @@ class SseTap:
         """
         if self._events == 0:
             return Counts(prompt=prompt_bytes // BYTES_PER_TOKEN)
-        text = max(self._bytes - self._events * min(self._smallest, self._bytes), 0)
-        completion = max(self._events - 1, text // BYTES_PER_TOKEN)
-        return Counts(prompt=prompt_bytes // BYTES_PER_TOKEN, completion=completion)
+        return Counts(prompt=prompt_bytes // BYTES_PER_TOKEN, completion=self.estimated_completion)
