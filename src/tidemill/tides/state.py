@@ -65,6 +65,8 @@ class ReplicaView(msgspec.Struct, frozen=True):
     batch_only: bool = False
     """Lent to batches: no interactive request goes there."""
     version: str = ""
+    beside: bool = False
+    """It is lent, and shares the devices of another one, whose they are: it gets what that leaves."""
 
 
 class Demand(msgspec.Struct, frozen=True):
@@ -102,6 +104,10 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds since the last interactive request; how long a model at zero has been asked for nothing."""
     scale_down_s: float = 300.0
     """How long it must have needed less before a replica is given up."""
+    peak: float | None = None
+    """The most work a second that was expected or came within the last `scale_down_s`; None: not kept. With it many
+    replicas can be given up at once and at the right moment; without, the last change of the replicas has to be so
+    long ago."""
     startup_s: float = 30.0
     """Seconds until a new replica is ready, measured."""
     priority: int = 0
@@ -180,6 +186,14 @@ class BacklogView(msgspec.Struct, frozen=True, kw_only=True):
     parts: tuple[tuple[float, float], ...] = ()
 
 
+class Promise(msgspec.Struct, frozen=True):
+    """A device that is kept for a piece of work until all that it needs has come together."""
+
+    device: str
+    work: str
+    """`job ID`, `model NAME`, `reservation ID`."""
+
+
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that a plan is made from."""
 
@@ -191,6 +205,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     queues: tuple[QueueView, ...] = ()
     reservations: tuple[ReservationView, ...] = ()
     backlogs: tuple[BacklogView, ...] = ()
+    promises: tuple[Promise, ...] = ()
+    """Those of the last plan. A plan without them is as right, but may change its mind about which device is whose."""
 
 
 # What comes out
@@ -210,6 +226,14 @@ class StopReplica(msgspec.Struct, frozen=True):
     why: str
 
 
+class TurnReplica(msgspec.Struct, frozen=True):
+    """Lend a replica to batches, or take it back for interactive requests; nothing is restarted."""
+
+    replica: str
+    batch_only: bool
+    why: str
+
+
 class StartJob(msgspec.Struct, frozen=True):
     job: str
     devices: tuple[str, ...]
@@ -220,6 +244,15 @@ class PreemptJob(msgspec.Struct, frozen=True):
     """Let it checkpoint within its grace time, then end and requeue it."""
 
     job: str
+    why: str
+
+
+class Reserve(msgspec.Struct, frozen=True):
+    """The devices that a reservation in force has from now on: mark these, and no others, as its own
+    (`DeviceView.reserved_by`). Before they are marked, they are not lent."""
+
+    reservation: str
+    devices: tuple[str, ...]
     why: str
 
 
@@ -238,7 +271,7 @@ class WaitNote(msgspec.Struct, frozen=True):
     """What a piece of work waits for."""
 
     work: str
-    """`job ID`, `model NAME`, `batches of NAME`."""
+    """`job ID`, `model NAME`, `batches of NAME`, `reservation ID`."""
     why: str
 
 
@@ -249,6 +282,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     stop_replicas: tuple[StopReplica, ...] = ()
     start_jobs: tuple[StartJob, ...] = ()
     preempt_jobs: tuple[PreemptJob, ...] = ()
+    turn_replicas: tuple[TurnReplica, ...] = ()
+    """Only with `Rules.turn`."""
+    reserve: tuple[Reserve, ...] = ()
+    promises: tuple[Promise, ...] = ()
+    """To be handed back with the next snapshot."""
     devices: tuple[DeviceNote, ...] = ()
     """One for each device of the snapshot, in its order."""
     waiting: tuple[WaitNote, ...] = ()

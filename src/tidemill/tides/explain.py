@@ -1,0 +1,98 @@
+"""What each device does, until when and why, in words."""
+
+from tidemill.tides.draft import Draft
+from tidemill.tides.interactive import Serving
+from tidemill.tides.state import DeviceNote, JobPhase, JobView, Phase, ReplicaView
+
+_PHASES = {
+    Phase.STARTING: "is being started",
+    Phase.WARMING: "loads its weights",
+    Phase.DRAINING: "ends what it works on, then gives the device back",
+    Phase.ASLEEP: "sleeps, and wakes in seconds",
+    Phase.GONE: "has ended",
+}
+
+
+def explain(draft: Draft, serving: Serving) -> tuple[DeviceNote, ...]:
+    """One note for each device, in the snapshot's order."""
+    board = draft.board
+    replicas = {replica.id: replica for replica in draft.snapshot.replicas}
+    jobs = {job.id: job for job in draft.snapshot.jobs}
+    going = {f"replica {each.replica}": each.why for each in draft.stop_replicas}
+    going |= {f"job {each.job}": each.why for each in draft.preempt_jobs}
+    turning = {f"replica {each.replica}": each.why for each in draft.turn_replicas.values()}
+    coming: dict[str, str] = {}
+    for start in draft.start_replicas:
+        coming |= dict.fromkeys(start.devices, f"a replica of {start.model} starts on it: {start.why}")
+    for begin in draft.start_jobs:
+        coming |= dict.fromkeys(begin.devices, f"job {begin.job} starts on it: {begin.why}")
+    notes = []
+    for view in draft.snapshot.devices:
+        holder = board.holder.get(view.id)
+        if not view.up:
+            was = f"; {holder} was on it" if holder else ""
+            notes.append(DeviceNote(view.id, "lost", None, f"its node is lost, or it was taken out{was}"))
+            continue
+        if holder is None:
+            notes.append(DeviceNote(view.id, "free", None, _free(draft, view.id, coming)))
+            continue
+        kind, _, name = holder.partition(" ")
+        until: float | None = None
+        if kind == "job":
+            until, why = _job(draft, jobs[name])
+        else:
+            why = _replica(draft, serving, replicas[name])
+        if holder in going:
+            why = f"gives way: {going[holder]}"
+            until = draft.now + jobs[name].grace_s if kind == "job" else None
+        elif holder in turning:
+            why = turning[holder]
+        if view.id in board.promised:
+            why += f"; then for {board.promised[view.id]}"
+        notes.append(DeviceNote(view.id, holder, until, why))
+    return tuple(notes)
+
+
+def _free(draft: Draft, device: str, coming: dict[str, str]) -> str:
+    if device in coming:
+        return coming[device]
+    if device in draft.board.promised:
+        return f"kept for {draft.board.promised[device]} until all that it needs is there"
+    zone = draft.board.zone[device]
+    if zone:
+        return f"belongs to reservation {zone}, which does not use it"
+    return "no work wants it"
+
+
+def _job(draft: Draft, job: JobView) -> tuple[float | None, str]:
+    if job.phase is JobPhase.STOPPING:
+        return (
+            draft.now + job.grace_s,
+            f"job {job.id} of {job.tenant} writes its checkpoint, then gives the device back",
+        )
+    until = None if job.remaining_s is None else draft.now + job.remaining_s
+    ran = f"runs since {draft.now - job.started_at:,.0f} s"
+    if draft.on_reservation(job):
+        return until, f"job {job.id} of {job.tenant} {ran} on reservation {job.reservation}"
+    share = draft.queues[job.queue]
+    state = "borrows" if share.borrowing else "is within its quota"
+    firm = "" if job.preemptible else ", can't be preempted"
+    return until, (
+        f"job {job.id} of {job.tenant} {ran}; queue {job.queue} {state} ({share.used} of {share.view.quota}){firm}"
+    )
+
+
+def _replica(draft: Draft, serving: Serving, replica: ReplicaView) -> str:
+    if replica.phase is not Phase.READY:
+        return f"replica of {replica.model} {_PHASES[replica.phase]}"
+    if replica.batch_only:
+        return f"works on batches of {replica.model}: {replica.filler} lines"
+    need = serving.needs.get(replica.model)
+    if need is None:
+        return f"{replica.model} is no longer served"
+    have = len(serving.mine[replica.model])
+    beside = f", {replica.filler} lines of batches beside" if replica.filler else ""
+    return (
+        f"serves {replica.model}: {replica.in_flight} requests{beside}; {need.count} replicas needed of {have}: "
+        f"{need.why}"
+    )

@@ -1,0 +1,284 @@
+"""Which devices a piece of work gets: the best kind, one node, and nodes that are in use already, so that whole ones
+are left for gangs. A model's minimum of replicas is spread instead, where that costs nobody more."""
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+
+import msgspec
+
+from tidemill.tides.board import ORDINARY, Board, Pool, Unit
+
+
+class Claim(msgspec.Struct, frozen=True, gc=False):
+    """What a piece of work wants, and whom it may make give way."""
+
+    work: str
+    """`job ID`, `model NAME`, `reservation ID`."""
+    count: int
+    kinds: tuple[str, ...] = ()
+    spread: bool = False
+    """One node is better, several will do. False: one node, or whole nodes when a node is too small."""
+    apart: frozenset[str] = frozenset()
+    """Nodes that it is rather not on: what it is there to stand in for is on them, and would be lost with it."""
+    zones: tuple[str, ...] = (ORDINARY,)
+    held: bool = False
+    """It may have what is held for a gang."""
+    kept: bool = True
+    """It may have what the last plan has promised to others."""
+    may: Callable[[Unit], bool] | None = None
+    """None: nobody gives way."""
+
+
+class Grant(msgspec.Struct, frozen=True, gc=False):
+    """What it gets."""
+
+    devices: tuple[str, ...]
+    ready: bool
+    """They are all free now; else it waits for those that are coming."""
+    victims: tuple[Unit, ...] = ()
+
+
+def place(board: Board, claim: Claim) -> Grant | None:
+    """Give devices out: free ones, else with those that are coming, else with those of others who give way (the
+    caller tells these). None, and nothing changed but promises released, when there are not so many to be had."""
+    mine = board.release(claim.work)
+    if len(mine) >= claim.count:
+        own = Pool(board)
+        for device in mine:
+            own.add(device)
+        devices = pick(board, [own], claim)
+        if devices is not None:
+            board.keep_again(claim.work, [device for device in mine if device not in devices])
+            return Grant(devices, board.take(devices))
+    layers: list[Pool] = [board.free[zone] for zone in claim.zones]
+    tries: list[list[Pool]] = [list(layers)]
+    if claim.held:
+        tries.append([*layers, board.held_free])
+    layers += [board.coming[zone] for zone in claim.zones]
+    tries.append(list(layers))
+    if claim.kept and ORDINARY in claim.zones:
+        layers += [board.kept_free, board.kept_coming]
+        tries.append(layers)
+    for each in tries:
+        devices = pick(board, each, claim)
+        if devices is not None:
+            return Grant(devices, board.take(devices))
+    if claim.may is None:
+        return None
+    victims = _who_gives_way(board, layers, claim)
+    if victims is None:
+        return None
+    for unit in victims:
+        board.vacate(unit.name, unit.devices)
+    devices = pick(board, layers, claim)
+    if devices is None:
+        raise AssertionError(f"{claim.work}: those that give way are not enough")
+    return Grant(devices, board.take(devices), tuple(victims))
+
+
+def kinds_of(board: Board, claim: Claim) -> Sequence[str]:
+    """Kinds to try, the best first."""
+    return claim.kinds or sorted(board.total, key=lambda kind: (-board.total[kind], kind))
+
+
+def pick(board: Board, layers: Sequence[Pool], claim: Claim) -> tuple[str, ...] | None:
+    """Devices for a claim from pools, the earlier pools rather; they are not taken yet."""
+    kinds = kinds_of(board, claim)
+    if not claim.apart:
+        tries = [(kind, claim.apart) for kind in kinds]
+    elif claim.kinds:  # a better kind counts for more than another node
+        tries = [(kind, apart) for kind in kinds for apart in (claim.apart, frozenset())]
+    else:
+        tries = [(kind, apart) for apart in (claim.apart, frozenset()) for kind in kinds]
+    for kind, apart in tries:
+        chosen = _of_kind(board, layers, claim, kind, apart)
+        if chosen is not None:
+            return tuple(sorted(chosen, key=board.order.__getitem__))
+    return None
+
+
+def _of_kind(board: Board, layers: Sequence[Pool], claim: Claim, kind: str, apart: Collection[str]) -> list[str] | None:
+    if sum(pool.count(kind) for pool in layers) < claim.count:
+        return None
+    by_node: dict[str, list[str]] = {}
+    now: dict[str, int] = {}
+    for depth, pool in enumerate(layers):
+        for node, devices in pool.kinds.get(kind, {}).items():
+            if node in apart:
+                continue
+            by_node.setdefault(node, []).extend(sorted(devices, key=board.order.__getitem__))
+            if depth == 0:
+                now[node] = len(devices)
+    chosen = _one_node(board, by_node, now, claim.count)
+    if chosen is None and claim.spread:
+        missing = claim.count > sum(len(devices) for devices in by_node.values())
+        return None if missing else _few_nodes(board, by_node, claim.count)
+    if chosen is None and claim.count > board.largest.get(kind, 0):
+        return _whole_nodes(board, by_node, now, kind, claim.count)
+    return chosen
+
+
+def _one_node(board: Board, by_node: dict[str, list[str]], now: dict[str, int], count: int) -> list[str] | None:
+    """From the node where most of it is there now, of these from the fullest."""
+    fitting = [node for node, devices in by_node.items() if len(devices) >= count]
+    if not fitting:
+        return None
+    best = min(fitting, key=lambda node: (max(count - now.get(node, 0), 0), len(by_node[node]), board.node_order[node]))
+    return by_node[best][:count]
+
+
+def _few_nodes(board: Board, by_node: dict[str, list[str]], count: int) -> list[str]:
+    """From the nodes with most; the rest from the node that it fits best."""
+    chosen: list[str] = []
+    nodes = sorted(by_node, key=lambda node: (-len(by_node[node]), board.node_order[node]))
+    for position, node in enumerate(nodes):
+        missing = count - len(chosen)
+        if len(by_node[node]) < missing:
+            chosen += by_node[node]
+            continue
+        last = min(
+            (each for each in nodes[position:] if len(by_node[each]) >= missing),
+            key=lambda each: (len(by_node[each]), board.node_order[each]),
+        )
+        return chosen + by_node[last][:missing]
+    return chosen
+
+
+def _whole_nodes(
+    board: Board, by_node: dict[str, list[str]], now: dict[str, int], kind: str, count: int
+) -> list[str] | None:
+    """Whole nodes, and the rest from one more."""
+    whole = sorted(
+        (node for node, devices in by_node.items() if len(devices) == board.size[kind, node]),
+        key=lambda node: (-len(by_node[node]), -now.get(node, 0), board.node_order[node]),
+    )
+    chosen: list[str] = []
+    for node in whole:
+        if count - len(chosen) < len(by_node[node]):
+            break
+        chosen += by_node[node]
+        del by_node[node]
+    if len(chosen) == count:
+        return chosen
+    rest = _one_node(board, by_node, now, count - len(chosen))
+    return None if rest is None else chosen + rest
+
+
+# Who gives way
+
+
+def _who_gives_way(board: Board, layers: Sequence[Pool], claim: Claim) -> list[Unit] | None:
+    """The jobs and replicas that lose least by giving way to a claim; None when nobody's going is enough."""
+    assert claim.may is not None
+    allowed = {unit.name for unit in board.units.values() if claim.may(unit)}
+    if not allowed:
+        return None
+    for kind in kinds_of(board, claim):
+        if board.total[kind] < claim.count:
+            continue
+        have: dict[str, int] = {}
+        for pool in layers:
+            for node, devices in pool.kinds.get(kind, {}).items():
+                have[node] = have.get(node, 0) + len(devices)
+        found = _on_one_node(board, kind, have, claim, allowed)
+        if found is None and (claim.spread or claim.count > board.largest.get(kind, 0)):
+            gains = _gains(board, (board.units[name] for name in allowed), kind, claim.zones)
+            found = cheapest(gains, claim.count - sum(have.values()))
+            if found is not None and not claim.spread and not _fills_nodes(board, layers, claim, found):
+                found = None
+        if found is not None:
+            return found
+    return None
+
+
+def _on_one_node(board: Board, kind: str, have: dict[str, int], claim: Claim, allowed: set[str]) -> list[Unit] | None:
+    found: list[tuple[tuple[int, float, int], int, bool, list[Unit]]] = []
+    for (each, node), size in board.size.items():
+        if each != kind or size < claim.count:
+            continue
+        there = [unit for unit in board.units_on(node) if unit.name in allowed]
+        gains = _gains(board, there, kind, claim.zones, node)
+        units = cheapest(gains, claim.count - have.get(node, 0))
+        if units is not None:
+            found.append((_weight(units, claim.count), board.node_order[node], node in claim.apart, units))
+    if not found:
+        return None
+    best = min(found, key=lambda each: each[:2])
+    if best[2]:  # another node, if nobody more important goes there, and no more devices lose their work
+        (tier, _, beyond), *_ = best
+        others = [each for each in found if not each[2] and each[0][0] <= tier and each[0][2] <= beyond]
+        best = min(others, key=lambda each: each[:2], default=best)
+    return best[3]
+
+
+def _gains(
+    board: Board, units: Iterable[Unit], kind: str, zones: tuple[str, ...], node: str | None = None
+) -> list[tuple[Unit, int]]:
+    """How many usable devices each unit's going would free."""
+    gains = []
+    for unit in units:
+        gain = 0
+        for device in unit.devices:
+            view = board.device.get(device)
+            if (
+                view is not None
+                and view.up
+                and view.kind == kind
+                and (node is None or view.node == node)
+                and board.zone[device] in zones
+                and board.holder.get(device) == unit.name
+            ):
+                gain += 1
+        if gain:
+            gains.append((unit, gain))
+    return gains
+
+
+def cheapest(gains: Sequence[tuple[Unit, int]], need: int) -> list[Unit] | None:
+    """Units that free `need` devices together and lose little: the first in rank until it is enough, less those that
+    turn out not to be needed, or the best single one."""
+    if need <= 0:
+        return []
+    ordered = sorted(gains, key=lambda each: each[0].rank)
+    chosen: list[tuple[Unit, int]] = []
+    freed = 0
+    for unit, gain in ordered:
+        chosen.append((unit, gain))
+        freed += gain
+        if freed >= need:
+            break
+    if freed < need:
+        return None
+    for unit, gain in reversed(chosen[:]):
+        if freed - gain >= need:
+            chosen.remove((unit, gain))
+            freed -= gain
+    several = [unit for unit, _ in chosen]
+    single = min(
+        ((unit, gain) for unit, gain in ordered if gain >= need),
+        key=lambda each: (_weight([each[0]], need), each[0].name),
+        default=None,
+    )
+    if single is not None and _weight([single[0]], need) < _weight(several, need):
+        return [single[0]]
+    return several
+
+
+def _weight(units: Sequence[Unit], need: int) -> tuple[int, float, int]:
+    """How bad it is that these give way: the highest tier, the work lost, and devices freed beyond the need."""
+    if not units:
+        return (-1, 0.0, 0)
+    return (
+        max(unit.tier for unit in units),
+        sum(unit.loss_s for unit in units),
+        sum(len(unit.devices) for unit in units) - need,
+    )
+
+
+def _fills_nodes(board: Board, layers: Sequence[Pool], claim: Claim, victims: Sequence[Unit]) -> bool:
+    """Whether a claim for whole nodes fits once these have gone."""
+    extra = Pool(board)
+    for unit in victims:
+        for device in unit.devices:
+            if device in board.device and board.device[device].up and board.zone[device] in claim.zones:
+                extra.add(device)
+    return pick(board, [*layers, extra], claim) is not None
