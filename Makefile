@@ -3,6 +3,9 @@
 # make check  formatting, lint, types and import rules
 # make bench-gateway
 # make bench-routing
+# make bench-tides
+# make bench-tides-sim
+# make soak  a thousand open streams for five minutes, and the memory of the gateway
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3
@@ -13,7 +16,7 @@ ALL_STAMP := $(VENV)/.tidemill-all-installed
 UV_VERSION := 0.13.9
 ARGS ?=
 
-.PHONY: up test check format demo bench-gateway bench-routing lock clean
+.PHONY: up test check format demo bench-gateway bench-routing bench-tides bench-tides-sim soak lock clean
 
 up: $(STAMP)
 	@exec $(BIN)/tidemill up $(ARGS)
@@ -39,6 +42,15 @@ bench-gateway: $(STAMP)
 
 bench-routing: $(STAMP)
 	$(BIN)/python bench/routing.py $(ARGS)
+
+soak: $(STAMP)
+	$(BIN)/python bench/soak.py $(ARGS)
+
+bench-tides: $(STAMP)
+	$(BIN)/python bench/tides.py $(ARGS)
+
+bench-tides-sim: $(STAMP)
+	$(BIN)/python bench/tides_sim.py $(ARGS)
 
 define install_locked
 $(BIN)/uv export -q --frozen --all-groups --all-extras $(1) --no-emit-project -o $(VENV)/requirements.txt >/dev/null && \

@@ -213,7 +213,7 @@ class Tidemill(Contestant):
 
     def __init__(self, say: peers.Say, extra_args: list[str] | None = None) -> None:
         super().__init__(say)
-        self._extra_args = extra_args or []
+        self.extra_args = extra_args or []
 
     def prepare(self) -> str:
         self._command = REPOSITORY / ".venv" / "bin" / "tidemill"
@@ -236,7 +236,7 @@ class Tidemill(Contestant):
         config = home / "tidemill.toml"
         config.write_text(TIDEMILL_CONFIG.format(mock_port=mock_port))
         command = [str(self._command), "up", "--config", str(config), "--data", str(home / "data")]
-        command += ["--port", str(port), "--control-port", str(proc.free_port()), *self._extra_args]
+        command += ["--port", str(port), "--control-port", str(proc.free_port()), *self.extra_args]
         return proc.Server(command, home / "log", cwd=home)
 
     def key(self, home: Path) -> Path | str:

@@ -70,7 +70,35 @@ class Run:
                         if live.server is not None and not live.server.running():
                             field.remove(live)
                             self.given_up[live.name] = f"ended during {label}: {live.server.log_tail(300)}"
+            self._scale(stack, field, found, home, mock_port)
         self.rounds.append(found)
+
+    def _scale(
+        self,
+        stack: ExitStack,
+        field: list[phases.Live],
+        found: dict[str, phases.Findings],
+        home: Path,
+        mock_port: int,
+    ) -> None:
+        """Tidemill with one gateway process and with two."""
+        one = next((live for live in field if live.name == contestants.Tidemill.name), None)
+        mine = next((each for each in self.chosen if isinstance(each, contestants.Tidemill)), None)
+        if one is None or mine is None or "--workers" in mine.extra_args:
+            return
+        twin = contestants.Tidemill(mine.say, [*mine.extra_args, "--workers", "2"])
+        twin.prepare()
+        place = home / "two"
+        place.mkdir()
+        two = self._start(stack, twin, place, mock_port)
+        if two is None:
+            return
+        self._status("2 workers")
+        try:
+            phases.warm_up(two, phases.Findings())
+            phases.scaling(one, two, found[one.name])
+        except (RuntimeError, OSError) as wrong:
+            found[one.name].notes.append(f"2 workers: {wrong}")
 
     def _in_turn(self, number: int) -> list[contestants.Contestant]:
         """Each round begins with another contestant."""

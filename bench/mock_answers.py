@@ -104,6 +104,29 @@ def decode_behaviour(text: bytes) -> Behaviour:
     return _decode_behaviour(text)
 
 
+class EmbeddingsBody(msgspec.Struct):
+    """The fields of a request for embeddings that change the answer."""
+
+    input: str | list[str]
+    model: str = "mock"
+
+
+_decode_embeddings = msgspec.json.Decoder(EmbeddingsBody).decode
+
+
+def embeddings(body: bytes) -> tuple[bytes, int]:
+    """A vector for each input, made of its words and length, and the tokens of all. Raises msgspec.DecodeError."""
+    wish = _decode_embeddings(body)
+    texts = [wish.input] if isinstance(wish.input, str) else wish.input
+    tokens = sum(count_words(text) for text in texts)
+    data = [
+        {"object": "embedding", "index": index, "embedding": [float(count_words(text)), len(text) / 100]}
+        for index, text in enumerate(texts)
+    ]
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return msgspec.json.encode({"object": "list", "data": data, "model": wish.model, "usage": usage}), tokens
+
+
 def count_words(value: Any) -> int:
     """The mock's tokenizer: a token is a whitespace-separated word, or an integer in a list."""
     if isinstance(value, str):

@@ -2,7 +2,7 @@
 
     python bench/mock_engine.py --port 9000 [--chunks 16] [--ttft-ms 0] [--chunk-interval-ms 0] [--cached 0]
 
-Serves /v1/chat/completions, /v1/completions, /v1/models, /health and /metrics (vLLM's names, true
+Serves /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/models, /health and /metrics (vLLM's names, true
 counts of what was written). How a request is answered, it may choose: see `mock_answers.Behaviour`.
 `POST /mock` changes the defaults of the running mock, `GET /mock/last` shows the last completion
 request as it arrived.
@@ -19,7 +19,7 @@ import httptools
 import msgspec
 import uvloop
 
-from mock_answers import Behaviour, Plan, Planner, decode_behaviour, error_json
+from mock_answers import Behaviour, Plan, Planner, decode_behaviour, embeddings, error_json
 from mock_streams import Clock, Counters, Stream
 
 LISTEN_BACKLOG = 4096
@@ -69,6 +69,14 @@ class Engine:
                 except msgspec.DecodeError as wrong:
                     return 400, JSON, error_json(str(wrong), 400)
                 return 200, JSON, msgspec.json.encode(self.planner.defaults)
+            case b"POST", b"/v1/embeddings":
+                try:
+                    answer, tokens = embeddings(request.body)
+                except msgspec.DecodeError as wrong:
+                    return 400, JSON, error_json(str(wrong), 400)
+                self.counters.requests += 1
+                self.counters.prompt_tokens += tokens
+                return 200, JSON, answer
             case b"GET", b"/mock/last":
                 return 200, JSON, self._last_json()
         return 404, JSON, error_json("the mock engine has no such page", 404)
@@ -335,6 +343,7 @@ def main() -> None:
     parser.add_argument("--ttft-ms", type=float, default=0.0)
     parser.add_argument("--chunk-interval-ms", type=float, default=0.0)
     parser.add_argument("--cached", type=int, default=0, help="prompt tokens to report as cache hits")
+    parser.add_argument("--token", help="the text of each token")
     parser.add_argument("--batch", type=int, default=64, help="streams whose tokens come in one step")
     args = parser.parse_args()
     defaults = Behaviour(
@@ -342,6 +351,7 @@ def main() -> None:
         ttft_ms=args.ttft_ms,
         interval_ms=args.chunk_interval_ms,
         cached=args.cached,
+        token=args.token,
     )
     uvloop.run(serve(args.host, args.port, defaults, args.batch))
 

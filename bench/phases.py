@@ -199,6 +199,27 @@ def half_saturated(live: Live, found: Findings) -> None:
             found.values[f"added_{quantile}_half"] = added
 
 
+def scaling(one: Live, two: Live, found: Findings) -> None:
+    """The same saturated load at one gateway process and at two, one directly after the other. On a machine whose
+    cores the load and the mock engine use as well, the rates say little; processor time a request says what two
+    processes do to each other: if it stays, two free cores do twice the work."""
+    rates, cpu = [], []
+    for live in (one, two):
+        own = Findings()
+        saturated(live, own)
+        for kind, count in own.failures.items():
+            found.failures[kind] = found.failures.get(kind, 0) + count
+        if "request_us" not in own.values:
+            found.notes.append("2 workers: no figures")
+            return
+        rates.append(own.values["requests_per_s"])
+        cpu.append(own.values["request_us"])
+        found.raw[f"workers {len(rates)}"] = own.raw["64 connections"]
+    found.values["workers_rate"] = rates[1] / rates[0]
+    found.values["workers_cpu"] = cpu[1] / cpu[0]
+    found.values["workers_free_cores"] = 2 * cpu[0] / cpu[1]
+
+
 def long_prompts(live: Live, found: Findings) -> None:
     seconds = live.sizes.long_prompt_s
     result = live.load("closed", connections=4, seconds=seconds, prompt_words=LONG_PROMPT_WORDS, chunks=1)

@@ -28,7 +28,7 @@ class ProcessTime(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Of a tree of processes. Socket buffers in the kernel are in neither figure."""
+    """Of a process, or of a tree of them. Socket buffers in the kernel are in neither figure."""
 
     rss_kib: int
     pss_kib: int  # shared pages divided by their sharers; the honest sum over a tree
@@ -60,16 +60,26 @@ def cpu_between(before: Sequence[ProcessTime], after: Sequence[ProcessTime]) -> 
 
 
 def memory(root: int) -> Memory:
-    rss = pss = 0
-    for pid in tree(root):
-        try:
-            rss += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * KIB_PER_PAGE
-            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-                if line.startswith("Pss:"):
-                    pss += int(line.split()[1])
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return Memory(rss, pss)
+    each = [memory_of(pid) for pid in tree(root)]
+    return Memory(sum(one.rss_kib for one in each), sum(one.pss_kib for one in each))
+
+
+def memory_of(pid: int) -> Memory:
+    """Of one process; nothing of one that is gone."""
+    try:
+        rss = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * KIB_PER_PAGE
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return Memory(0, 0)
+    return Memory(rss, sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")))
+
+
+def command_of(pid: int) -> str:
+    """The command line; empty for a process that is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace").strip()
+    except OSError:
+        return ""
 
 
 def _stat_fields(pid: int) -> list[str] | None:
@@ -87,10 +97,9 @@ def _cpu_time(pid: int) -> ProcessTime | None:
     reaped_us = (int(fields[13]) + int(fields[14])) / TICKS_PER_S * 1e6  # cutime, cstime
     try:
         own_us = time.clock_gettime_ns((~pid << 3) | CPUCLOCK_SCHED) / 1000
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
     except OSError:
         return None
-    return ProcessTime(pid, command.strip(), own_us + reaped_us)
+    return ProcessTime(pid, command_of(pid), own_us + reaped_us)
 
 
 class MachineTime(NamedTuple):

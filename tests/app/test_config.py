@@ -21,6 +21,7 @@ from tidemill.app.config import (
     load_config,
 )
 from tidemill.errors import ConfigError
+from tidemill.ledger.money import parse_amount
 from tidemill.ledger.pricing import Price
 
 MOCK = '[models.mock]\nengine = "openai"\nbase_url = "http://127.0.0.1:9000/v1"\n'
@@ -120,6 +121,7 @@ def test_names_with_dots_and_slashes(tmp_path: Path) -> None:
         (MOCK + "drain_seconds = 1" + "0" * 400, "models.mock.drain_seconds: "),
         ("[gateway]\ndrain_seconds = -1", "gateway.drain_seconds: is from 0 to 86400 seconds."),
         ("[gateway]\nwrite_timeout_seconds = inf", "gateway.write_timeout_seconds: is from 1 to 86400 seconds."),
+        ("[gateway]\nmax_connections = 0", "gateway.max_connections: is from 1 to 1000000."),
         ("[gateway]\nmax_body_mib = 0", "gateway.max_body_mib: is from 1 to 1024."),
         ("[gateway]\nmax_body_mib = 1" + "0" * 30, "gateway.max_body_mib: is from 1 to 1024."),
         ("x = 1" + "0" * 5000, "is not valid TOML: "),
@@ -151,7 +153,10 @@ def test_names_with_dots_and_slashes(tmp_path: Path) -> None:
         (b"currency = '\xff'", "is not UTF-8 text."),
         # what a model needs
         ('[models.m]\nbase_url = "http://x"', "models.m: missing key `engine`."),
-        ('[models.m]\nengine = "vllm"', "models.m.engine: invalid choice 'vllm'. Choose one of: llamacpp, openai."),
+        (
+            '[models.m]\nengine = "tgi"',
+            "models.m.engine: invalid choice 'tgi'. Choose one of: llamacpp, openai, sglang, vllm.",
+        ),
         ('[models.m]\nengine = "openai"', 'base_url = "http://HOST:PORT/v1"'),
         (
             '[models.m]\nengine = "llamacpp"\nbase_url = "http://x"',
@@ -298,3 +303,46 @@ def test_a_document_is_taken_or_refused_and_never_anything_else(document: dict[s
 @given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
 def test_so_is_rubbish(rubbish: bytes) -> None:
     taken_or_refused(rubbish)
+
+
+def test_prices_of_devices_and_the_rules_of_jobs(tmp_path: Path) -> None:
+    text = """
+    currency = "CNY"
+    [device_prices.h800-sxm]
+    hour = "16"
+    [device_prices.h800-sxm.USD]
+    hour = "2.20"
+    preemptible_hour = "1"
+    [jobs]
+    tenants = true
+    """
+    config = read(tmp_path, text)
+    by_currency = {code: price.hours() for code, price in config.device_prices["h800-sxm"].items()}
+    assert {code: list(hours.values()) for code, hours in by_currency.items()} == {
+        "CNY": [parse_amount("16"), parse_amount("8")],
+        "USD": [parse_amount("2.20"), parse_amount("1")],
+    }
+    assert config.jobs.tenants
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('[device_prices.cpu]\nhour = "-1"', "device_prices.cpu: -1.00 an hour is no price"),
+        ("[device_prices.cpu]\nhour = 1", "device_prices.cpu.hour: expected a text"),
+        (
+            '[device_prices.cpu]\nhours = "1"',
+            "unknown key device_prices.cpu.hours. Did you mean device_prices.cpu.hour?",
+        ),
+        (
+            '[device_prices.cpu]\nhour = "1"\n[device_prices.cpu.USD]\nhour = "1"',
+            "device_prices.cpu is given twice in USD",
+        ),
+        ('[device_prices."a b"]\nhour = "1"', "device_prices.a b: is not a kind of device"),
+        ("device_prices = 1", "device_prices: expected a table"),
+        ("[jobs]\ngrace_seconds = 700", "jobs.grace_seconds: 700.0 is out of range; it is from 0 to 600"),
+        ("[jobs]\ntenant = true", "unknown key jobs.tenant. Did you mean jobs.tenants?"),
+    ],
+)
+def test_mistakes_about_jobs(tmp_path: Path, text: str, says: str) -> None:
+    assert says in refusal(tmp_path, text)

@@ -6,7 +6,7 @@ import pytest
 
 from tidemill.app.config import Config, ModelConfig, load_config
 from tidemill.app.datadir import DataDir
-from tidemill.app.engines import Fleet, threads_for
+from tidemill.app.fleet import Fleet
 from tidemill.errors import ConfigError
 from tidemill.gateway.routing import ModelCost
 from tidemill.ledger.pricing import Price
@@ -54,11 +54,6 @@ def test_a_cost_of_nothing_is_none(tmp_path: Path) -> None:
     config = read(tmp_path, Y + '[models.y.cost]\ninput = "0"\noutput = "0"\n')
     (y,) = Fleet(config, tmp_path, DataDir(tmp_path / "data"), lambda: None).specs()
     assert y.cost is None
-
-
-def test_cores_are_shared() -> None:
-    assert threads_for(1) == 0
-    assert threads_for(10_000) == 1
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 from control.world import OCTOBER, FakeModel, record
 from tidemill.cli import client
 from tidemill.ledger.money import parse_amount
+from tidemill.ledger.pricing import Price
 from tidemill.ledger.usage import TokenUsage
 
 from .conftest import Run, Up
@@ -73,6 +74,26 @@ def test_what_people_see(run: Run, up: Up) -> None:
     assert run("meter", "reconcile", *at).out == "mock/0: has no token counters to compare with\n"
     assert "sk-tm-..." in run("key", "list", *at).out
     assert run("key", "revoke", run("key", "list", "--json", *at).json["keys"][0]["id"], *at).out.startswith("Key sk-")
+
+
+def test_the_margin_shows_what_upstreams_bill_where_they_do(run: Run, up: Up) -> None:
+    at = ("--data", up.data)
+    tenant = run("tenant", "create", "acme", "--json", *at).json["id"]
+    up.platform.settled = [record(up.platform, "req_1", tenant, usage=TokenUsage(1_000_000, 0, 0))]
+    assert "Cost, upstream" not in run("margin", "--month", "2026-10", *at).out
+    up.platform.running = [FakeModel("mock", token_cost=Price(*map(parse_amount, ("3", "1", "8"))))]
+    page = run("margin", "--month", "2026-10", *at).out
+    [line] = [line for line in page.splitlines() if line.startswith("all models")]
+    assert "Cost, upstream" in page and line.split()[2:] == ["4.00", "0.00", "0.00", "3.00", "1.00", "25.0%"]
+
+
+def test_an_invoice_is_of_the_current_month_when_none_is_named(run: Run, up: Up) -> None:
+    at = ("--data", up.data)
+    run("tenant", "create", "acme", *at)
+    month = run("margin", "--json", *at).json["month"]
+    found = run("invoice", "--tenant", "acme", "--json", *at).json
+    assert found["status"] == "draft" and f"-{month}-" in found["number"]
+    assert "DRAFT" in run("invoice", "--tenant", "acme", *at).out.upper()
 
 
 def test_a_table_in_a_pipe_is_not_cut(run: Run, up: Up) -> None:

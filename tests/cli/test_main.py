@@ -66,7 +66,7 @@ def test_each_command_has_help_and_the_common_flags(run: Run, command: str) -> N
         ("usage", "--tenant"),
         ("usage --tenant", "--tenant"),
         ("usage --tenant a --recrods", "--records"),
-        ("invoice --tenant a", "--month"),
+        ("invoice --month 2026-11", "--tenant"),
         ("tenant list extra", "extra"),
         ("tenant create \udcff", "is not UTF-8"),
     ],

@@ -4,15 +4,21 @@ from datetime import UTC, datetime, timedelta
 from itertools import count
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tidemill.ledger.devices import DeviceTier, Meter
 from tidemill.ledger.money import Nanos, format_amount, parse_amount
+from tidemill.ledger.period import parse_period
+from tidemill.ledger.pricing import Price
 from tidemill.ledger.usage import Status, TokenUsage
+from tidemill.store.device_prices import current_device_prices, set_device_price
+from tidemill.store.devices import MeterWish, ReadingWish, begin_meters, read_meters
 
 from .conftest import Api
-from .world import OCTOBER, FakeModel, FakePlatform, record
+from .world import LONG_AGO, OCTOBER, FakeModel, FakePlatform, record
 
 in_a_world = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 numbers = count()
@@ -145,6 +151,56 @@ def test_the_invoice_as_text(api: Api, platform: FakePlatform) -> None:
     assert "0.0082" in page.text, "800 x 4 + 200 x 1 + 300 x 16 per million"
 
 
+def test_device_time_and_requests_add_up_on_one_invoice(api: Api, platform: FakePlatform) -> None:
+    """To the nano: lines, subtotal, statement, its records, balance. A draft until all device time is charged."""
+    tenant = api.post("/tenants", name="acme", currency="CNY")
+    api.post("/credits", tenant="acme", amount="100")
+    platform.settled = [record(platform, "req_1", tenant["id"], currency="CNY")]
+    end = parse_period("2026-10", "Asia/Shanghai").end
+    meters: list[Meter] = []
+    with platform.store.write() as connection:
+        for tier, hour in ((DeviceTier.STANDARD, "7.123456789"), (DeviceTier.PREEMPTIBLE, "0.000000001")):
+            now, price = LONG_AGO, Nanos(parse_amount(hour))
+            set_device_price(connection, kind="cpu", currency="CNY", tier=tier, hour=price, now=now)
+            found = current_device_prices(connection, OCTOBER)[("cpu", "CNY", tier)]
+            wish = MeterWish(price=found, tier=tier, devices=3, hold_s=30, job_id="job_1", attempt=1)
+            meters += begin_meters(
+                connection,
+                tenant_id=tenant["id"],
+                currency="CNY",
+                wishes=[wish],
+                now=end - timedelta(seconds=1234, microseconds=567),
+            )
+
+    def read_to(instant: datetime) -> None:
+        with platform.store.write() as connection:
+            wishes = [ReadingWish(meter_id=each.meter_id, until=instant, hold_s=30) for each in meters]
+            read_meters(connection, tenant["id"], wishes, zone="Asia/Shanghai")
+
+    for seconds in (1234, 777.7, 3.3):
+        read_to(end - timedelta(seconds=seconds))
+        assert api.get("/invoices", tenant="acme", month="2026-10")["status"] == "draft"
+        text = api.client.get("/api/v1/invoices/text", params={"tenant": "acme", "month": "2026-10"}).text
+        assert "still being counted" in text.replace("\n", " ")
+    read_to(end + timedelta(seconds=99.9))
+    for month in ("2026-10", "2026-11"):
+        invoice = api.get("/invoices", tenant="acme", month=month)
+        statement = api.get("/usage", tenant="acme", month=month, records="true")
+        lines = money(invoice["lines"], "amount") + money(invoice["device_lines"], "amount")
+        assert parse_amount(invoice["subtotal"]) == lines == parse_amount(statement["charge"])
+        assert money(statement["devices"], "charge") == money(statement["device_records"], "charge")
+        assert money(statement["devices"], "charge") == money(invoice["device_lines"], "amount") > 0
+        assert money(statement["records"], "charge") == money(invoice["lines"], "amount")
+        books = {name: parse_amount(value) for name, value in invoice["balance"].items()}
+        assert books["opening"] + books["granted"] - books["used"] == books["closing"]
+        if month == "2026-10":
+            assert invoice["status"] == "final"
+            assert [line["device_seconds"] for line in invoice["device_lines"]] == ["3702.001701"] * 2
+            closing = books["closing"]
+        else:
+            assert books["opening"] == closing
+
+
 def test_margin(api: Api, platform: FakePlatform) -> None:
     platform.running = [FakeModel("mock", replicas_total=2, cost_per_hour=parse_amount("0.5")), FakeModel("idle")]
     acme = api.post("/tenants", name="acme")
@@ -169,6 +225,29 @@ def test_margin(api: Api, platform: FakePlatform) -> None:
     revenue = parse_amount(found["revenue"])
     assert revenue == money(found["models"], "revenue")
     assert parse_amount(found["gross_margin"]) == revenue - parse_amount("744")
+
+
+def test_what_an_upstream_bills_is_in_the_margin(api: Api, platform: FakePlatform) -> None:
+    bought = Price(*map(parse_amount, ("2", "0.5", "8")))
+    platform.running = [FakeModel("mock", token_cost=bought), FakeModel("big", token_cost=bought)]
+    acme, other = (api.post("/tenants", name=name)["id"] for name in ("acme", "other"))
+    platform.settled = [
+        record(platform, "req_1", acme, usage=TokenUsage(3_000_000, 1_000_000, 500_000)),
+        record(platform, "req_2", other, usage=TokenUsage(1_000_000, 0, 0)),
+        # asked for the one model, answered by the other
+        msgspec.structs.replace(record(platform, "req_3", acme, usage=TokenUsage(1, 0, 0)), replica="big/0#x"),
+    ]
+    found = api.get("/margin", month="2026-10")
+    big, mock = found["models"]
+    assert {line["tenant"]: line["upstream_cost"] for line in mock["tenants"]} == {"acme": "8.50", "other": "2.00"}
+    assert (mock["upstream_cost"], mock["cost"]) == ("10.50", "10.50")
+    assert (big["upstream_cost"], big["revenue"], found["upstream_cost"]) == ("0.000002", "0.00", "10.500002")
+    for part in (found, big, mock, *mock["tenants"]):
+        costs = money([part], "busy_cost") + money([part], "idle_cost") + money([part], "upstream_cost")
+        assert money([part], "gross_margin") == money([part], "revenue") - costs
+        assert money([part], "cost") == costs
+    [contribution] = [line["contribution"] for line in mock["tenants"] if line["tenant"] == "other"]
+    assert contribution == "2.00"
 
 
 def test_the_margin_of_now_counts_from_the_first_price(api: Api, platform: FakePlatform) -> None:

@@ -71,7 +71,9 @@ def test_the_openapi_document_is_whole(client: TestClient[Any]) -> None:
     assert {path for path, _, _ in operations} == {
         "/api/v1/" + path
         for path in "tenants tenants/weight keys keys/rotate keys/revoke limits limits/remove credits usage invoices"
-        " invoices/text models prices margin meter/reconcile meter/reconcile/text status".split()
+        " invoices/text batches batches/{batch_id} batches/cancel jobs jobs/show jobs/cancel jobs/logs jobs/artifact"
+        " jobs/artifacts queues queues/remove reservations reservations/cancel fleet fleet/why fleet/drain"
+        " fleet/undrain models models/roll prices margin meter/reconcile meter/reconcile/text status".split()
     }
     assert len({each["operationId"] for _, _, each in operations}) == len(operations)
     for path, method, each in operations:

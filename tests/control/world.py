@@ -5,11 +5,19 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import msgspec
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.metrics_core import Metric
 
+from tidemill.errors import NotFound
+from tidemill.fleet.recipe import Version
+from tidemill.fleet.roll import RollState
+from tidemill.fleet.standing import DeviceState, FleetState, ModelState, NodeState, ReplicaState, WaitState
 from tidemill.ledger.money import Nanos, parse_amount
 from tidemill.ledger.pricing import Price, PriceVersion, rate_capped
 from tidemill.ledger.usage import Status, TokenUsage, UsageRecord
 from tidemill.store.engine import Store, open_store, store_url
+from tidemill.store.job_files import JobFiles
+from tidemill.store.job_wish import JobLimits
 from tidemill.store.migrate import migrate
 from tidemill.store.prices import set_price
 from tidemill.store.revision import current_revision, set_setting
@@ -30,6 +38,7 @@ class FakeModel(msgspec.Struct, frozen=True):
     replicas_total: int = 1
     endpoint: str | None = "http://127.0.0.1:9999"
     cost_per_hour: Nanos = Nanos(0)
+    token_cost: Price | None = None
 
 
 class FakeStatus(msgspec.Struct, frozen=True):
@@ -56,12 +65,89 @@ class FakePlatform:
     currency = "USD"
     issuer = "Tide Cloud"
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, directory: Path) -> None:
         self.store = store
         self.settled: list[UsageRecord] = []
+        self.job_files = JobFiles(directory / "jobs")
+        self.woken = 0
+        self.drained: dict[str, str] = {}
         self.announced = 0
         self.running: list[FakeModel] = [FakeModel("big"), FakeModel("mock", engine="openai")]
         self.failure: Exception | None = None
+        self.metrics_open = False
+        self.rolled: RollState | None = None
+
+    @property
+    def job_limits(self) -> JobLimits:
+        return JobLimits(site=self.job_files.site, tenant_open=5)
+
+    def wake_jobs(self) -> None:
+        self.woken += 1
+
+    def roll(self, model: str, path: str, version: str) -> RollState:
+        self.rolled = RollState(model, Version(version, path), Version("", "old.gguf"), of=2, began_at=1.0)
+        return self.rolled
+
+    def rolls(self) -> list[RollState]:
+        return [self.rolled] if self.rolled is not None else []
+
+    def fleet(self) -> FleetState:
+        out = "n/0" in self.drained
+        return FleetState(
+            nodes=(NodeState(name="n", up=True, drained=False, devices=1, why=""),),
+            devices=(
+                DeviceState(
+                    device="n/0",
+                    node="n",
+                    kind="cpu",
+                    memory_bytes=2**30,
+                    holder="drained" if out else "replica mock/0",
+                    until=None,
+                    why=self.drained["n/0"] if out else "serves mock",
+                    reserved_by=None,
+                ),
+            ),
+            replicas=(
+                ReplicaState(
+                    name="mock/0",
+                    model="mock",
+                    version="",
+                    phase="ready",
+                    devices=("n/0",),
+                    requests=3,
+                    lines=0,
+                    batch_only=False,
+                    beside=False,
+                    since=OCTOBER.isoformat(),
+                    why="it was ready",
+                ),
+            ),
+            models=(
+                ModelState(
+                    name="mock",
+                    ready=1,
+                    min_replicas=0,
+                    max_replicas=2,
+                    waiting=0,
+                    now=1.5,
+                    expected=2.0,
+                    high=3.0,
+                    capacity=100.0,
+                    startup_s=1.0,
+                    late=0.0,
+                ),
+            ),
+            waiting=(WaitState("job job_1", "2 devices"),),
+        )
+
+    async def drain(self, name: str, why: str) -> None:
+        if name not in ("n", "n/0"):
+            raise NotFound(f"There is no node or device {name!r}.")
+        self.drained[name] = why
+
+    async def undrain(self, name: str) -> None:
+        if self.drained.pop(name, None) is None:
+            raise NotFound(f"{name!r} is not drained.")
 
     async def drain_usage(self) -> None:
         if self.failure is not None:
@@ -81,6 +167,11 @@ class FakePlatform:
 
     async def reconcile(self) -> FakeReport:
         return FakeReport()
+
+    async def metrics(self) -> list[Metric]:
+        family = CounterMetricFamily("tidemill_requests", "Requests.", labels=["model"])
+        family.add_metric(['a "model"'], 7)
+        return [family]
 
     def revision(self) -> int:
         with self.store.read() as connection:
@@ -106,7 +197,7 @@ def open_world(directory: Path) -> FakePlatform:
                 price=Price(*map(parse_amount, amounts.split())),
                 now=LONG_AGO,
             )
-    return FakePlatform(store)
+    return FakePlatform(store, directory)
 
 
 def prices(platform: FakePlatform) -> dict[tuple[str, str], PriceVersion]:

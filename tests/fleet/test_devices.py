@@ -16,6 +16,7 @@ from tidemill.fleet.devices import (
     read_rocm,
     slug,
 )
+from tidemill.fleet.kinds import kind_of
 from tidemill.fleet.visible import visible_devices
 
 GIB = 2**30
@@ -168,3 +169,24 @@ def test_what_a_process_sees() -> None:
     assert visible_devices([]) == {}
     assert visible_devices(slots) == {"CUDA_VISIBLE_DEVICES": ""}
     assert visible_devices([gpus[5], gpus[2], *slots]) == {"CUDA_VISIBLE_DEVICES": "5,2"}
+
+
+@pytest.mark.parametrize(
+    ("name", "mib", "kind"),
+    [
+        ("NVIDIA H800", 81559, "h800-sxm"),
+        ("NVIDIA H100 80GB HBM3", 81559, "h100-sxm"),
+        ("NVIDIA H100 PCIe", 81559, "h100-pcie"),
+        ("NVIDIA A100-SXM4-40GB", 40960, "a100-sxm-40"),
+        ("NVIDIA A100-SXM4-80GB", 81920, "a100-sxm-80"),
+        ("NVIDIA H20", 97871, "h20"),
+        ("NVIDIA H200", 143771, "h200-sxm"),
+        ("NVIDIA GeForce RTX 4090", 24564, "rtx-4090"),
+        ("NVIDIA L40", 46068, "l40"),
+        ("Ascend 910B4-1", 65536, "ascend-910b"),
+        ("K100_AI", 65520, "hygon-k100-ai"),
+        ("Tesla T4", 15360, "t4"),
+    ],
+)
+def test_the_catalogue_knows_what_tools_call_a_device(name: str, mib: int, kind: str) -> None:
+    assert kind_of(name, mib * 2**20) == kind

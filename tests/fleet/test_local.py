@@ -133,19 +133,21 @@ async def test_one_that_ignores_the_signal_is_killed_after_its_grace(tmp_path: P
         began = time.monotonic()
         first = asyncio.create_task(process.stop(0.5))
         await asyncio.sleep(0.1)
-        await process.stop(1000.0)  # the first deadline counts
+        await asyncio.wait_for(process.stop(1000.0), 60)  # the first deadline counts
         assert time.monotonic() - began >= 0.5
         ended = await first
         assert (ended.code, ended.why) == (-signal.SIGKILL, "killed")
 
 
 async def test_one_that_is_suspended_hears_of_its_end_too(tmp_path: Path) -> None:
+    script = "trap 'exit 9' TERM; echo up; while :; do sleep 0.05; done"
     async with backend("t8") as local:
-        (process,) = await local.start([launch(tmp_path, ("sleep", "1000"))])
+        (process,) = await local.start([launch(tmp_path, shell(script))])
+        await asyncio.to_thread(wait_until, said(tmp_path, "up"))
         assert process.pid is not None
         os.kill(process.pid, signal.SIGSTOP)
-        ended = await process.stop(600.0)
-        assert (ended.code, ended.why) == (-signal.SIGTERM, "stopped")
+        ended = await asyncio.wait_for(process.stop(600.0), 60)
+        assert (ended.code, ended.why) == (9, "stopped")
 
 
 async def test_the_first_process_may_end_before_the_one_that_saves(tmp_path: Path) -> None:
@@ -162,7 +164,7 @@ async def test_the_first_process_may_end_before_the_one_that_saves(tmp_path: Pat
 
 async def test_what_left_its_group_goes_with_it(tmp_path: Path) -> None:
     """A daemon in a session of its own, that ignores signals, is killed: after a stop, a kill, and a natural end."""
-    daemon = f"trap '' TERM HUP; echo $$ > {tmp_path}/daemon; sleep 1000"
+    daemon = f"trap '' TERM HUP; echo \\$\\$ > {tmp_path}/daemon; sleep 1000"
     for end in ("stop", "kill", "exit"):
         (tmp_path / "daemon").unlink(missing_ok=True)
         rest = "exit 5" if end == "exit" else "sleep 1000"

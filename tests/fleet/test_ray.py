@@ -6,39 +6,18 @@ import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fleet.processes import gone, launch, pid_in, python, said, shell
 from support.platform import wait_until
+from support.ray_cluster import Cluster
 from tidemill.errors import Unavailable
 from tidemill.fleet.backend import CannotStart, Device
 from tidemill.fleet.ray import RayBackend, devices_of, unique_names
 from tidemill.fleet.ray_words import RayNode
 
 pytestmark = pytest.mark.timeout(180)
-
-
-class Cluster:
-    """A Ray cluster: a head without devices, and two nodes of two CPU slots, `east` and `west`."""
-
-    def __init__(self) -> None:
-        from ray.cluster_utils import Cluster
-
-        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-        self.nodes = {name: self.add(name) for name in ("east", "west")}
-        self.address = self._cluster.address
-
-    def add(self, name: str) -> Any:
-        return self._cluster.add_node(num_cpus=2, labels={"tidemill.name": name}, object_store_memory=80_000_000)
-
-    def lose(self, name: str) -> None:
-        """All processes of a node are killed, as when its power fails."""
-        self._cluster.remove_node(self.nodes.pop(name), allow_graceful=False)
-
-    def shut_down(self) -> None:
-        self._cluster.shutdown()
 
 
 @pytest.fixture(scope="module")

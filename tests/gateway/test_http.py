@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from support.wire import Answer, Line, get, post
-from tidemill.gateway import http as http_module
+from tidemill.gateway import server_protocol as http_module
 from tidemill.gateway.gateway import RequestIds
 from tidemill.gateway.http import ClientGone, Exchange, HttpServer
 

@@ -3,9 +3,12 @@
 import asyncio
 import time
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
+from anthropic import RateLimitError
 
+from gateway.clients import anthropic as anthropic_client
 from support.plane import Plane
 from support.upstream import Asked, Caller, completion, finish, role, usage, word
 from support.wire import get, post
@@ -59,6 +62,52 @@ async def test_headers_as_openais_clients_read_them(start: Start) -> None:
     assert refused.error["type"] == "rate_limit_error" and refused.error["code"] == "rate_limit_exceeded"
     assert refused.error["message"].startswith("Rate limit reached for your account: 3 requests a minute. Try again in")
     assert len(await plane.settled()) == 4
+
+
+async def test_headers_as_anthropics_clients_read_them(start: Start) -> None:
+    plane, _ = await start(answers)
+    client = anthropic_client(plane)
+    raw = client.messages.with_raw_response
+    asked: dict[str, Any] = {"model": "mock", "max_tokens": 100, "messages": [{"role": "user", "content": "one two"}]}
+    assert not any("ratelimit" in name for name in (await raw.create(**asked)).headers)
+    await plane.limit("rpm", 3)
+    await plane.limit("tpm", 5000)
+    before = datetime.now(UTC)
+    first = (await raw.create(**asked)).headers
+    of = "anthropic-ratelimit"
+    assert (first[f"{of}-requests-limit"], first[f"{of}-requests-remaining"]) == ("3", "2")
+    assert first[f"{of}-tokens-limit"] == "5000" and 4850 < int(first[f"{of}-tokens-remaining"]) < 4900
+    for what in ("requests", "tokens"):
+        instant = datetime.fromisoformat(first[f"{of}-{what}-reset"])
+        assert timedelta(seconds=55) < instant - before < timedelta(seconds=70)
+    assert not any(name.startswith("x-ratelimit") for name in first), "one API's manners at a time"
+    async with client.messages.stream(**asked) as stream:
+        assert stream.response.headers[f"{of}-requests-remaining"] == "1"
+        await stream.until_done()
+    assert (await raw.create(**asked)).headers[f"{of}-requests-remaining"] == "0"
+    with pytest.raises(RateLimitError) as refused:
+        await client.messages.create(**asked)
+    headers = refused.value.response.headers
+    assert headers[f"{of}-requests-remaining"] == "0" and 55 <= int(headers["retry-after"]) <= 62
+    assert refused.value.body["error"]["type"] == "rate_limit_error"  # type: ignore[index]
+    assert len(await plane.settled()) == 4
+
+
+async def test_counting_tokens_takes_of_the_limit_on_requests_and_of_no_other(start: Start) -> None:
+    plane, _ = await start(answers)
+    limits = [await plane.limit(kind, amount) for kind, amount in (("rpm", 2), ("tpm", 50), ("concurrency", 1))]
+    raw = anthropic_client(plane).messages.with_raw_response
+    asked: dict[str, Any] = {"model": "mock", "messages": [{"role": "user", "content": "one two " * 100}]}
+    counted = await raw.count_tokens(**asked)
+    assert (await counted.parse()).input_tokens > 100, "more than a message may have"
+    assert counted.headers["anthropic-ratelimit-requests-remaining"] == "1"
+    assert "anthropic-ratelimit-tokens-limit" not in counted.headers
+    await raw.count_tokens(**asked)
+    with pytest.raises(RateLimitError) as refused:
+        await raw.count_tokens(**asked)
+    assert int(refused.value.response.headers["retry-after"]) > 0
+    assert plane.limits.shares.rate(limits[1]).share.spent == {}
+    assert await plane.settled() == []
 
 
 async def test_the_tightest_of_several_limits_is_shown_and_named(start: Start) -> None:

@@ -199,7 +199,8 @@ async def test_a_body_that_is_too_large(start: Start, chunked: bool) -> None:
     piece = b"x" * 65536
     size = MAX_BODY_BYTES * 10
     framing = b"transfer-encoding: chunked" if chunked else b"content-length: %d" % size
-    await line.send(b"POST %b HTTP/1.1\r\nhost: t\r\n%b\r\n\r\n" % (CHAT.encode(), framing))
+    key = b"authorization: Bearer " + plane.key.encode()  # without one, 401 comes before the body is looked at
+    await line.send(b"POST %b HTTP/1.1\r\nhost: t\r\n%b\r\n%b\r\n\r\n" % (CHAT.encode(), key, framing))
     for _ in range(size // len(piece)):
         await line.send(b"10000\r\n%b\r\n" % piece if chunked else piece)
     answer = await line.answer()
@@ -249,6 +250,30 @@ async def test_holds_cover_every_prompt_of_a_request(start: Start) -> None:
     assert answer.status == 200
     record = await plane.record()
     assert (record.prompt, record.uncollected) == (4000, 0)
+
+
+async def test_a_model_without_embeddings_says_so_and_its_engine_is_not_asked(start: Start) -> None:
+    async def script(asked: Asked, caller: Caller) -> None:
+        raise AssertionError("the engine is asked")
+
+    plane, _ = await start(script, embeds=False)
+    answer = await plane.send(post("/v1/embeddings", {"model": "mock", "input": "x"}, plane.key))
+    assert (answer.status, answer.error["code"], answer.error["param"]) == (400, "model_gives_no_embeddings", "model")
+    assert answer.error["message"].startswith("The model 'mock' gives no embeddings.")
+
+
+async def test_an_input_that_llamacpp_finds_too_long_is_told_without_its_advice_to_operators(start: Start) -> None:
+    async def script(asked: Asked, caller: Caller) -> None:
+        message = (
+            "input (701 tokens) is too large to process. increase the physical batch size (current batch size: 512)"
+        )
+        await caller.whole({"error": {"code": 500, "message": message, "type": "server_error"}}, 500)
+
+    plane, _ = await start(script)
+    answer = await plane.send(post("/v1/embeddings", {"model": "mock", "input": "x"}, plane.key))
+    assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
+    assert answer.error["message"].startswith("Input (701 tokens) is longer than 'mock' takes. Shorten")
+    assert "batch size" not in answer.error["message"]
 
 
 json_values = st.recursive(

@@ -186,6 +186,47 @@ async def test_a_response_is_kept_beyond_the_process_that_made_it(start: Start) 
     await other_process.close(within_s=1.0)
 
 
+@pytest.mark.parametrize(
+    ("by_default", "keep_s", "asked", "kept"),
+    [
+        (True, 100, None, True),
+        (False, 100, None, False),
+        (False, 100, True, True),
+        (True, 100, False, False),
+        (True, 0, True, False),
+    ],
+)
+async def test_the_operator_says_what_is_kept(
+    start: Start, by_default: bool, keep_s: int, asked: bool | None, kept: bool
+) -> None:
+    plane, _ = await start(saying("hello", "hello"))
+    plane.shelf._rules = responses_shelf.ShelfRules(keep_s=keep_s, by_default=by_default)
+    client = client_of(plane)
+    wish: dict[str, Any] = {} if asked is None else {"store": asked}
+    made = await client.responses.create(**ASK, **wish)
+    assert made.store is kept
+    async with client.responses.stream(**ASK, **wish) as stream:
+        assert (await stream.get_final_response()).store is kept
+    if kept:
+        assert (await client.responses.retrieve(made.id)).id == made.id
+    else:
+        with pytest.raises(openai.NotFoundError):
+            await client.responses.retrieve(made.id)
+
+
+async def test_old_responses_are_swept(start: Start) -> None:
+    plane, _ = await start(saying("hello"))
+    made = await client_of(plane).responses.create(**ASK)
+    assert plane.shelf._writing is not None
+    await plane.shelf._writing
+    await plane.shelf.sweep()
+    assert await plane.shelf.find(plane.tenant_id, made.id) is not None
+    plane.shelf._rules = responses_shelf.ShelfRules(keep_s=0)
+    await plane.shelf.sweep()
+    plane.shelf._rules = responses_shelf.ShelfRules()
+    assert await plane.shelf.find(plane.tenant_id, made.id) is None
+
+
 async def test_going_on_from_a_response(start: Start) -> None:
     plane, upstream = await start(saying("one", "two", "three"))
     client = client_of(plane)
@@ -274,11 +315,11 @@ async def test_a_store_that_does_not_answer_for_a_while_loses_nothing(
     plane, _ = await start(saying("hello"))
     keep, tries = responses_shelf.keep_responses, []
 
-    def failing(*args: Any) -> None:
+    def failing(*args: Any, **options: Any) -> None:
         tries.append(1)
         if len(tries) < 3:
             raise Unavailable("Not now.")
-        keep(*args)
+        keep(*args, **options)
 
     monkeypatch.setattr(responses_shelf, "keep_responses", failing)
     response = await client_of(plane).responses.create(**ASK)

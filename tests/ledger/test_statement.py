@@ -81,6 +81,7 @@ def test_as_json() -> None:
                 "charge": "0.00",
             },
         },
+        "devices": [],
     }
 
 

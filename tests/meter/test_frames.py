@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from support.disk import fill_up, small_disk
 from tidemill.meter.frames import (
     END_OF_SEGMENT,
     HEADER,
@@ -21,8 +22,6 @@ from tidemill.meter.frames import (
     segment_numbers,
     segment_path,
 )
-
-from .values import fill_up, small_disk
 
 START = (1, 0)
 MARK = HEADER.pack(END_OF_SEGMENT, 0)

@@ -100,6 +100,42 @@ async def test_a_single_process_lets_a_burst_use_all_of_the_balance(world: World
     assert sum(answers) == 10
 
 
+async def test_processes_that_each_have_too_little_put_it_together(world: World) -> None:
+    """Else each would refuse what they could pay for together, as long as each is asked (litellm 28247)."""
+    processes = [world.process(name) for name in ("w1", "w2", "w3", "w4")]
+    for process in processes:
+        assert await process.hold(world.tenant, 1800)
+        process.settle(world.tenant, 1800, 1000)
+    for process in processes[:3]:  # 800 are free, and each of the four has 800
+        assert not await process.hold(world.tenant, 4000)
+        assert process.free(world.tenant) >= 800, "what the message names"
+        process.let_go(world.tenant)
+        assert process.free(world.tenant) >= 800
+        await settled(process, world.tenant)
+    assert await processes[3].hold(world.tenant, 4000)
+    assert world.leased() == TENANT_BALANCE
+    assert not await processes[0].hold(world.tenant, 1)
+
+
+async def test_what_is_held_is_not_let_go(world: World) -> None:
+    leasing = world.process()
+    assert await leasing.hold(world.tenant, 600)
+    leasing.let_go(world.tenant)
+    assert leasing.purse(world.tenant).refill is None and world.leased() == 1000
+
+
+async def test_a_refill_in_the_background_takes_a_slice_and_leaves_the_rest_to_others(world: World) -> None:
+    leasing, other = world.process("w1"), world.process("w2")
+    assert await leasing.hold(world.tenant, 1)
+    assert await other.hold(world.tenant, 6000)  # 1000 are free
+    assert leasing.hold_now(world.tenant, 600)  # runs low; its last grant was 1000
+    await settled(leasing, world.tenant)
+    assert world.leased() == 7000 + 1000 // SLICES
+    assert leasing.hold_now(world.tenant, 200)
+    assert leasing.purse(world.tenant).refill is None, "and is not asked again at once"
+    assert await leasing.hold(world.tenant, 600), "a request that needs more gets it all the same"
+
+
 async def test_a_refusal_is_believed_for_a_moment_and_forgotten_when_the_balance_rises(world: World) -> None:
     leasing = world.process()
     assert await leasing.hold(world.tenant, TENANT_BALANCE)

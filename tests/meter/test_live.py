@@ -7,17 +7,19 @@ import struct
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from store.values import ZONE
+from support.disk import fill_up, small_disk
 from tidemill.ledger.posting import charge_batches
 from tidemill.ledger.usage import MAX_TOKENS, Status
 from tidemill.meter.live import MAX_OPENED, SLOT_BYTES, LiveTable, TooManyOpen, Unfinished, read_unfinished
 from tidemill.meter.loader import finish_record
 
-from .values import START_US, fill_up, opened, small_disk
+from .values import START_US, opened
 
 
 def unfinished(path: Path) -> dict[str, Unfinished]:
@@ -41,6 +43,24 @@ def test_what_is_open_is_read_with_its_last_counts(tmp_path: Path) -> None:
     table.close_slot(first)
     table.close_slot(third)
     assert read_unfinished(path) == []
+
+
+@settings(max_examples=50, deadline=None)
+@given(slot=st.integers(0, 7), completion=st.integers(0, 2**63))
+def test_a_count_of_completion_tokens_alone_changes_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, slot: int, completion: int
+) -> None:
+    path = tmp_path_factory.mktemp("live") / "live"
+    table = LiveTable(path, 8)
+    slots = [table.open(opened(f"req_{number}"), 100 + number) for number in range(8)]
+    for number, each in enumerate(slots):
+        table.count(each, 50 + number, 20, 1, START_US + number, 100 + number, True)
+    before = unfinished(path)
+    table.count_completion(slots[slot], completion)
+    changed = before[f"req_{slot}"]
+    before[f"req_{slot}"] = msgspec.structs.replace(changed, completion=completion)
+    assert unfinished(path) == before
+    table.close()
 
 
 def test_a_slot_that_is_used_again_remembers_nothing(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from support.disk import fill_up, small_disk
 from tidemill.ledger.usage import TokenUsage
 from tidemill.meter import log as log_module
 from tidemill.meter.frames import HEADER, read_frames, segment_numbers
@@ -20,7 +21,7 @@ from tidemill.meter.live import MAX_OPENED
 from tidemill.meter.log import RECORD_RESERVE, LogFull, UsageLog
 from tidemill.meter.records import encode_opened, encode_settled
 
-from .values import fill_up, opened, settled, small_disk
+from .values import opened, settled
 
 SEGMENT = 8192
 START = (1, 0)
@@ -365,3 +366,36 @@ def test_a_directory_without_room_gives_no_log(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="No space left"):
             UsageLog(directory, loop, segment_bytes=SEGMENT)
         loop.close()
+
+
+async def test_records_that_come_in_numbers_share_commits_and_one_alone_does_not_wait(tmp_path: Path) -> None:
+    async with a_log(tmp_path, 1024 * 1024) as log:
+        for number in range(20):  # one after the other: each is the only one there is
+            await settle(log, b"alone %d" % number)
+        assert log.commits == 20
+
+        async def client(number: int) -> None:
+            for turn in range(20):
+                await settle(log, b"%d, %d" % (number, turn))
+
+        await asyncio.gather(*(client(number) for number in range(32)))
+        assert log.records == 20 + 32 * 20
+        assert log.commits - 20 < 32 * 20 / 4
+    assert len(on_disk(tmp_path)) == log.records
+
+
+async def test_what_follows_one_record_is_not_the_trouble_of_the_next(tmp_path: Path) -> None:
+    async with a_log(tmp_path) as log:
+        told: list[OSError | None] = []
+
+        def fails(failure: OSError | None) -> None:
+            raise RuntimeError("a fault of ours")
+
+        for durable in (fails, told.append):
+            log.reserve()
+            log.append_then(b"record", durable)
+        async with asyncio.timeout(5):
+            while not told:
+                await asyncio.sleep(0.001)
+        assert told == [None]
+        assert log._reserved == 0

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,29 +58,38 @@ class PostgresServer:
         subprocess.run(
             [*initdb, "--no-sync"], check=True, capture_output=True, cwd=self._directory, timeout=60, **self._as_user
         )
+        self._run()
+        self._await(self._make_template)
+        store = open_store(store_url(self.url(self._template), self._directory))
+        migrate(store)
+        store.close()
+
+    def _run(self) -> None:
         options = {"fsync": "off", "listen_addresses": "", "unix_socket_directories": self._directory}
         options |= {"shared_buffers": "16MB", "max_connections": "60"}
         arguments = [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
-        with (self._directory / "log").open("wb") as log:
+        with (self._directory / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                [self._binaries / "postgres", "-D", data, *arguments],
+                [self._binaries / "postgres", "-D", self._directory / "data", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=self._directory,
                 **self._as_user,
             )
+
+    def _make_template(self) -> None:
+        self._template = self.create()
+
+    def _await(self, answers: Callable[[], None]) -> None:
+        """Try until the server answers."""
         deadline = time.monotonic() + START_WITHIN_S
         while True:
             try:
-                self._template = self.create()
-                break
+                return answers()
             except Exception:
                 assert time.monotonic() < deadline, (self._directory / "log").read_text()
                 time.sleep(0.1)
-        store = open_store(store_url(self.url(self._template), self._directory))
-        migrate(store)
-        store.close()
 
     def url(self, database: str) -> str:
         return f"postgresql://tidemill@/{database}?host={self._directory}"
@@ -101,6 +110,31 @@ class PostgresServer:
         """Break every connection to a database, as a failing network does."""
         self._administer(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
 
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """All of its processes stand still meanwhile: connections stay open, and nothing answers."""
+        assert self._process is not None
+        group = [self._process.pid, *_children(self._process.pid)]
+        for pid in group:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in group:
+                os.kill(pid, signal.SIGCONT)
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """It is shut down meanwhile, connections broken; afterwards it runs again on the same data."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGINT)  # a fast shutdown
+        self._process.wait(START_WITHIN_S)
+        try:
+            yield
+        finally:
+            self._run()
+            self._await(lambda: self._administer("SELECT 1"))
+
     def _administer(self, statement: str) -> None:
         url = store_url(self.url("postgres"), self._directory)
         engine = create_engine(url, isolation_level="AUTOCOMMIT")
@@ -115,6 +149,16 @@ class PostgresServer:
             self._process.send_signal(signal.SIGQUIT)
             self._process.wait()
         shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _children(parent: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                    found.append(int(entry.name))
+    return found
 
 
 def _exists(user: str) -> bool:

@@ -12,6 +12,7 @@ from tidemill.store.responses import (
     KeptResponse,
     delete_response,
     find_response,
+    forget_old_responses,
     keep_responses,
     prune_responses,
 )
@@ -71,8 +72,21 @@ def test_thirty_days_and_no_longer(store: Store) -> None:
     assert left(store, mine, 1, NOW + KEPT_S * 1_000_000 - 1) == [0]
     assert left(store, mine, 1, NOW + KEPT_S * 1_000_000) == []
     with store.write() as connection:
-        prune_responses(connection, mine, NOW + KEPT_S * 1_000_000)
+        assert forget_old_responses(connection, NOW + KEPT_S * 1_000_000 - 1) == 0
+        assert forget_old_responses(connection, NOW + KEPT_S * 1_000_000) == 1
     assert left(store, mine, 1) == []
+
+
+def test_another_time_and_one_that_was_shortened_later(store: Store) -> None:
+    mine = tenant(store, "mine")
+    with store.write() as connection:
+        keep_responses(connection, [kept(mine, 0)], keep_s=100)
+        found = {"tenant_id": mine, "response_id": kept(mine, 0).response_id}
+        assert find_response(connection, **found, now_us=NOW + 99_999_999) is not None
+        assert find_response(connection, **found, now_us=NOW + 100_000_000) is None
+        assert find_response(connection, **found, now_us=NOW + 50_000_000, keep_s=50) is None, "by now's rule"
+        assert forget_old_responses(connection, NOW + 49_999_999, keep_s=50) == 0
+        assert forget_old_responses(connection, NOW + 50_000_000, keep_s=50) == 1
 
 
 def test_the_oldest_go_first(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +94,7 @@ def test_the_oldest_go_first(store: Store, monkeypatch: pytest.MonkeyPatch) -> N
     mine, yours = tenant(store, "mine"), tenant(store, "yours")
     with store.write() as connection:
         keep_responses(connection, [kept(each, number) for each in (mine, yours) for number in range(5)])
-        prune_responses(connection, mine, NOW)
+        prune_responses(connection, mine)
     assert left(store, mine, 5) == [2, 3, 4]
     assert left(store, yours, 5) == [0, 1, 2, 3, 4]
 
@@ -91,5 +105,5 @@ def test_a_tenant_has_so_many_bytes(store: Store, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(responses, "MAX_BYTES", 2 * each + 1)
     with store.write() as connection:
         keep_responses(connection, [kept(mine, number) for number in range(4)])
-        prune_responses(connection, mine, NOW)
+        prune_responses(connection, mine)
     assert left(store, mine, 4)[-1] == 3 and len(left(store, mine, 4)) <= 2

@@ -45,6 +45,11 @@ class Mock:
         """Change how it answers from now on."""
         httpx.post(f"http://127.0.0.1:{self.port}/mock", json=behaviour).raise_for_status()
 
+    def kill9(self) -> None:
+        """`kill -9`, in the middle of whatever it does."""
+        self._process.kill()
+        self._process.wait(10)
+
     def stop(self) -> None:
         self._process.terminate()
         self._process.wait(10)

@@ -67,9 +67,19 @@ class Plane:
     """Open with `async with Plane(tmp_path, [model(port)]) as plane`. At its end nothing may be left hanging."""
 
     def __init__(
-        self, path: Path, models: list[ModelSpec], *, credit: str = "100", write_timeout_s: float = 30.0
+        self,
+        path: Path,
+        models: list[ModelSpec],
+        *,
+        credit: str = "100",
+        write_timeout_s: float = 30.0,
+        log_directory: Path | None = None,
+        segment_bytes: int = 256 * 1024,
     ) -> None:
+        """`log_directory`: where the usage log is, if that shall be a disk of its own."""
         self._path = path
+        self._log_directory = log_directory or path / "log"
+        self._segment_bytes = segment_bytes
         self._models = models
         self._credit = credit
         self._write_timeout_s = write_timeout_s
@@ -91,9 +101,8 @@ class Plane:
                     credit_grant(new_id("txn"), tenant_id=self.tenant_id, currency="USD", amount=amount, at=now),
                 )
         self.executor = ThreadPoolExecutor(2)
-        self._log_directory = self._path / "log"
-        self._log_directory.mkdir()
-        self.log = UsageLog(self._log_directory, loop, segment_bytes=256 * 1024)
+        self._log_directory.mkdir(exist_ok=True)
+        self.log = UsageLog(self._log_directory, loop, segment_bytes=self._segment_bytes)
         self.live = LiveTable(self._path / "live", slots=256)
         self.leasing = Leasing(self.store, "worker", self.executor)
         self.door = Door(self.store, self.executor)
@@ -105,10 +114,11 @@ class Plane:
         self.queues = Queues(0, 1, time.monotonic)
         self.queues.update(self._models)
         self.shelf = Shelf(self.store)
+        self.meter = Meter(self.log, self.live, self.leasing)
         self.gateway = Gateway(
             self.door,
             self.routes,
-            Meter(self.log, self.live, self.leasing),
+            self.meter,
             started_at=int(time.time()),
             admission=Admission(self.leasing, self.limits, self.queues),
             shelf=self.shelf,
@@ -118,6 +128,7 @@ class Plane:
             RequestIds(),
             loop=loop,
             max_body_bytes=MAX_BODY_BYTES,
+            lets_in=self.gateway.lets_in,
             write_timeout_s=self._write_timeout_s,
         )
         await self.server.listen("127.0.0.1", 0)

@@ -54,7 +54,7 @@ class Platform:
         return httpx.Client(base_url=f"{self.control_url}/api/v1/", headers=headers, timeout=30)
 
     def pids(self, part: Part) -> list[int]:
-        """The processes of a part, found among the supervisor's children."""
+        """The processes of a part, found among the supervisor's children, and below the shims (`fleet.shim`)."""
         assert self.process is not None
         if part == "supervisor":
             return [self.process.pid]
@@ -64,9 +64,10 @@ class Platform:
                 continue
             with contextlib.suppress(OSError):
                 words = (entry / "cmdline").read_bytes().split(b"\0")
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                if parent == self.process.pid and _MODULES[part].encode() in words:
-                    found.append(int(entry.name))
+                if _MODULES[part].encode() in words:
+                    parent = _parent(int(entry.name))
+                    if self.process.pid in (parent, _parent(parent)):
+                        found.append(int(entry.name))
         return sorted(found)
 
     @property
@@ -137,7 +138,9 @@ class Platform:
 
     def cli(self, *arguments: str) -> Any:
         """Run a command with --json and give its parsed output; fails loudly when the command does."""
-        command = [sys.executable, "-m", "tidemill", *arguments, "--data", str(self.data), "--json"]
+        at = arguments.index("--") if "--" in arguments else len(arguments)
+        words = [*arguments[:at], "--data", str(self.data), "--json", *arguments[at:]]
+        command = [sys.executable, "-m", "tidemill", *words]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=self._env)
         assert done.returncode == 0, f"{arguments} ended with {done.returncode}: {done.stderr}{done.stdout}"
         return json.loads(done.stdout)
@@ -182,6 +185,10 @@ class Platform:
 
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def start_platform(

@@ -65,6 +65,10 @@ class Caller:
     def close(self) -> None:
         self._writer.close()
 
+    def half_close(self) -> None:
+        """Say no more, but go on reading."""
+        self._writer.write_eof()
+
     def reset(self) -> None:
         sock = self._writer.get_extra_info("socket")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -1,7 +1,10 @@
 """Replicas for people come first."""
 
+from collections import Counter
+
 import msgspec
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.tides.fleets import NOW, carried_out, devices, fleets, job, model, replica, settled, snapshot
 
 from tidemill.tides.plan import plan
@@ -208,3 +211,72 @@ def test_minimum_replicas_are_there_once_plans_were_carried_out(before: Snapshot
     }
     if room >= len(models):
         assert serving == {each.name for each in models}
+
+
+def nodes_of(where: Snapshot, name: str = "qwen") -> list[str]:
+    return sorted(
+        each.devices[0].split("/")[0]
+        for each in where.replicas
+        if each.model == name and each.phase is not Phase.DRAINING and not each.batch_only
+    )
+
+
+def test_a_minimum_is_on_different_nodes_and_more_are_packed() -> None:
+    views = devices(4, 4, 4)
+    two = carried_out(before := snapshot(views, models=[model(min_replicas=2)]), plan(before))
+    assert nodes_of(two) == ["n0", "n1"], "one node that is lost takes only one of them"
+    more = msgspec.structs.replace(settled(two, 60), models=(model(min_replicas=2, work=3600.0),))
+    assert nodes_of(carried_out(more, plan(more))) == ["n0"] * 4 + ["n1"], "whole nodes are left for gangs"
+
+
+def test_a_minimum_is_on_one_node_when_there_is_no_other_or_none_as_good() -> None:
+    two = model(min_replicas=2)
+    for views, chat in (
+        (devices(4), two),
+        (devices(2) + devices(4, kind="h20", first=1), msgspec.structs.replace(two, kinds=("h100", "h20"))),
+    ):
+        before = snapshot(views, models=[chat])
+        assert nodes_of(carried_out(before, plan(before))) == ["n0", "n0"]
+    before = snapshot(devices(2) + devices(4, kind="h20", first=1), models=[two])
+    assert nodes_of(carried_out(before, plan(before))) == ["n0", "n1"], "any kind is as good as another"
+
+
+def test_a_minimum_that_makes_others_give_way_goes_apart_unless_that_breaks_more() -> None:
+    views = devices(2, 2)
+    running = [job("here", 1, ["n0/1"], unsaved_s=0.0), job("there", 1, ["n1/0"], unsaved_s=500.0)]
+    firm = job("firm", 1, ["n1/1"], preemptible=False)
+    chat, first = model(min_replicas=2), replica("a", "qwen", "n0/0")
+    before = snapshot(views, models=[chat], replicas=[first], jobs=[*running, firm])
+    assert [each.job for each in plan(before).preempt_jobs] == ["there"]
+    gang = job("gang", 2, ["n1/0", "n1/1"], unsaved_s=500.0)
+    before = snapshot(views, models=[chat], replicas=[first], jobs=[running[0], gang])
+    assert [each.job for each in plan(before).preempt_jobs] == ["here"], "no gang is broken for it"
+
+
+def test_replicas_that_stay_and_that_are_taken_back_are_apart() -> None:
+    views, chat = devices(4, 4), model(min_replicas=2, peak=0.0)
+    here = [replica(name, "qwen", on, in_flight=2) for name, on in (("a", "n0/0"), ("b", "n0/1"))]
+    alone = replica("c", "qwen", "n1/0", in_flight=0)
+    before = snapshot(views, models=[chat], replicas=[*here, alone])
+    assert nodes_of(carried_out(before, plan(before))) == ["n0", "n1"], "though it is the least busy one"
+    lent = [replica("b", "qwen", "n0/1", batch_only=True), replica("c", "qwen", "n1/0", batch_only=True, filler=3)]
+    before = snapshot(views, models=[chat], replicas=[here[0], *lent], backlogs=[LINES])
+    assert [(turn.replica, turn.batch_only) for turn in plan(before, Rules(turn=True)).turn_replicas] == [("c", False)]
+
+
+@given(
+    st.lists(st.sampled_from([2, 3, 4]), min_size=2, max_size=5),
+    st.sets(st.integers(0, 15), max_size=8),
+    st.integers(1, 2),
+    st.integers(2, 3),
+)
+@settings(max_examples=150, deadline=None)
+def test_a_minimum_is_on_as_many_nodes_as_it_can_be(sizes: list[int], busy: set[int], size: int, replicas: int) -> None:
+    views = devices(*sizes)
+    taken = [view.id for index, view in enumerate(views) if index in busy]
+    jobs = [job(f"on {device}", 1, [device], preemptible=False) for device in taken]
+    before = snapshot(views, models=[model(min_replicas=replicas, devices=size)], jobs=jobs)
+    used = nodes_of(carried_out(before, plan(before)))
+    free = Counter(view.node for view in views if view.id not in taken)
+    assert len(used) == min(replicas, sum(count // size for count in free.values()))
+    assert len(set(used)) == min(len(used), sum(count >= size for count in free.values()))

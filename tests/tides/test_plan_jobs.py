@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from tests.tides.fleets import NOW, carried_out, check, devices, job, model, replica, settled, snapshot
 
 from tidemill.tides.plan import plan
+from tidemill.tides.quota import presses
+from tidemill.tides.rules import RULES
 from tidemill.tides.state import BacklogView, JobPhase, JobView, Plan, QueueView, Snapshot
 
 EIGHT = devices(4, 4)
@@ -239,3 +241,31 @@ def test_no_device_is_left_free_that_a_waiting_job_could_have(jobs: Sequence[Job
     begun = set(started(decided))
     waiting = [each for each in jobs if each.id not in begun and each.phase is JobPhase.QUEUED]
     assert all((each.devices if each.gang else 1) > free for each in waiting)
+
+
+def test_a_deadline_that_pressed_presses_until_its_job_has_ended() -> None:
+    """Else the job would be preempted as soon as it has run for a while, until it presses again."""
+    waits = job("due", 1, submitted_at=NOW - 9000, remaining_s=20_000.0, deadline=NOW + 24_000.0)
+    assert presses(waits, NOW, RULES)
+    for ran in (0.0, 7_000.0, 19_000.0):
+        runs = msgspec.structs.replace(
+            waits, phase=JobPhase.RUNNING, on=(IDS[0],), started_at=NOW, remaining_s=20_000.0 - ran
+        )
+        assert presses(runs, NOW + ran, RULES)
+    idle = msgspec.structs.replace(waits, remaining_s=5_000.0)
+    assert not presses(idle, NOW, RULES), "it can wait long"
+
+
+def test_a_quota_waits_for_a_deadline_that_is_nearly_kept() -> None:
+    own = QueueView(name="own", quota=8)
+    mine = job("mine", 8, queue="own")
+
+    def to_go(left: float, deadline: float | None, for_deadline: float | None = None) -> list[str]:
+        lent = job("lent", 8, IDS, queue="other", remaining_s=left, deadline=deadline)
+        waits = msgspec.structs.replace(mine, deadline=for_deadline, remaining_s=4000.0)
+        return preempted(plan(snapshot(EIGHT, jobs=[lent, waits], queues=[own])))
+
+    assert to_go(900.0, NOW + 1000.0) == []
+    assert to_go(900.0, None) == ["lent"]
+    assert to_go(9000.0, NOW + 10_000.0) == ["lent"], "not for hours"
+    assert to_go(900.0, NOW + 1000.0, for_deadline=NOW + 5000.0) == ["lent"], "two that press"

@@ -115,3 +115,17 @@ def test_no_measurement_makes_a_step_time_that_is_no_number(steps: list[tuple[fl
     found = fit.fitted(1)
     if steps:
         assert found is not None and 0 <= found.seconds(100, 10, 1000) < float("inf")
+
+
+def test_prompts_that_will_come_between_leave_less_room() -> None:
+    steps = StepTime(0.01, 5e-5, 1e-4, 0.0)
+    quiet = ReplicaLoad(interactive=1, slots=500, limit=500.0, steps=steps, arrivals=0.1, prompt=2000.0, answer=30.0)
+    found = [
+        filler_slots(msgspec.structs.replace(quiet, arrivals=rate), OBJECTIVE) for rate in (0.1, 0.5, 1.0, 2.0, 4.0)
+    ]
+    assert found == sorted(found, reverse=True) and found[0] > found[-1]
+    long = msgspec.structs.replace(quiet, arrivals=2.0, answer=600.0)
+    assert filler_slots(long, OBJECTIVE) > found[3], "a long answer feels the mean of many bursts"
+    heavy = msgspec.structs.replace(quiet, filler_prefill=20.0)
+    assert filler_slots(heavy, OBJECTIVE) < found[0], "the fillers have prompts, too"
+    assert filler_slots(msgspec.structs.replace(quiet, arrivals=50.0), OBJECTIVE) == 0

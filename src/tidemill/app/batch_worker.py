@@ -5,10 +5,12 @@ standard input is the supervisor's death; what is in flight may then end for a m
 """
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -23,11 +25,12 @@ from tidemill.gateway.internal import NotOurs
 from tidemill.gateway.upstream import Address, Connection, EngineLost, Pool
 from tidemill.store.blobs import BlobStore
 from tidemill.store.engine import open_store
+from tidemill.tides.state import BacklogView
 from tidemill.work.attempt import Answer, Call, Lost
 from tidemill.work.batch import BatchRunner
 from tidemill.work.lifecycle import Lifecycle
 from tidemill.work.lines import LineRules
-from tidemill.work.slack import ConfiguredSlack
+from tidemill.work.slack import TideSlack
 
 ORPHAN_GRACE_S = 4.0
 """How long lines in flight may go on after the supervisor was killed; the gateways live a second longer."""
@@ -35,6 +38,8 @@ LINE_TIMEOUT_S = 3600.0
 """How long the data plane may take for a line; its own limits on engines are shorter."""
 MAX_ANSWER_BYTES = 65 * 1024 * 1024
 SWEEP_S = 1.0
+REPORT_S = 0.5
+"""How often the supervisor is told of the work that is left, while it changes."""
 
 log = structlog.get_logger()
 
@@ -66,11 +71,20 @@ class RunnerSpec(msgspec.Struct, kw_only=True):
 class RunnerCommand(msgspec.Struct, kw_only=True):
     """What the supervisor says later on."""
 
-    do: Literal["models", "load", "stop"]
+    do: Literal["models", "load", "slots", "stop"]
     models: list[LineModel] = []
     waiting: dict[str, int] = {}
     """Interactive requests that wait, by model."""
+    slots: dict[str, int] = {}
+    """Lines that may be in flight at a time, by model, where the tide decides on that (`work.slack.TideSlack`)."""
     grace_s: float = 0.0
+
+
+class RunnerReport(msgspec.Struct, kw_only=True):
+    """What the runner tells the supervisor."""
+
+    backlogs: tuple[BacklogView, ...]
+    """The work that is left."""
 
 
 class Loopback:
@@ -126,7 +140,7 @@ class Known:
     """What the supervisor has said of the models."""
 
     def __init__(self, models: list[LineModel]) -> None:
-        self.slack = ConfiguredSlack()
+        self.slack = TideSlack()
         self.names: dict[str, str] = {}
         self.learn(models)
 
@@ -148,17 +162,19 @@ async def work(spec: RunnerSpec, commands: asyncio.StreamReader) -> None:
     runner = BatchRunner(lifecycle, send, known.slack, lambda: known.names)
     stop = asyncio.Event()
     running = asyncio.create_task(runner.run(stop))
-    sweeping = asyncio.create_task(_sweep(send))
-    grace_s = await _obey(commands, known)
+    chores = [asyncio.create_task(chore) for chore in (_sweep(send), _tell_backlogs(runner))]
+    grace_s = await _obey(commands, known, runner.wake)
     stop.set()
     await running
-    await runner.close(grace_s)
-    sweeping.cancel()
+    await _close(runner, commands, grace_s)
+    for chore in chores:
+        chore.cancel()
     os.close(lock)
 
 
-async def _obey(commands: asyncio.StreamReader, known: Known) -> float:
-    """Carry out the supervisor's commands; returns the grace period when it is time to stop."""
+async def _obey(commands: asyncio.StreamReader, known: Known, more: Callable[[], None]) -> float:
+    """Carry out the supervisor's commands; returns the grace period when it is time to stop. `more`: to be called when
+    more lines may be begun."""
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     stopped = asyncio.create_task(stop.wait())
@@ -173,8 +189,31 @@ async def _obey(commands: asyncio.StreamReader, known: Known) -> float:
                 known.learn(command.models)
             case "load":
                 known.slack.waiting = command.waiting
+            case "slots":
+                known.slack.allowed = command.slots
+                more()
             case "stop":
                 return command.grace_s
+
+
+async def _close(runner: BatchRunner, commands: asyncio.StreamReader, grace_s: float) -> None:
+    """Let lines in flight end for `grace_s` seconds, or less when the supervisor says stop once more or dies."""
+    closing = asyncio.create_task(runner.close(grace_s))
+    while not closing.done():
+        line_task = asyncio.create_task(commands.readline())
+        await asyncio.wait([line_task, closing], return_when=asyncio.FIRST_COMPLETED)
+        if not line_task.done():
+            line_task.cancel()
+            break
+        line = line_task.result()
+        again = (
+            msgspec.json.decode(line, type=RunnerCommand) if line else RunnerCommand(do="stop", grace_s=ORPHAN_GRACE_S)
+        )
+        if again.do == "stop":
+            await asyncio.wait([closing], timeout=again.grace_s)
+            runner.cut_off()
+            break
+    await closing
 
 
 async def _locked(path: Path) -> int:
@@ -187,6 +226,17 @@ async def _locked(path: Path) -> int:
             await asyncio.sleep(0.2)
         else:
             return fd
+
+
+async def _tell_backlogs(runner: BatchRunner) -> None:
+    told: RunnerReport | None = None
+    while True:
+        report = RunnerReport(backlogs=tuple(runner.backlogs()))
+        if report != told:
+            told = report
+            with contextlib.suppress(OSError):  # a supervisor that is gone is noticed elsewhere
+                os.write(1, msgspec.json.encode(report) + b"\n")
+        await asyncio.sleep(REPORT_S)
 
 
 async def _sweep(send: Loopback) -> None:

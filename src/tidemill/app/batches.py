@@ -7,12 +7,13 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from tidemill.app.batch_worker import LineModel, RunnerCommand, RunnerSpec
+from tidemill.app.batch_worker import LineModel, RunnerCommand, RunnerReport, RunnerSpec
 from tidemill.app.children import Child, start_child
 from tidemill.app.config import Config
 from tidemill.app.datadir import DataDir
 from tidemill.app.gateways import file_rules
 from tidemill.gateway.routing import ModelSpec
+from tidemill.tides.state import BacklogView
 
 RESTART_AFTER_S = (0.5, 1.0, 2.0, 5.0)
 STEADY_AFTER_S = 60.0
@@ -20,6 +21,7 @@ UPSTREAM_PARALLEL = 8
 """Lines at a time at an upstream, when the configuration does not say."""
 
 log = structlog.get_logger()
+_decode_report = msgspec.json.Decoder(RunnerReport).decode
 
 
 class BatchProcess:
@@ -47,6 +49,11 @@ class BatchProcess:
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
         self._waiting: dict[str, int] = {}
+        self._allowed: dict[str, int] = {}
+        self.backlogs: tuple[BacklogView, ...] = ()
+        """The work that is left in batches."""
+        self.on_backlog: Callable[[], None] = lambda: None
+        """Called when batches have come or are done."""
 
     @property
     def pid(self) -> int | None:
@@ -67,13 +74,19 @@ class BatchProcess:
         for spec in self._specs():
             count = queued.get(spec.name, 0)
             if spec.slots is not None:
-                slots = spec.slots * sum(replica.ready for replica in spec.replicas)
+                slots = spec.slots * sum(replica.ready for replica in spec.replicas if not replica.batch_only)
                 count += max(active.get(spec.name, 0) - slots, 0)
             if count:
                 waiting[spec.name] = count
         if waiting != self._waiting:
             self._waiting = waiting
             self._tell(RunnerCommand(do="load", waiting=waiting))
+
+    def allow(self, slots: Mapping[str, int]) -> None:
+        """How many lines may be in flight at a time, for the models that the tide decides on."""
+        if slots != self._allowed:
+            self._allowed = dict(slots)
+            self._tell(RunnerCommand(do="slots", slots=self._allowed))
 
     async def stop(self, grace_s: float) -> None:
         """Begin no more lines, let those in flight end for `grace_s` seconds. While the gateways still run."""
@@ -124,7 +137,21 @@ class BatchProcess:
         )
         child.tell(msgspec.json.encode(spec))
         self._tell(RunnerCommand(do="load", waiting=self._waiting))
+        self._tell(RunnerCommand(do="slots", slots=self._allowed))
+        while line := await child.line():
+            self._hear(line)
         return await child.wait()
+
+    def _hear(self, line: bytes) -> None:
+        try:
+            report = _decode_report(line)
+        except msgspec.DecodeError:
+            log.warning("the batch runner says what is no report", line=line[:200])
+            return
+        models = [backlog.model for backlog in self.backlogs]
+        self.backlogs = report.backlogs
+        if models != [backlog.model for backlog in self.backlogs]:
+            self.on_backlog()
 
     def _models(self) -> list[LineModel]:
         found = []

@@ -14,6 +14,7 @@ from tidemill.ledger.posting import credit_grant
 from tidemill.ledger.pricing import Tier
 from tidemill.store.accounts import post
 from tidemill.store.clock import from_micros, to_micros
+from tidemill.store.device_prices import set_device_price
 from tidemill.store.engine import Store
 from tidemill.store.ids import new_id
 from tidemill.store.keys import create_key
@@ -48,6 +49,10 @@ def prepare_store(store: Store, config: Config, keep_key: Callable[[str], None])
                 set_price(connection, model=model, currency=currency, price=price.price(), now=now)
                 batch = price.batch_price()
                 set_price(connection, model=model, currency=currency, price=batch, now=now, tier=Tier.BATCH)
+        for kind, by_currency in config.device_prices.items():
+            for currency, device_price in by_currency.items():
+                for tier, hour in device_price.hours().items():
+                    set_device_price(connection, kind=kind, currency=currency, tier=tier, hour=hour, now=now)
         if connection.execute(select(tenants.c.tenant_id).limit(1)).first() is not None:
             return None
         first = _first_tenant(connection, config, now)

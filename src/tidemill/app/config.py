@@ -9,11 +9,22 @@ import tomllib
 from collections.abc import Callable
 from ipaddress import ip_network
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
 
+from tidemill.app.fleet_config import (
+    DevicesConfig,
+    Filler,
+    FleetConfig,
+    LaunchConfig,
+    NodeConfig,
+    ObjectiveConfig,
+    check_fleet,
+    replica_bounds,
+)
+from tidemill.app.jobs_config import DevicePriceConfig, JobsConfig, check_jobs
 from tidemill.app.routes_config import CostConfig, check_replicas, check_routing
 from tidemill.errors import ConfigError
 from tidemill.ledger.errors import LedgerError
@@ -45,17 +56,44 @@ T = TypeVar("T")
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`[models.NAME]`: a model, and what runs it."""
 
-    engine: Literal["llamacpp", "openai"]
+    engine: Literal["llamacpp", "vllm", "sglang", "openai"]
 
     # llamacpp
     path: str | None = None
-    """A GGUF file, relative to the configuration file; none: the embedded model."""
+    """llamacpp: a GGUF file, relative to the configuration file; none: the embedded model. vllm, sglang: a folder
+    with the weights, or their name on a hub; NAME when not set."""
     parallel: int = 8
     """Requests that a replica works on at a time."""
     threads: int = 0
     """CPU threads of a replica; 0: the cores, shared among the replicas."""
+    embeddings: Literal["", "model", "mean", "cls", "last"] = ""
+    """It gives embeddings, too: how a text's vectors become one; `model`: as its file says. Empty: it gives none."""
     replicas: int = 1
     """How many engines run it, each a process of its own."""
+
+    # engines of our own (docs/fleet.md)
+    devices: int | None = None
+    """What a replica takes, all of one node; of llamacpp its share of the CPU slots when not set."""
+    kinds: tuple[str, ...] = ()
+    """Kinds of devices that it runs on, the best first; any when not set."""
+    min_replicas: int | None = None
+    """The fewest that there are; 0: none while nobody asks. `replicas` when not set."""
+    max_replicas: int | None = None
+    """The most that there are; `replicas` when not set."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    scale_down_seconds: float = 300.0
+    """How long less must have been enough before a replica is given up."""
+    wake_seconds: float = 120.0
+    """How long a request waits for a model that has no replica."""
+    filler: Filler | None = None
+    """Where lines of batches run: `inside` the replicas, or `beside` them in one that gets what they leave; of
+    llamacpp beside, of the others inside when not set."""
+    priority: int = 0
+    """Of models that both need a device, the higher gets it."""
+    version: str = ""
+    """What its weights are called."""
+    launch: LaunchConfig = LaunchConfig()
+    """vllm, sglang: how the engine is started."""
 
     # openai
     base_url: str | None = None
@@ -103,6 +141,18 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """Lines of batches that are worked on at a time; half of `parallel` when not set, of an upstream 8."""
     cost_per_hour: str = "0"
     """What a replica costs the operator an hour, in the installation's currency (for the margin)."""
+
+    @property
+    def replica_bounds(self) -> tuple[int, int]:
+        """The fewest and the most replicas of an engine of our own."""
+        return replica_bounds(self)
+
+    @property
+    def slots(self) -> int | None:
+        """Requests that a replica of our own works on at a time; None: not known."""
+        if self.engine == "llamacpp":
+            return self.parallel
+        return None if self.launch.max_sequences is None else self.launch.max_sequences * self.launch.dp
 
 
 class PriceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -156,12 +206,32 @@ class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     max_body_mib: int = 32
     """The largest request body, MiB."""
+    max_connections: int = 10_000
+    """Connections that clients may have open to one gateway process; one more is told so."""
     drain_seconds: float = 30.0
     """How long open requests may go on when the platform stops."""
     write_timeout_seconds: float = 30.0
     """A client that takes nothing of its stream for this long is taken for gone."""
     trusted_proxies: tuple[str, ...] = ()
     """Networks (CIDR) of reverse proxies, whose X-Forwarded-For is believed where keys are bound to addresses."""
+    charge_header: bool = False
+    """Answers say what they cost."""
+
+
+class MetricsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[metrics]`: what Prometheus reads on the control plane's port."""
+
+    open: bool = False
+    """`/metrics` needs no admin token."""
+
+
+class ResponsesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[responses]`: what is kept of the Responses API."""
+
+    store_default: bool = True
+    """Keep a response whose request does not say; false: only what is asked for."""
+    keep_days: float = 30.0
+    """How long; 0: nothing is kept, whatever is asked for."""
 
 
 class FilesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -207,6 +277,13 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gateway: GatewayConfig = GatewayConfig()
     files: FilesConfig = FilesConfig()
     batch: BatchConfig = BatchConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    responses: ResponsesConfig = ResponsesConfig()
+    fleet: FleetConfig = FleetConfig()
+    nodes: dict[str, NodeConfig] = {}
+    jobs: JobsConfig = JobsConfig()
+    device_prices: dict[str, dict[str, DevicePriceConfig]] = {}
+    """By kind of device, then by currency."""
 
 
 def default_config() -> Config:
@@ -214,6 +291,7 @@ def default_config() -> Config:
     return Config(
         models={EMBEDDED_MODEL: ModelConfig(engine="llamacpp", cost_per_hour="0.02")},
         prices={EMBEDDED_MODEL: {"USD": PriceConfig(input="0.10", cached_input="0.025", output="0.40")}},
+        device_prices={"cpu": {"USD": DevicePriceConfig(hour="0.04", preemptible_hour="0.02")}},
     )
 
 
@@ -248,12 +326,19 @@ def _from_document(document: dict[str, Any]) -> Config:
     currency = document.get("currency", "USD")
     if not isinstance(currency, str):
         raise ConfigError("currency: is not a text.", hint='Write currency = "USD".')
-    document["prices"] = _prices_by_currency(document.get("prices", {}), currency)
+    for room, kind in _PRICES:
+        document[room] = _prices_by_currency(document.get(room, {}), currency, room, kind)
     _refuse_unknown(document, Config, "")
     for name, table in _tables(document.get("models"), "models"):
         _refuse_unknown(table, ModelConfig, f"models.{name}.")
-        if isinstance(table.get("cost"), dict):
-            _refuse_unknown(table["cost"], CostConfig, f"models.{name}.cost.")
+        for key, inner in (("cost", CostConfig), ("objective", ObjectiveConfig), ("launch", LaunchConfig)):
+            if isinstance(table.get(key), dict):
+                _refuse_unknown(table[key], inner, f"models.{name}.{key}.")
+    for name, table in _tables(document.get("nodes"), "nodes"):
+        _refuse_unknown(table, NodeConfig, f"nodes.{name}.")
+        for entry in table["devices"] if isinstance(table.get("devices"), list) else ():
+            if isinstance(entry, dict):
+                _refuse_unknown(entry, DevicesConfig, f"nodes.{name}.devices.")
     for section, kind in _SECTIONS:
         if isinstance(document.get(section), dict):
             _refuse_unknown(document[section], kind, f"{section}.")
@@ -262,13 +347,14 @@ def _from_document(document: dict[str, Any]) -> Config:
         name: _convert(table, ModelConfig, f"models.{name}")
         for name, table in _tables(document.get("models"), "models")
     }
-    if isinstance(document["prices"], dict):
-        document["prices"] = {
-            model: {
-                code: _convert(table, PriceConfig, _price_key(model, code, currency)) for code, table in part.items()
+    for room, kind in _PRICES:
+        if isinstance(document[room], dict):
+            document[room] = {
+                name: {
+                    code: _convert(each, kind, _price_key(name, code, currency, room)) for code, each in part.items()
+                }
+                for name, part in document[room].items()
             }
-            for model, part in document["prices"].items()
-        }
     config = _convert(document, Config, "")
     _check(config)
     return config
@@ -280,34 +366,40 @@ _SECTIONS: tuple[tuple[str, type[msgspec.Struct]], ...] = (
     ("gateway", GatewayConfig),
     ("files", FilesConfig),
     ("batch", BatchConfig),
+    ("metrics", MetricsConfig),
+    ("responses", ResponsesConfig),
+    ("fleet", FleetConfig),
+    ("jobs", JobsConfig),
 )
+_PRICES: tuple[tuple[str, type[msgspec.Struct]], ...] = (("prices", PriceConfig), ("device_prices", DevicePriceConfig))
+"""Tables of prices by name and currency."""
 
 
-def _prices_by_currency(prices: Any, currency: Any) -> Any:
+def _prices_by_currency(prices: Any, currency: Any, room: str, kind: type[msgspec.Struct]) -> Any:
     """Sort `[prices.M] input = ...` and `[prices.M.CNY] input = ...` into one form, by currency."""
     if not isinstance(prices, dict):
         return prices
-    by_model: dict[str, Any] = {}
-    for model, table in _tables(prices, "prices"):
+    by_name: dict[str, Any] = {}
+    for name, table in _tables(prices, room):
         others = {key: value for key, value in table.items() if _CURRENCY_KEY.fullmatch(key)}
         own = {key: value for key, value in table.items() if key not in others}
         if own and currency in others:
             raise ConfigError(
-                f"prices.{model} is given twice in {currency}.", hint=f"Remove [prices.{model}.{currency}]."
+                f"{room}.{name} is given twice in {currency}.", hint=f"Remove [{room}.{name}.{currency}]."
             )
         for key in own:
             if key.upper() in (currency, "USD", "EUR", "CNY") and isinstance(own[key], dict):
                 raise ConfigError(
-                    f"unknown key prices.{model}.{key}.", hint=f"Did you mean prices.{model}.{key.upper()}?"
+                    f"unknown key {room}.{name}.{key}.", hint=f"Did you mean {room}.{name}.{key.upper()}?"
                 )
-        by_model[model] = {**({currency: own} if own or not others else {}), **others}
-        for code, part in _tables(by_model[model], f"prices.{model}"):
-            _refuse_unknown(part, PriceConfig, _price_key(model, code, currency) + ".")
-    return by_model
+        by_name[name] = {**({currency: own} if own or not others else {}), **others}
+        for code, part in _tables(by_name[name], f"{room}.{name}"):
+            _refuse_unknown(part, kind, _price_key(name, code, currency, room) + ".")
+    return by_name
 
 
-def _price_key(model: str, code: str, currency: str) -> str:
-    return f"prices.{model}" if code == currency else f"prices.{model}.{code}"
+def _price_key(name: str, code: str, currency: str, room: str = "prices") -> str:
+    return f"{room}.{name}" if code == currency else f"{room}.{name}.{code}"
 
 
 def _tables(value: Any, key: str) -> list[tuple[str, dict[str, Any]]]:
@@ -328,7 +420,11 @@ def _refuse_unknown(table: dict[str, Any], struct: type[msgspec.Struct], prefix:
     for key in table:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            if isinstance(table[key], dict) and not near and prefix.startswith(("models.", "prices.")):
+            if (
+                isinstance(table[key], dict)
+                and not near
+                and prefix.startswith(("models.", "prices.", "device_prices."))
+            ):
                 room, _, name = prefix.rstrip(".").partition(".")
                 raise ConfigError(
                     f"unknown key {prefix}{key}.", hint=f'A name with a dot is quoted: [{room}."{name}.{key}"].'
@@ -348,11 +444,27 @@ def _convert(value: Any, kind: type[T], key: str) -> T:
         if "xpected `str`, got" in message:
             hint = 'Texts and amounts are written in quotes, such as "4.00".'
         elif "enum value" in message:
-            hint = f"Choose one of: {', '.join(get_args(kind.__annotations__[field]))}."
+            hint = f"Choose one of: {', '.join(_choices(kind, field))}."
         for theirs, ours in _TERMS.items():
             message = message.replace(theirs, ours)
         message = f"{message[:1].lower()}{message[1:]}"
         raise ConfigError(f"{where}: {message}." if where else f"{message}.", hint=hint) from error
+
+
+def _choices(kind: Any, path: str) -> list[str]:
+    """What may stand at a path of keys, such as `launch.dtype`."""
+    from msgspec import inspect  # only errors need it
+
+    found: Any = inspect.type_info(kind)
+    for key in path.replace("[", ".[").split("."):
+        if isinstance(found, inspect.UnionType):
+            found = next(each for each in found.types if not isinstance(each, inspect.NoneType))
+        if isinstance(found, inspect.StructType):
+            found = next(field.type for field in found.fields if field.encode_name == key)
+        else:
+            found = found.value_type if isinstance(found, inspect.DictType) else found.item_type
+    options = found.types if isinstance(found, inspect.UnionType) else (found,)
+    return [str(value) for each in options if isinstance(each, inspect.LiteralType) for value in each.values]
 
 
 def _check(config: Config) -> None:
@@ -362,11 +474,16 @@ def _check(config: Config) -> None:
         for code, price in currencies.items():
             _taken(_price_key(model, code, config.currency), price.price)
             _taken(_price_key(model, code, config.currency), price.batch_price)
+    for kind, by_currency in config.device_prices.items():
+        for code, device_price in by_currency.items():
+            _taken(_price_key(kind, code, config.currency, "device_prices"), device_price.hours)
+    check_jobs(config.jobs, config.device_prices)
     if _taken("first_tenant.credit", lambda: parse_amount(config.first_tenant.credit)) < 0:
         raise ConfigError("first_tenant.credit: is zero or more.")
     for name, model_config in config.models.items():
         _check_model(name, model_config)
     check_routing(config, _MODEL_NAME.fullmatch)
+    check_fleet(config)
     for name in config.prices:
         if name not in config.models:
             import difflib
@@ -374,6 +491,8 @@ def _check(config: Config) -> None:
             near = difflib.get_close_matches(name, config.models, n=1)
             hint = f"Did you mean [prices.{near[0]}]?" if near else f"Add [models.{name}], or remove the price."
             raise ConfigError(f"prices.{name}: there is no model of that name.", hint=hint)
+    if not 1 <= config.gateway.max_connections <= 1_000_000:
+        raise ConfigError("gateway.max_connections: is from 1 to 1000000.")
     if not 1 <= config.gateway.max_body_mib <= 1024:
         raise ConfigError("gateway.max_body_mib: is from 1 to 1024.")
     if not 0 <= config.gateway.drain_seconds <= 86_400:
@@ -381,6 +500,8 @@ def _check(config: Config) -> None:
     if not 1 <= config.gateway.write_timeout_seconds <= 86_400:
         raise ConfigError("gateway.write_timeout_seconds: is from 1 to 86400 seconds.")
     _check_files(config.files, config.batch)
+    if not 0 <= config.responses.keep_days <= 3650:
+        raise ConfigError("responses.keep_days: is from 0 (nothing is kept) to 3650.")
     for text in config.gateway.trusted_proxies:
         try:
             ip_network(text)

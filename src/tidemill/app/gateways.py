@@ -13,12 +13,16 @@ import structlog
 from tidemill.app.children import Child, start_child
 from tidemill.app.config import Config
 from tidemill.app.datadir import DataDir
+from tidemill.app.jobs import tenant_rules
 from tidemill.app.worker import Command, Report, WorkerSpec
 from tidemill.errors import Conflict, Unavailable
 from tidemill.gateway.batches import BatchRules
 from tidemill.gateway.board import create_board
 from tidemill.gateway.files import FileRules
+from tidemill.gateway.gauge import Load
+from tidemill.gateway.responses_shelf import ShelfRules
 from tidemill.gateway.routing import ModelSpec
+from tidemill.gateway.tally import Figures, Standings
 
 ANNOUNCE_WITHIN_S = 2.0
 """How long a change waits for the gateways to take it over; one that is busy takes it over a second later anyway."""
@@ -38,6 +42,11 @@ class GatewayProcess:
         self.listening = False
         self.load = Report(say="load")
         """Its requests in flight and those that wait."""
+        self.figures = Figures()
+        """What its present life has counted."""
+        self.standings = Standings()
+        self.worker_id = ""
+        self.restarts = 0
         self.all_finished = True
         self._owner = owner
         self._child: Child | None = None
@@ -97,12 +106,16 @@ class GatewayProcess:
         starts = 0
         while not self._owner.stopping:
             starts += 1
+            self.restarts = starts - 1
             try:
                 code = await self._one_life()
             except OSError as error:  # no process or no log file to be had, for now
                 code = error.errno or 1
             self.listening = False
             self.load = Report(say="load")
+            self._owner.heard(self.index, None)
+            self._owner.past.add(self.figures)
+            self.figures, self.standings = Figures(), Standings()
             self._owner.add_up_load()
             for waiting in self._waiting.values():
                 if not waiting.done():
@@ -123,6 +136,7 @@ class GatewayProcess:
 
     async def _one_life(self) -> int:
         spec = self._owner.worker_spec(self.index)
+        self.worker_id = spec.worker_id
         name = f"gateway-{self.index}"
         child = await start_child(
             name, "tidemill.app.worker", [], self._owner.data.log_file(name), env=self._owner.environment
@@ -160,8 +174,12 @@ class GatewayProcess:
                     waiting.set_result(None)
             case "stopped":
                 self.all_finished = report.all_finished
+            case "figures":
+                self.figures = report.figures or Figures()
+                self.standings = report.standings or Standings()
             case "load":
                 self.load = report
+                self._owner.heard(self.index, report.load)
                 self._owner.add_up_load()
 
 
@@ -187,8 +205,12 @@ class Gateways:
         self.specs = specs
         self.ended = ended
         self._load_changed = load_changed
+        self.heard: Callable[[int, Load | None], None] = lambda process, load: None
+        """Called with the report of a gateway process to the tide; None: the process has died."""
         self._internal_token = internal_token
         self.stopping = False
+        self.past = Figures()
+        """What processes that have ended had counted."""
         self._config = config
         self._config_dir = config_dir
         self._store_url = store_url
@@ -213,12 +235,19 @@ class Gateways:
             port=self.port,
             reuse_port=len(self.processes) > 1,
             max_body_bytes=gateway.max_body_mib * 1024 * 1024,
+            max_connections=gateway.max_connections,
             write_timeout_s=gateway.write_timeout_seconds,
             models=self.specs(),
             files=file_rules(self._config, self._config_dir, self.data),
             batch=BatchRules(tenant_open=self._config.batch.tenant_open),
+            jobs=tenant_rules(self._config, self._config_dir, self.data),
             internal_token=self._internal_token,
             board=str(self._board) if self._board is not None else None,
+            charge_header=gateway.charge_header,
+            responses=ShelfRules(
+                keep_s=round(self._config.responses.keep_days * 86_400),
+                by_default=self._config.responses.store_default,
+            ),
         )
 
     async def start(self) -> None:
@@ -247,6 +276,14 @@ class Gateways:
             active.update(process.load.active)
             waiting.update(process.load.waiting)
         self._load_changed(active, waiting)
+
+    def figures(self) -> Figures:
+        """What all of them have counted in all their lives."""
+        total = Figures()
+        total.add(self.past)
+        for process in self.processes:
+            total.add(process.figures)
+        return total
 
     async def refresh(self) -> None:
         ticket = next(self._tickets)

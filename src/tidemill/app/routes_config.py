@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
+from tidemill.app.fleet_config import OWN_ENGINES
 from tidemill.errors import ConfigError
 from tidemill.ledger.errors import LedgerError
 from tidemill.ledger.money import parse_amount
@@ -48,10 +49,10 @@ def bills_tokens(model: "ModelConfig") -> bool:
 def check_replicas(name: str, model: "ModelConfig", is_address: Callable[[str], bool]) -> None:
     """`replicas`, `base_url`, `base_urls`. Raises ConfigError."""
     key = f"models.{name}"
-    if model.engine == "llamacpp":
+    if model.engine in OWN_ENGINES:
         for field in ("base_url", "base_urls"):
             if getattr(model, field):
-                raise ConfigError(f"{key}.{field}: the engine llamacpp runs here and has no address.")
+                raise ConfigError(f"{key}.{field}: the engine {model.engine} runs here and has no address.")
         if not 1 <= model.replicas <= MAX_REPLICAS:
             raise ConfigError(f"{key}.replicas: {model.replicas} is out of range; it is from 1 to {MAX_REPLICAS}.")
         return
@@ -141,7 +142,7 @@ def _check_loss(key: str, model: "ModelConfig", other: str, target: "ModelConfig
 
 def _check_cost(key: str, model: "ModelConfig") -> None:
     assert model.cost is not None
-    if model.engine == "llamacpp":
+    if model.engine in OWN_ENGINES:
         raise ConfigError(f"{key}: nobody bills the tokens of an engine that runs here.", hint="Use cost_per_hour.")
     try:
         model.cost.price()

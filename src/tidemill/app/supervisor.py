@@ -16,24 +16,42 @@ import msgspec
 import structlog
 from granian.constants import Interfaces
 from granian.server.embed import Server as ControlServer
+from prometheus_client.metrics_core import Metric
 
 from tidemill import __version__
 from tidemill.app.batches import BatchProcess
 from tidemill.app.bootstrap import FirstTenant, prepare_store
 from tidemill.app.config import Config
 from tidemill.app.datadir import DataDir, Runtime
-from tidemill.app.engines import Fleet
+from tidemill.app.fleet import Fleet, Sample
 from tidemill.app.gateways import Gateways
+from tidemill.app.jobs import job_book, job_files, job_limits
+from tidemill.app.metrics import Standing, Trough, families, read_trough
+from tidemill.app.rolling import Rolling
+from tidemill.app.tide import Tide
 from tidemill.app.worker import ORPHAN_GRACE_S
 from tidemill.errors import Conflict, TidemillError, Unavailable
+from tidemill.fleet.history import History
+from tidemill.fleet.roll import RollState
+from tidemill.fleet.standing import FleetState
 from tidemill.ledger.money import Nanos, parse_amount
+from tidemill.ledger.pricing import Price
 from tidemill.meter.loader import Loader
 from tidemill.meter.reconcile import ReconcileReport, note_counters, reconcile
 from tidemill.store.engine import Store, open_store, store_url
+from tidemill.store.job_files import JobFiles
+from tidemill.store.job_wish import JobLimits
 from tidemill.store.keys import digest_of
 
 LOAD_EVERY_S = 0.1
+BUSY_LOAD_EVERY_S = 0.4
+"""The same while a load finds more than BUSY_RECORDS: each costs a commit and some statements, however many come."""
+BUSY_RECORDS = 100
 SAMPLE_EVERY_S = 5.0
+SAME_FAILURE_S = 300.0
+"""How often a failure that lasts is logged."""
+METRICS_PATIENCE_S = 2.0
+"""How long a page of metrics waits for the store."""
 
 log = structlog.get_logger()
 
@@ -52,6 +70,7 @@ class ModelState(msgspec.Struct, frozen=True):
     replicas_total: int
     endpoint: str | None
     cost_per_hour: Nanos
+    token_cost: Price | None = None
 
 
 class PlatformState(msgspec.Struct, frozen=True):
@@ -135,8 +154,10 @@ class Supervisor:
         except Exception as error:  # of one log, which must not keep the others' figures from their readers
             log.debug("loading failed", reason=str(error))  # `_keep_loading` says so
 
-    async def _load(self) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._loading, self._loader.drain)
+    async def _load(self) -> int:
+        """Store what is settled by now; gives the number of records."""
+        drained = await asyncio.get_running_loop().run_in_executor(self._loading, self._loader.drain)
+        return drained.records
 
     async def announce(self) -> None:
         """The gateways have loaded what the store holds now."""
@@ -153,8 +174,9 @@ class Supervisor:
                     state="ready" if ready else "starting",
                     replicas_ready=ready,
                     replicas_total=len(spec.replicas),
-                    endpoint=spec.replicas[0].base_url if ready else None,
+                    endpoint=next((replica.base_url for replica in spec.replicas if replica.ready), None),
                     cost_per_hour=parse_amount(self.config.models[spec.name].cost_per_hour),
+                    token_cost=None if spec.cost is None else spec.cost.price,
                 )
             )
         return states
@@ -169,6 +191,72 @@ class Supervisor:
             workers_ready=sum(process.listening for process in processes),
             workers_total=len(processes),
         )
+
+    @property
+    def job_limits(self) -> JobLimits:
+        return job_limits(self.config, self._job_files)
+
+    @property
+    def job_files(self) -> JobFiles:
+        return self._job_files
+
+    def wake_jobs(self) -> None:
+        """Jobs, queues or reservations have changed in the store."""
+        self.jobs.wake()
+
+    def roll(self, model: str, path: str, version: str) -> RollState:
+        """See `control.platform`."""
+        return self._rolling.begin(model, path, version)
+
+    def rolls(self) -> list[RollState]:
+        return self._rolling.states()
+
+    def fleet(self) -> FleetState:
+        return self._tide.standing()
+
+    async def drain(self, name: str, why: str) -> None:
+        await self._tide.drain(name, why)
+
+    async def undrain(self, name: str) -> None:
+        await self._tide.undrain(name)
+
+    @property
+    def metrics_open(self) -> bool:
+        return self.config.metrics.open
+
+    async def metrics(self) -> list[Metric]:
+        """The figures of `/metrics`, as of now. Those that only the store has are left out while it is away."""
+        try:
+            async with asyncio.timeout(METRICS_PATIENCE_S):
+                trough = await asyncio.to_thread(self._read_trough)
+        except (TidemillError, TimeoutError):
+            trough = None
+        processes = self._gateways.processes
+        loader = self._loader
+        return list(
+            families(
+                Standing(
+                    figures=self._gateways.figures(),
+                    standings=[process.standings for process in processes],
+                    gateways_ready=sum(process.listening for process in processes),
+                    gateway_restarts=sum(process.restarts for process in processes),
+                    specs=self._fleet.specs(),
+                    engine_restarts={name: max(engine.starts - 1, 0) for name, engine in self._fleet.local.items()},
+                    stored=loader.stored,
+                    recovered=loader.recovered,
+                    waiting=sum(
+                        max(process.figures.records - loader.read.get(process.worker_id, 0), 0) for process in processes
+                    ),
+                    lag_s=max(time.monotonic() - loader.complete_at, 0.0),
+                    started_at=self._started_at.timestamp(),
+                    trough=trough,
+                )
+            )
+        )
+
+    def _read_trough(self) -> Trough:
+        with self.store.read() as connection:
+            return read_trough(connection)
 
     async def reconcile(self) -> ReconcileReport:
         """Sample the engines' counters now and compare them with all records."""
@@ -220,6 +308,13 @@ class Supervisor:
         if store.is_sqlite:
             await asyncio.to_thread(self._loader.release_strays)
         self._fleet = Fleet(self.config, self._config_dir, self.data, self._models_changed)
+        self._fleet.keep = self._keep_samples
+        self._rolling = Rolling(self.config, self.data, self._fleet.replicas)
+        self._rolling.restore()
+        self._job_files = await asyncio.to_thread(job_files, self.config, self._config_dir, self.data)
+        self.jobs = job_book(self.config, store, self._fleet.backend, self._job_files)
+        self.jobs.shared = self._fleet.replicas.shared
+        self._fleet.replicas.held_elsewhere = lambda: {device for job in self.jobs.views() for device in job.on}
         self._gateways = Gateways(
             self.config,
             self._config_dir,
@@ -241,10 +336,23 @@ class Supervisor:
             token=self._internal_token,
             specs=self._fleet.specs,
         )
+        self._tide = Tide(
+            self.config,
+            self._fleet,
+            self._batches,
+            self.jobs,
+            store,
+            history=History(store),
+            rolling=lambda: {state.model for state in self.rolls() if state.under_way},
+        )
+        await self._tide.open()
         self._progress("starting the engines and the gateway")
-        self._fleet.start()
+        await self._fleet.start()
+        await self.jobs.open()
         await self._start_control()
+        self._gateways.heard = self._tide.note_load
         await self._gateways.start()
+        self._tide.start()
         self.data.announce(Runtime(pid=os.getpid(), url=self.url, control_url=self.control_url))
         self._tasks += [asyncio.create_task(self._keep_loading()), asyncio.create_task(self._keep_sampling())]
         await self._await_engines()
@@ -285,7 +393,7 @@ class Supervisor:
             waiting = [engine for engine in self._fleet.local.values() if not engine.ready]
             if not waiting:
                 return
-            if all(engine.starts > 2 for engine in waiting):
+            if all(engine.stuck for engine in waiting):
                 names = ", ".join(engine.name for engine in waiting)
                 self._progress(f"these engines do not start, see {self.data.path / 'logs'}: {names}")
                 return
@@ -324,6 +432,9 @@ class Supervisor:
                 self._progress("stopping: open requests may finish (Ctrl-C again cuts them off)")
             self._state = "draining"
             self._stop.clear()
+            await self._rolling.close()
+            if hasattr(self, "_tide"):
+                await self._tide.stop()
             grace = self.config.gateway.drain_seconds
             stopping = asyncio.create_task(self._stop_serving(grace))
             impatient = asyncio.create_task(self._stop.wait())
@@ -358,7 +469,12 @@ class Supervisor:
         return finished
 
     async def _stop_serving(self, grace_s: float) -> bool:
-        finished, _ = await asyncio.gather(self._gateways.stop(grace_s), self._batches.stop(grace_s))
+        """Without grace, jobs are ended at once too; with it they get their own."""
+        if grace_s == 0:
+            self.jobs.abort()
+        finished, _, _ = await asyncio.gather(
+            self._gateways.stop(grace_s), self._batches.stop(grace_s), self.jobs.close(self.config.jobs.stop_seconds)
+        )
         return finished
 
     def _models_changed(self) -> None:
@@ -368,23 +484,29 @@ class Supervisor:
 
     def _load_changed(self, active: Mapping[str, int], waiting: Mapping[str, int]) -> None:
         self._batches.note_load(active, waiting)
+        self._tide.note_waiting(waiting)
 
     def _gateway_ended(self) -> None:
         """Nothing to do at once: the loader finds the directory of the dead process unlocked and finishes it."""
 
     async def _keep_loading(self) -> None:
-        quiet_until = 0.0
+        quiet_until = failed_until = 0.0
+        failure = ""
+        found = 0
         while True:
-            await asyncio.sleep(LOAD_EVERY_S)
+            await asyncio.sleep(LOAD_EVERY_S if found < BUSY_RECORDS else BUSY_LOAD_EVERY_S)
             try:
-                await self._load()
+                found = await self._load()
             except Unavailable as error:
                 if time.monotonic() > quiet_until:
                     quiet_until = time.monotonic() + 10.0
                     log.warning("the store does not answer; records wait in the logs", reason=str(error))
                 await asyncio.sleep(1.0)
-            except Exception:
-                log.exception("loading failed")
+            except Exception as error:
+                reason = repr(error)
+                if reason != failure or time.monotonic() > failed_until:
+                    failure, failed_until = reason, time.monotonic() + SAME_FAILURE_S
+                    log.exception("loading failed; records wait in the logs", told_again_in_s=SAME_FAILURE_S)
                 await asyncio.sleep(1.0)
 
     async def _keep_sampling(self) -> None:
@@ -392,28 +514,28 @@ class Supervisor:
             await asyncio.sleep(SAMPLE_EVERY_S)
             try:
                 await self._sample_counters()
+            except Unavailable as error:
+                log.warning("the engines' counters are not noted", reason=str(error))
             except Exception:
                 log.exception("sampling the engines' counters failed")
 
     async def _sample_counters(self) -> None:
         samples = await self._fleet.counters()
-        if not samples:
-            return
+        if samples:
+            await asyncio.to_thread(self._keep_samples, samples)
+
+    def _keep_samples(self, samples: list[Sample]) -> None:
         now = datetime.now(UTC)
-
-        def note() -> None:
-            with self.store.write() as connection:
-                for replica, life, counters in samples:
-                    note_counters(
-                        connection,
-                        replica=replica,
-                        life=life,
-                        prompt=counters.prompt,
-                        completion=counters.completion,
-                        now=now,
-                    )
-
-        await asyncio.to_thread(note)
+        with self.store.write() as connection:
+            for replica, life, counters in samples:
+                note_counters(
+                    connection,
+                    replica=replica,
+                    life=life,
+                    prompt=counters.prompt,
+                    completion=counters.completion,
+                    now=now,
+                )
 
 
 def _reachable(host: str) -> str:

@@ -6,11 +6,14 @@ input is the supervisor's death; the process then lets open requests finish for 
 
 import asyncio
 import contextlib
+import fcntl
 import gc
 import os
 import resource
 import signal
+import struct
 import sys
+import termios
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +25,7 @@ import uvloop
 from sqlalchemy import make_url
 
 from tidemill.app.logs import configure_logs
+from tidemill.errors import Unavailable
 from tidemill.gateway.admission import Admission
 from tidemill.gateway.batches import Batches, BatchRules
 from tidemill.gateway.board import Board
@@ -29,14 +33,17 @@ from tidemill.gateway.door import Door
 from tidemill.gateway.files import FileRules, Files, open_blobs
 from tidemill.gateway.flight import Meter
 from tidemill.gateway.gateway import OPERATIONS, Gateway, RequestIds
+from tidemill.gateway.gauge import Load
 from tidemill.gateway.http import HttpServer
 from tidemill.gateway.internal import InternalRoad
+from tidemill.gateway.jobs import JobRules, TenantJobs
 from tidemill.gateway.key_rules import networks_of
 from tidemill.gateway.limits import Limits
 from tidemill.gateway.queueing import Queues
-from tidemill.gateway.responses_shelf import Shelf
+from tidemill.gateway.responses_shelf import Shelf, ShelfRules
 from tidemill.gateway.routing import ModelSpec, Routes
 from tidemill.gateway.shares import BEAT_S, Shares
+from tidemill.gateway.tally import Figures, Standings, standings
 from tidemill.meter.leasing import Leasing
 from tidemill.meter.live import LiveTable
 from tidemill.meter.loader import LIVE_FILE, claim_directory
@@ -44,6 +51,12 @@ from tidemill.meter.log import UsageLog
 from tidemill.store.engine import open_store
 
 SWEEP_S = 0.25
+FILES_OF_ONES_OWN = 128
+"""Open files that a gateway process needs for itself: the usage log, the store, files of tenants."""
+FIGURES_EVERY_S = 1.0
+SWEEP_SHELF_S = 600.0
+REPORT_S = 0.1
+"""How often the supervisor is told of the load, while it changes: so often the tide decides on filler."""
 ORPHAN_GRACE_S = 5.0
 """How long open requests may go on after the supervisor was killed."""
 
@@ -69,14 +82,19 @@ class WorkerSpec(msgspec.Struct, kw_only=True):
     port: int
     reuse_port: bool
     max_body_bytes: int
+    max_connections: int
     write_timeout_s: float
     models: list[ModelSpec]
     files: FileRules
     batch: BatchRules
+    jobs: JobRules | None = None
     internal_token: str
+    """See `gateway.internal`."""
     board: str | None = None
     """See `gateway.board`."""
-    """See `gateway.internal`."""
+    responses: ShelfRules = ShelfRules()
+    charge_header: bool = False
+    """Answers say what they cost."""
 
 
 class Command(msgspec.Struct, kw_only=True):
@@ -91,14 +109,18 @@ class Command(msgspec.Struct, kw_only=True):
 class Report(msgspec.Struct, kw_only=True):
     """What the gateway process tells the supervisor."""
 
-    say: Literal["listening", "failed", "refreshed", "stopped", "load"]
+    say: Literal["listening", "failed", "refreshed", "stopped", "load", "figures"]
     ticket: int = 0
     message: str = ""
     all_finished: bool = True
     active: dict[str, int] = {}
     """Requests in flight, by model."""
     waiting: dict[str, int] = {}
-    """Interactive requests that wait for their turn, by model, where any do."""
+    """Interactive requests that wait for their turn, or for a replica, by model, where any do."""
+    load: Load | None = None
+    figures: Figures | None = None
+    standings: Standings | None = None
+    """For `/metrics`, once a second."""
 
 
 _decode_command = msgspec.json.Decoder(Command).decode
@@ -116,11 +138,16 @@ async def serve(spec: WorkerSpec, commands: asyncio.StreamReader) -> None:
     store = open_store(make_url(spec.store_url))
     executor = ThreadPoolExecutor(2, thread_name_prefix="store")
     directory, _lock = claim_directory(Path(spec.meter_dir), spec.worker_id)
-    meter = Meter(UsageLog(directory, loop), LiveTable(directory / LIVE_FILE), Leasing(store, spec.worker_id, executor))
+    meter = Meter(
+        UsageLog(directory, loop),
+        LiveTable(directory / LIVE_FILE),
+        Leasing(store, spec.worker_id, executor),
+        tells_charge=spec.charge_header,
+    )
     proxies = networks_of(spec.trusted_proxies)
     door = Door(store, executor, InternalRoad(spec.internal_token), proxies=proxies)
     board = Board(Path(spec.board), spec.index, spec.workers) if spec.board is not None else None
-    routes = Routes(loop, board)
+    routes = Routes(loop, board, spec.workers)
     queues = Queues(spec.index, spec.workers, time.monotonic)
     for each in (routes, queues):
         each.update(spec.models)
@@ -131,22 +158,26 @@ async def serve(spec: WorkerSpec, commands: asyncio.StreamReader) -> None:
     clerks = ThreadPoolExecutor(4, thread_name_prefix="files")
     files = Files(door, store, await asyncio.to_thread(open_blobs, spec.files), spec.files, clerks)
     batches = Batches(door, store, spec.batch, clerks, operations=OPERATIONS)
-    shelf = Shelf(store)
+    jobs = TenantJobs(door, store, spec.jobs, clerks).routes if spec.jobs is not None else {}
+    shelf = Shelf(store, spec.responses)
+    gateway = Gateway(
+        door,
+        routes,
+        meter,
+        started_at=int(time.time()),
+        admission=admission,
+        shelf=shelf if shelf.open else None,
+        more={**files.routes, **batches.routes, **jobs},
+    )
     server = HttpServer(
-        Gateway(
-            door,
-            routes,
-            meter,
-            started_at=int(time.time()),
-            admission=admission,
-            shelf=shelf,
-            more={**files.routes, **batches.routes},
-        ),
+        gateway,
         RequestIds(),
         loop=loop,
         max_body_bytes=spec.max_body_bytes,
         write_timeout_s=spec.write_timeout_s,
         streamed=Files.streamed,
+        lets_in=gateway.lets_in,
+        max_connections=min(spec.max_connections, _room_for_connections()),
     )
     await door.renew()
     try:
@@ -162,7 +193,15 @@ async def serve(spec: WorkerSpec, commands: asyncio.StreamReader) -> None:
     stop = asyncio.Event()
     chores = [
         asyncio.create_task(chore)
-        for chore in (_sweep(routes, queues), _housekeeping(door, meter, stop), _keep_shares(limits.shares))
+        for chore in (
+            _sweep(routes),
+            _tell_load(routes, queues),
+            _keep_house(door, meter),
+            _watch_disk(meter, stop),
+            _keep_shares(limits.shares),
+            _tell_figures(meter, routes, queues),
+            *([_sweep_shelf(shelf)] if spec.index == 0 else []),
+        )
     ]
     grace_s = await _obey(commands, door, routes, queues, meter, stop)
     finished = await _let_finish(server, commands, grace_s)
@@ -174,9 +213,16 @@ async def serve(spec: WorkerSpec, commands: asyncio.StreamReader) -> None:
     await limits.shares.give_back()
     await meter.leasing.return_idle(all_of_it=True)
     meter.log.close()
+    tell(figures_of(meter, routes, queues))
     tell(Report(say="stopped", all_finished=finished))
     executor.shutdown(wait=False)
     clerks.shutdown(wait=False)
+
+
+def _room_for_connections() -> int:
+    """How many clients the open files that are allowed have room for: each may need one more, toward an engine."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max((files - FILES_OF_ONES_OWN) // 2, 1)
 
 
 async def _obey(
@@ -228,17 +274,70 @@ async def _let_finish(server: HttpServer, commands: asyncio.StreamReader, grace_
     return server.working == 0
 
 
-async def _sweep(routes: Routes, queues: Queues) -> None:
+async def _sweep(routes: Routes) -> None:
     loop = asyncio.get_running_loop()
-    told: Report | None = None
     while True:
         await asyncio.sleep(SWEEP_S)
         routes.sweep(loop.time())
+
+
+async def _tell_load(routes: Routes, queues: Queues) -> None:
+    """Tell the supervisor of the load when it has changed, and at once when somebody waits for a model at zero."""
+    wanted = asyncio.Event()
+    routes.waking.on_wanted = wanted.set
+    told: Report | None = None
+    while True:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(REPORT_S):
+                await wanted.wait()
+        wanted.clear()
         active = {name: route.active for name, route in routes.by_name.items()}
-        load = Report(say="load", active=active, waiting=queues.people_waiting())
-        if load != told:
-            told = load
-            tell(load)
+        waiting = routes.waking.waiting
+        for name, people in queues.people_waiting().items():
+            waiting[name] = waiting.get(name, 0) + people
+        report = Report(say="load", active=active, waiting=waiting, load=routes.take_load())
+        if report != told:
+            told = report
+            tell(report)
+
+
+async def _sweep_shelf(shelf: Shelf) -> None:
+    """Forget responses that are too old; one process does it for all."""
+    while True:
+        try:
+            await shelf.sweep()
+        except Unavailable:
+            log.warning("responses that are too old cannot be deleted now: the store does not answer")
+        except Exception:
+            log.exception("responses that are too old cannot be deleted")
+        await asyncio.sleep(SWEEP_SHELF_S)
+
+
+async def _tell_figures(meter: Meter, routes: Routes, queues: Queues) -> None:
+    """Once a second, where anything has changed: what `/metrics` shows of this process."""
+    told = b""
+    while True:
+        await asyncio.sleep(FIGURES_EVERY_S)
+        report = figures_of(meter, routes, queues)
+        encoded = msgspec.json.encode(report)
+        if encoded != told and _heard():
+            told = encoded
+            tell(report)
+
+
+def figures_of(meter: Meter, routes: Routes, queues: Queues) -> Report:
+    """What this process has counted, and how it stands."""
+    figures = meter.tally.figures(meter.leasing, meter.log)
+    return Report(say="figures", figures=figures, standings=standings(routes, queues.queued()))
+
+
+def _heard() -> bool:
+    """The supervisor has read what it was told; one that hangs must not stop this process at a full pipe."""
+    try:
+        (unread,) = struct.unpack("i", fcntl.ioctl(1, termios.FIONREAD, b"\0" * 4))
+    except OSError:
+        return True  # it is gone, which is noticed elsewhere, or it is no pipe
+    return not unread
 
 
 async def _keep_shares(shares: Shares) -> None:
@@ -248,19 +347,29 @@ async def _keep_shares(shares: Shares) -> None:
         await shares.beat()
 
 
-async def _housekeeping(door: Door, meter: Meter, stop: asyncio.Event) -> None:
-    """Once a second: news from the store, idle leases back to it, the live table to disk."""
+async def _keep_house(door: Door, meter: Meter) -> None:
+    """Once a second: news from the store, and idle leases back to it, unless it is away: they are needed then."""
+    while True:
+        await asyncio.sleep(1.0)
+        try:
+            await door.renew()
+            if door.answering:
+                await meter.leasing.return_idle()
+        except Exception:
+            log.exception("housekeeping failed")
+
+
+async def _watch_disk(meter: Meter, stop: asyncio.Event) -> None:
+    """Once a second, also while the store hangs: the live table to disk; an end when the usage log has failed."""
     while True:
         await asyncio.sleep(1.0)
         if meter.log.failure is not None and not stop.is_set():
             log.error("the usage log cannot be written; this gateway process ends", reason=str(meter.log.failure))
             stop.set()
         try:
-            await door.renew()
-            await meter.leasing.return_idle()
             await asyncio.to_thread(meter.live.flush)
         except Exception:
-            log.exception("housekeeping failed")
+            log.exception("the live table cannot be written to disk")
 
 
 async def _main() -> None:

@@ -31,6 +31,11 @@ app.command("tidemill.cli.usage:usage", name="usage", help="What a tenant has us
 app.command("tidemill.cli.invoice:invoice", name="invoice", help="A tenant's invoice of a month.")
 app.command("tidemill.cli.margin:margin", name="margin", help="What each model earned against what it cost.")
 app.command("tidemill.cli.model:app", name="model", help="Models that are served.")
+app.command("tidemill.cli.fleet:app", name="fleet", help="The fleet: devices, replicas, and why.")
+app.command("tidemill.cli.job:app", name="job", help="Jobs: anything that trains or computes on devices.")
+app.command("tidemill.cli.queue:app", name="queue", help="Queues of jobs: quota, and what they may borrow.")
+app.command("tidemill.cli.reservation:app", name="reservation", help="Devices that are kept for a tenant.")
+app.command("tidemill.cli.batch:app", name="batch", help="Batches of requests that may wait.")
 app.command("tidemill.cli.meter:app", name="meter", help="The meter: is it right?")
 
 

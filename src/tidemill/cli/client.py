@@ -2,8 +2,9 @@
 
 import http.client
 import json
-from typing import Any
-from urllib.parse import urlencode, urlsplit
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import quote, urlencode, urlsplit
 
 from tidemill.errors import BadInput, TidemillError, Unavailable
 
@@ -27,8 +28,7 @@ class Running:
 
     def __init__(self, url: str, token: str) -> None:
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise BadInput(f"{url!r} is not the address of a control plane.", hint="Write http://HOST:PORT.")
+        connection_to(url)
         if not token.isascii() or not token.isprintable() or not token:
             raise BadInput("The admin token is not one: it has letters and digits only.")
         self.url = url.rstrip("/")
@@ -62,10 +62,10 @@ class Running:
             after = pages[-1].pop("next", None)
         return pages
 
-    def invoice(self, tenant: str, month: str) -> Json:
+    def invoice(self, tenant: str, month: str | None) -> Json:
         return self._json("GET", "/invoices", {"tenant": tenant, "month": month})
 
-    def invoice_text(self, tenant: str, month: str) -> str:
+    def invoice_text(self, tenant: str, month: str | None) -> str:
         return self._ask("GET", "/invoices/text", {"tenant": tenant, "month": month}).decode()
 
     def margin(self, month: str | None) -> Json:
@@ -73,6 +73,12 @@ class Running:
 
     def models(self) -> Json:
         return self._json("GET", "/models")
+
+    def roll(self, model: str, path: str, version: str) -> Json:
+        return self._json("POST", "/models/roll", body={"model": model, "path": path, "version": version})
+
+    def rolls(self) -> Json:
+        return self._json("GET", "/models/roll")
 
     def reconcile(self) -> Json:
         return self._json("GET", "/meter/reconcile")
@@ -105,6 +111,81 @@ class Running:
     def remove_limit(self, limit: str) -> Json:
         return self._json("POST", "/limits/remove", body={"limit": limit})
 
+    def batches(self, tenant: str | None, *, unfinished: bool, limit: int) -> Json:
+        asked = {"tenant": tenant, "unfinished": "true" if unfinished else None, "limit": str(limit)}
+        return self._json("GET", "/batches", asked)
+
+    def batch(self, batch: str) -> Json:
+        return self._json("GET", f"/batches/{quote(batch, safe='')}")
+
+    def cancel_batch(self, batch: str) -> Json:
+        return self._json("POST", "/batches/cancel", body={"batch": batch})
+
+    def jobs(self, tenant: str | None, *, state: str | None, unfinished: bool, limit: int) -> Json:
+        asked = {"tenant": tenant, "status": state, "unfinished": "true" if unfinished else None, "limit": str(limit)}
+        return self._json("GET", "/jobs", asked)
+
+    def job(self, job: str) -> Json:
+        return self._json("GET", "/jobs/show", {"job": job})
+
+    def submit_job(self, **wish: Any) -> Json:
+        return self._json("POST", "/jobs", body=wish)
+
+    def cancel_job(self, job: str) -> Json:
+        return self._json("POST", "/jobs/cancel", body={"job": job})
+
+    def job_logs(self, job: str, attempt: int | None, rank: int, cursor: str) -> Json:
+        number = None if attempt is None else str(attempt)
+        asked = {"job": job, "attempt": number, "rank": str(rank), "cursor": cursor or None}
+        return self._json("GET", "/jobs/logs", asked)
+
+    def job_artifacts(self, job: str) -> Json:
+        return self._json("GET", "/jobs/artifacts", {"job": job})
+
+    def download_artifact(self, job: str, path: str, target: Path) -> int:
+        """Write an artefact into the file `target`, whole or not at all; gives its bytes."""
+        part = target.with_name(target.name + ".part")
+        try:
+            with part.open("wb") as file:
+                self._ask("GET", "/jobs/artifact", {"job": job, "path": path}, into=file)
+                size = file.tell()
+            part.rename(target)
+        except OSError as error:
+            raise BadInput(f"{target} cannot be written: {error.strerror}.") from error
+        finally:
+            part.unlink(missing_ok=True)
+        return size
+
+    def fleet(self) -> Json:
+        return self._json("GET", "/fleet")
+
+    def fleet_why(self) -> Json:
+        return self._json("GET", "/fleet/why")
+
+    def drain(self, name: str, why: str) -> Json:
+        return self._json("POST", "/fleet/drain", body={"name": name, "why": why})
+
+    def undrain(self, name: str) -> Json:
+        return self._json("POST", "/fleet/undrain", body={"name": name})
+
+    def queues(self) -> Json:
+        return self._json("GET", "/queues")
+
+    def set_queue(self, **wish: Any) -> Json:
+        return self._json("POST", "/queues", body=wish)
+
+    def remove_queue(self, queue: str) -> Json:
+        return self._json("POST", "/queues/remove", body={"queue": queue})
+
+    def reservations(self, tenant: str | None, *, over: bool) -> Json:
+        return self._json("GET", "/reservations", {"tenant": tenant, "over": "true" if over else None})
+
+    def create_reservation(self, **wish: Any) -> Json:
+        return self._json("POST", "/reservations", body=wish)
+
+    def cancel_reservation(self, reservation: str) -> Json:
+        return self._json("POST", "/reservations/cancel", body={"reservation": reservation})
+
     def grant_credit(self, tenant: str, amount: str, memo: str, idempotency_key: str | None) -> Json:
         body = {"tenant": tenant, "amount": amount, "memo": memo, "idempotency_key": idempotency_key}
         return self._json("POST", "/credits", body=body)
@@ -121,7 +202,16 @@ class Running:
             )
         return document
 
-    def _ask(self, method: str, path: str, query: dict[str, str | None] | None = None, *, body: Any = None) -> bytes:
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        query: dict[str, str | None] | None = None,
+        *,
+        body: Any = None,
+        into: IO[bytes] | None = None,
+    ) -> bytes:
+        """The body of the answer; with `into` it is written there."""
         given = {name: value for name, value in (query or {}).items() if value is not None}
         target = self._parts.path.rstrip("/") + API + path + ("?" + urlencode(given) if given else "")
         headers = {"Authorization": f"Bearer {self._token}", "Accept": "application/json, text/plain"}
@@ -129,32 +219,27 @@ class Running:
         if body is not None:
             payload = json.dumps(body).encode()
             headers["Content-Type"] = "application/json"
-        connection = self._connection()
+        connection = connection_to(self.url)
         sent = False
         try:
             connection.connect()
             sent = True
             connection.request(method, target, payload, headers)
             answer = connection.getresponse()
+            if into is not None and answer.status < 300:
+                while data := answer.read(1 << 20):
+                    into.write(data)
             raw = answer.read()
         except (OSError, http.client.HTTPException) as error:
             hint = "Is it running?"
             if sent:
                 hint = "It may have done it all the same: look before you repeat it." if method == "POST" else ""
-            raise Unavailable(f"The platform at {self.url} does not answer ({_reason(error)}).", hint=hint) from error
+            raise Unavailable(f"The platform at {self.url} does not answer ({reason_of(error)}).", hint=hint) from error
         finally:
             connection.close()
         if answer.status >= 300:
             raise self._refused(answer.status, raw)
         return raw
-
-    def _connection(self) -> http.client.HTTPConnection:
-        # http.client takes no proxy from the environment, which must not see the token of a local platform.
-        kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
-        try:
-            return kind(self._parts.hostname or "", self._parts.port, timeout=TIMEOUT_S)
-        except ValueError as error:
-            raise BadInput(f"{self.url!r} is not the address of a control plane: {error}.") from error
 
     def _refused(self, status: int, raw: bytes) -> TidemillError:
         try:
@@ -165,5 +250,18 @@ class Running:
             return Unavailable(f"{self.url} answers {status}, but not as Tidemill's control plane does.", hint=hint)
 
 
-def _reason(error: Exception) -> str:
+def connection_to(url: str, what: str = "a control plane") -> http.client.HTTPConnection:
+    """A connection, not yet opened, to where `what` listens. Raises BadInput for what is no address."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise BadInput(f"{url!r} is not the address of {what}.", hint="Write http://HOST:PORT.")
+    # http.client takes no proxy from the environment, which must not see the token of a local platform.
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    try:
+        return kind(parts.hostname, parts.port, timeout=TIMEOUT_S)
+    except ValueError as error:
+        raise BadInput(f"{url!r} is not the address of {what}: {error}.") from error
+
+
+def reason_of(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error or type(error).__name__)

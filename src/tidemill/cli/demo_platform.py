@@ -32,7 +32,7 @@ class DemoPlatform:
     """`tidemill up` in `directory`, with `config` as its configuration. A context manager: it is stopped at the end."""
 
     def __init__(self, directory: Path, config: str, progress: Progress) -> None:
-        from tidemill.app.engines import free_port
+        from tidemill.app.asking import free_port
 
         self.data = directory / "data"
         self.port, self.control_port = free_port(), free_port()
@@ -160,7 +160,7 @@ class Answer:
         self.status = response.status
         while streamed and (line := response.readline()):
             data = line.strip().removeprefix(b"data: ")
-            if data and data != b"[DONE]":
+            if data and data != b"[DONE]" and not data.startswith(b":"):
                 self._take_chunk(json.loads(data), "delta")
 
     def _take_chunk(self, chunk: Json, part: str) -> None:

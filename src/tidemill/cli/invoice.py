@@ -5,7 +5,7 @@ from tidemill.cli.output import print_json, print_text
 from tidemill.cli.place import HERE, Place
 
 
-def invoice(*, tenant: str, month: str, place: Place = HERE) -> None:
+def invoice(*, tenant: str, month: str | None = None, place: Place = HERE) -> None:
     """A tenant's invoice of a month, as text; a draft while the month is not over.
 
     Parameters
@@ -13,7 +13,7 @@ def invoice(*, tenant: str, month: str, place: Place = HERE) -> None:
     tenant
         The tenant's name or id.
     month
-        A billing month such as 2026-11.
+        A billing month such as 2026-11. [default: the current one, as a draft]
     """
     found = source(place)
     if place.json:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from tidemill.cli.client import Json, Running
 from tidemill.cli.output import complain
 from tidemill.cli.place import Place
-from tidemill.errors import Unavailable
+from tidemill.errors import BadInput, Unavailable
 
 if TYPE_CHECKING:
     from tidemill.cli.stopped import Stopped
@@ -28,9 +28,15 @@ class Source(Protocol):
     def tenants(self) -> Json: ...
     def keys(self, tenant: str | None) -> Json: ...
     def usage(self, tenant: str, month: str | None, *, records: bool) -> Json: ...
-    def invoice(self, tenant: str, month: str) -> Json: ...
-    def invoice_text(self, tenant: str, month: str) -> str: ...
+    def invoice(self, tenant: str, month: str | None) -> Json: ...
+    def invoice_text(self, tenant: str, month: str | None) -> str: ...
     def models(self) -> Json: ...
+    def batches(self, tenant: str | None, *, unfinished: bool, limit: int) -> Json: ...
+    def batch(self, batch: str) -> Json: ...
+    def jobs(self, tenant: str | None, *, state: str | None, unfinished: bool, limit: int) -> Json: ...
+    def job(self, job: str) -> Json: ...
+    def queues(self) -> Json: ...
+    def reservations(self, tenant: str | None, *, over: bool) -> Json: ...
 
 
 def running(place: Place) -> Running:
@@ -84,9 +90,25 @@ def is_running(directory: Path) -> bool:
         os.close(fd)
 
 
+def data_plane_url(place: Place, url: str | None) -> str:
+    """Where tenants send requests: `url`, else that of the platform that runs here. Raises Unavailable, BadInput."""
+    if url is not None:
+        return url
+    if place.remote() is not None:
+        raise BadInput("The address of the data plane is not known.", hint="Give it with --url.")
+    directory = place.directory()
+    if not is_running(directory):
+        raise Unavailable(f"The platform on {directory} is not running; this command needs it.", hint="Or give --url.")
+    return _runtime(directory, "url")
+
+
 def _control_url(directory: Path) -> str:
+    return _runtime(directory, "control_url")
+
+
+def _runtime(directory: Path, key: str) -> str:
     try:
-        return str(json.loads((directory / RUNTIME_FILE).read_text())["control_url"])
+        return str(json.loads((directory / RUNTIME_FILE).read_text())[key])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Unavailable(
             f"The platform on {directory} is starting or stopping.", hint="Try again in a moment."

@@ -1,5 +1,6 @@
 """`tidemill margin`"""
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -14,24 +15,26 @@ def margin(
     month: Annotated[str | None, Parameter(help="The month, such as 2026-11; the current one if not given.")] = None,
     place: Place = HERE,
 ) -> None:
-    """Set what each model earned, by tenant, against what its replicas cost, idle time included."""
+    """Set what each model earned, by tenant, against what its replicas and upstreams cost, idle time included."""
     found = running(place).margin(month)
     if place.json:
         print_json(found)
         return
     print_text(f"Margin of {found['month']} in {found['currency']}, as of {found['as_of'][:16].replace('T', ' ')}Z\n")
+    costs = ["busy_cost", "idle_cost"]
+    if found["upstream_cost"].strip("0."):
+        costs.append("upstream_cost")
     rows = []
     for model in found["models"]:
-        rows += [_row(model["model"], line["tenant"], line) for line in model["tenants"]]
-        rows.append(_row(model["model"], "in all", model))
-    rows.append(_row("all models", "", found))
+        rows += [_row(model["model"], line["tenant"], line, costs) for line in model["tenants"]]
+        rows.append(_row(model["model"], "in all", model, costs))
+    rows.append(_row("all models", "", found, costs))
     print_table(
         [
             ("Model", "left"),
             ("Tenant", "left"),
             ("Revenue", "right"),
-            ("Cost, busy", "right"),
-            ("Cost, idle", "right"),
+            *((_TITLES[cost], "right") for cost in costs),
             ("Margin", "right"),
             ("Ratio", "right"),
         ],
@@ -42,7 +45,10 @@ def margin(
         print_text(f"\nNot in the margin: revenue of {grouped(amount)} {currency}")
 
 
-def _row(model: str, tenant: str, part: dict[str, object]) -> tuple[str, ...]:
-    amounts = (grouped(str(part[name])) for name in ("revenue", "busy_cost", "idle_cost", "gross_margin"))
+_TITLES = {"busy_cost": "Cost, busy", "idle_cost": "Cost, idle", "upstream_cost": "Cost, upstream"}
+
+
+def _row(model: str, tenant: str, part: dict[str, object], costs: Sequence[str]) -> tuple[str, ...]:
+    amounts = (grouped(str(part[name])) for name in ("revenue", *costs, "gross_margin"))
     ratio = part["ratio"]
     return (model, tenant, *amounts, f"{ratio:.1%}" if isinstance(ratio, float) else "")

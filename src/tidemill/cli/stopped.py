@@ -9,8 +9,8 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from tidemill.app.datadir import STORE_FILE
+from tidemill.control import batches, jobs, queries, reservations
 from tidemill.control import limits as control_limits
-from tidemill.control import queries
 from tidemill.errors import Unavailable
 from tidemill.store.engine import open_store, store_url
 from tidemill.store.migrate import schema_head
@@ -48,12 +48,12 @@ class Stopped:
 
         return self._read(query)
 
-    def invoice(self, tenant: str, month: str) -> Json:
+    def invoice(self, tenant: str, month: str | None) -> Json:
         return self._read(
             lambda connection: queries.invoice_json(connection, tenant, month, **_billing(connection), now=_now())
         )
 
-    def invoice_text(self, tenant: str, month: str) -> str:
+    def invoice_text(self, tenant: str, month: str | None) -> str:
         return self._read(
             lambda connection: queries.invoice_text(connection, tenant, month, **_billing(connection), now=_now())
         )
@@ -62,6 +62,29 @@ class Stopped:
         return self._read(
             lambda connection: control_limits.list_limits(connection, tenant, zone=_zone(connection), now=_now())
         )
+
+    def batches(self, tenant: str | None, *, unfinished: bool, limit: int) -> Json:
+        return self._read(
+            lambda connection: batches.list_batches(connection, tenant, unfinished=unfinished, limit=limit)
+        )
+
+    def batch(self, batch: str) -> Json:
+        return self._read(lambda connection: batches.show_batch(connection, batch))
+
+    def jobs(self, tenant: str | None, *, state: str | None, unfinished: bool, limit: int) -> Json:
+        states = () if state is None else (state,)
+        return self._read(
+            lambda connection: jobs.list_jobs(connection, tenant, states=states, unfinished=unfinished, limit=limit)
+        )
+
+    def job(self, job: str) -> Json:
+        return self._read(lambda connection: jobs.show_job(connection, job))
+
+    def queues(self) -> Json:
+        return self._read(reservations.list_queues)
+
+    def reservations(self, tenant: str | None, *, over: bool) -> Json:
+        return self._read(lambda connection: reservations.list_reservations(connection, tenant, over=over))
 
     def models(self) -> Json:
         return self._read(lambda connection: queries.models(connection, None, now=_now()))

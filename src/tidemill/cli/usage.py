@@ -44,13 +44,52 @@ def usage(
             ("Completion", "right"),
             (f"Charge {found['currency']}", "right"),
         ],
-        [*rows, ("Total", *_counts(found))],
+        [*rows, ("Total with device time" if found["devices"] else "Total", *_counts(found))],
         footer=True,
     )
+    if found["devices"]:
+        print_text("")
+        _print_devices(found)
     print_text(f"\nBalance: {grouped(found['balance'])} {found['currency']}")
     if records:
         print_text("")
         _print_records(found)
+
+
+def _print_devices(found: Mapping[str, Any]) -> None:
+    print_table(
+        [("Devices", "left"), ("Tier", "left"), ("Seconds", "right"), (f"Charge {found['currency']}", "right")],
+        [
+            (row["kind"], row["tier"], grouped(row["device_seconds"]), grouped(row["charge"]))
+            for row in found["devices"]
+        ],
+    )
+    if not found.get("device_records"):
+        return
+    print_text("")
+    print_table(
+        [
+            ("Job or reservation", "left"),
+            ("Attempt", "right"),
+            ("Devices", "right"),
+            ("Kind", "left"),
+            ("Seconds", "right"),
+            (f"Charge {found['currency']}", "right"),
+            ("Started (UTC)", "left"),
+        ],
+        [
+            (
+                row["job_id"] or row["reservation_id"] or "",
+                "" if row["attempt"] is None else str(row["attempt"]),
+                str(row["devices"]),
+                row["kind"],
+                grouped(row["device_seconds"]),
+                grouped(row["charge"]),
+                moment(row["started_at"]),
+            )
+            for row in found["device_records"]
+        ],
+    )
 
 
 def _counts(sums: Mapping[str, Any]) -> tuple[str, ...]:

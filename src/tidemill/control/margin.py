@@ -1,6 +1,8 @@
-"""The margin of a month: what each model brought in, by tenant, against what its replicas cost, idle time included."""
+"""The margin of a month: what each model brought in, by tenant, against what its replicas cost, idle time included,
+and what upstreams bill for its tokens.
+"""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 
 from sqlalchemy import Connection
@@ -12,6 +14,7 @@ from tidemill.errors import BadInput
 from tidemill.ledger.costing import MarginKey, MarginLine, MarginReport
 from tidemill.ledger.costing import margin as margin_of
 from tidemill.ledger.money import ZERO, Nanos, format_amount
+from tidemill.ledger.pricing import Price, cost_of
 from tidemill.store.prices import price_versions
 from tidemill.store.tenants import list_tenants
 from tidemill.store.usage import DeviceUse, device_use
@@ -30,7 +33,8 @@ def margin(
 ) -> Json:
     """The margin of `month` up to `now`, in the installation's currency.
 
-    A model's cost counts its replicas of now, from the day of its first price (before that it was not for sale).
+    A model's cost counts its replicas and its upstream's prices of now; the replicas from the day of the model's first
+    price (before that it was not for sale).
     Tenants who pay in another currency bear their share of the cost, but their revenue is told apart in
     `other_currencies`, since no exchange rate is known here; `gross_margin` is without it. Raises BadInput.
     """
@@ -45,6 +49,8 @@ def margin(
     names = {tenant.tenant_id: tenant.name for tenant in list_tenants(connection)}
     views = {view.name: view for view in running}
     reports: dict[str, tuple[MarginReport, Nanos]] = {}
+    upstream: dict[str, dict[str, int]] = {}
+    """By model, then by tenant."""
     for model in sorted(views.keys() | {row.model for row in used}):
         view = views.get(model)
         cost = ZERO if view is None else view.cost_per_hour
@@ -59,6 +65,7 @@ def margin(
             end=end,
         )
         reports[model] = report, cost
+        upstream[model] = _upstream_costs(rows, None if view is None else view.token_cost)
     whole = [report for report, _ in reports.values()]
     revenue = sum(report.revenue for report in whole)
     return {
@@ -66,10 +73,22 @@ def margin(
         "zone": zone,
         "currency": currency,
         "as_of": end.isoformat(),
-        **_sums(revenue, sum(r.busy_cost for r in whole), sum(r.idle_cost for r in whole)),
+        **_sums(
+            revenue,
+            sum(report.busy_cost for report in whole),
+            sum(report.idle_cost for report in whole),
+            sum(sum(costs.values()) for costs in upstream.values()),
+        ),
         "other_currencies": _other_revenue(used, currency),
         "models": [
-            _model_json(model, report, cost, replicas=views[model].replicas_total if model in views else 0, names=names)
+            _model_json(
+                model,
+                report,
+                cost,
+                upstream[model],
+                replicas=views[model].replicas_total if model in views else 0,
+                names=names,
+            )
             for model, (report, cost) in reports.items()
         ],
     }
@@ -91,34 +110,53 @@ def _other_revenue(used: Iterable[DeviceUse], currency: str) -> dict[str, str]:
     return {code: format_amount(others[code]) for code in sorted(others)}
 
 
-def _sums(revenue: int, busy_cost: int, idle_cost: int) -> Json:
-    gross = revenue - busy_cost - idle_cost
+def _upstream_costs(rows: Iterable[DeviceUse], cost: Price | None) -> dict[str, int]:
+    """What the tokens that a model gave are billed at by whom it is bought from, by tenant."""
+    costs: dict[str, int] = {}
+    if cost is not None:
+        for row in rows:
+            of_row = cost_of(uncached=row.uncached, cached=row.cached, completion=row.completion, cost=cost)
+            costs[row.tenant_id] = costs.get(row.tenant_id, 0) + of_row
+    return costs
+
+
+def _sums(revenue: int, busy_cost: int, idle_cost: int, upstream_cost: int) -> Json:
+    gross = revenue - busy_cost - idle_cost - upstream_cost
     return {
         "revenue": format_amount(revenue),
-        "cost": format_amount(busy_cost + idle_cost),
+        "cost": format_amount(busy_cost + idle_cost + upstream_cost),
         "busy_cost": format_amount(busy_cost),
         "idle_cost": format_amount(idle_cost),
+        "upstream_cost": format_amount(upstream_cost),
         "gross_margin": format_amount(gross),
         "ratio": round(gross / revenue, 4) if revenue else None,
     }
 
 
-def _model_json(model: str, report: MarginReport, cost: Nanos, *, replicas: int, names: dict[str, str]) -> Json:
+def _model_json(
+    model: str,
+    report: MarginReport,
+    cost: Nanos,
+    upstream: Mapping[str, int],
+    *,
+    replicas: int,
+    names: dict[str, str],
+) -> Json:
     return {
         "model": model,
         "replicas": replicas,
         "cost_per_hour": format_amount(cost),
         "since": report.start.isoformat(),
-        **_sums(report.revenue, report.busy_cost, report.idle_cost),
+        **_sums(report.revenue, report.busy_cost, report.idle_cost, sum(upstream.values())),
         "fill": None if report.fill is None else round(report.fill, 4),
-        "tenants": [_line_json(line, names) for line in report.lines],
+        "tenants": [_line_json(line, upstream.get(line.key.tenant_id, 0), names) for line in report.lines],
     }
 
 
-def _line_json(line: MarginLine, names: dict[str, str]) -> Json:
+def _line_json(line: MarginLine, upstream_cost: int, names: dict[str, str]) -> Json:
     return {
         "tenant": names.get(line.key.tenant_id, line.key.tenant_id),
         "device_seconds": round(line.device_ns / NS_PER_S, 6),
-        **_sums(line.revenue, line.busy_cost, line.idle_cost),
-        "contribution": format_amount(line.contribution),
+        **_sums(line.revenue, line.busy_cost, line.idle_cost, upstream_cost),
+        "contribution": format_amount(line.contribution - upstream_cost),
     }

@@ -7,8 +7,15 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Protocol
 
+from prometheus_client.metrics_core import Metric
+
+from tidemill.fleet.roll import RollState
+from tidemill.fleet.standing import FleetState
 from tidemill.ledger.money import Nanos
+from tidemill.ledger.pricing import Price
 from tidemill.store.engine import Store
+from tidemill.store.job_files import JobFiles
+from tidemill.store.job_wish import JobLimits
 
 
 class ModelView(Protocol):
@@ -38,6 +45,11 @@ class ModelView(Protocol):
     @property
     def cost_per_hour(self) -> Nanos:
         """What one replica costs the operator an hour, in the installation's currency."""
+        ...
+
+    @property
+    def token_cost(self) -> Price | None:
+        """What an upstream bills the operator for its tokens, in the installation's currency; None: nothing."""
         ...
 
 
@@ -96,6 +108,20 @@ class Platform(Protocol):
         """Who sends the invoices; may be empty."""
         ...
 
+    @property
+    def job_limits(self) -> JobLimits:
+        """The rules of jobs."""
+        ...
+
+    @property
+    def job_files(self) -> JobFiles:
+        """Logs and artefacts of jobs."""
+        ...
+
+    def wake_jobs(self) -> None:
+        """Jobs, queues or reservations have changed in the store: look there now."""
+        ...
+
     async def drain_usage(self) -> None:
         """All that was settled until now is in the store afterwards. Before any read of usage or a balance."""
         ...
@@ -107,6 +133,35 @@ class Platform(Protocol):
     def models(self) -> Sequence[ModelView]: ...
 
     def status(self) -> PlatformStatus: ...
+
+    def roll(self, model: str, path: str, version: str) -> RollState:
+        """Begin to roll a model to other weights. Raises NotFound, Conflict, BadInput."""
+        ...
+
+    def rolls(self) -> Sequence[RollState]:
+        """The last roll of each model since the platform's start."""
+        ...
+
+    def fleet(self) -> FleetState:
+        """Nodes, devices and replicas, and what waits, as of the last plan."""
+        ...
+
+    async def drain(self, name: str, why: str) -> None:
+        """Take a node or a device out of the fleet. Raises NotFound."""
+        ...
+
+    async def undrain(self, name: str) -> None:
+        """Put it back. Raises NotFound when it was not taken out."""
+        ...
+
+    @property
+    def metrics_open(self) -> bool:
+        """`/metrics` needs no admin token."""
+        ...
+
+    async def metrics(self) -> Sequence[Metric]:
+        """The figures of `/metrics`."""
+        ...
 
     async def reconcile(self) -> ReconcileReport:
         """Sample the engines' counters and compare them with the records settled until then."""

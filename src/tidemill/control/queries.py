@@ -12,17 +12,20 @@ from sqlalchemy import Connection
 from tidemill.control.names import read_month, tenant_named
 from tidemill.control.platform import ModelView
 from tidemill.errors import BadInput
+from tidemill.ledger.devices import seconds_text
 from tidemill.ledger.invoice import Invoice, make_invoice
 from tidemill.ledger.invoice import to_json as invoice_to_json
 from tidemill.ledger.invoice_text import to_text as invoice_to_text
 from tidemill.ledger.money import ZERO, Nanos, format_amount
-from tidemill.ledger.period import period_of
+from tidemill.ledger.period import Period, period_of
 from tidemill.ledger.pricing import PriceVersion, Tier
 from tidemill.ledger.statement import record_to_json, statement_of_rows
 from tidemill.ledger.statement import to_json as statement_to_json
 from tidemill.ledger.usage import UsageRecord
 from tidemill.store.accounts import balance_at, credits_between, tenant_balance, tenant_balances
 from tidemill.store.clock import from_micros, to_micros
+from tidemill.store.device_prices import device_price_versions
+from tidemill.store.devices import device_sums, meter_rows, to_be_read
 from tidemill.store.keys import Key, list_keys
 from tidemill.store.prices import current_prices, price_versions
 from tidemill.store.tenants import Tenant, list_tenants
@@ -103,6 +106,7 @@ def usage(
         tenant_id=owner.tenant_id,
         currency=owner.currency,
         period=period,
+        devices=device_sums(connection, tenant_id=owner.tenant_id, month=None if period is None else period.month),
     )
     answer: Json = {
         "tenant": owner.name,
@@ -123,9 +127,35 @@ def usage(
                 limit=limit + 1,
             )
         )
+        if after is None and statement.devices:
+            answer["device_records"] = device_records(connection, owner.tenant_id, period)
         answer["records"] = [record_to_json(record) for record in page[:limit]]
         answer["next"] = _cursor(page[limit - 1]) if len(page) > limit else None
     return answer
+
+
+def device_records(connection: Connection, tenant_id: str, period: Period | None) -> list[Json]:
+    """The rentals behind the sums of device time, the earliest begun first: attempts at jobs, and reservations."""
+    month = None if period is None else period.month
+    return [
+        {
+            "meter_id": row.meter.meter_id,
+            "job_id": row.meter.job_id,
+            "attempt": row.meter.attempt,
+            "reservation_id": row.meter.reservation_id,
+            "kind": row.meter.kind,
+            "tier": row.meter.tier.value,
+            "devices": row.meter.devices,
+            "price_id": row.meter.price_id,
+            "started_at": row.meter.started_at.isoformat(),
+            "ended_at": None if row.meter.ended_at is None else row.meter.ended_at.isoformat(),
+            "device_seconds": seconds_text(row.device_us),
+            "charge": format_amount(row.amount),
+            "uncollected": format_amount(row.uncollected),
+            "currency": row.meter.currency,
+        }
+        for row in meter_rows(connection, tenant_id=tenant_id, month=month)
+    ]
 
 
 def _cursor(record: UsageRecord) -> str:
@@ -139,14 +169,21 @@ def _read_cursor(text: str) -> tuple[datetime, str]:
     return from_micros(int(micros)), request_id
 
 
-def invoice(connection: Connection, tenant: str, month: str, *, zone: str, issuer: str, now: datetime) -> Invoice:
-    """A tenant's invoice of a month; a draft while the month is not over at `now`. Raises NotFound, BadInput."""
+def invoice(
+    connection: Connection, tenant: str, month: str | None, *, zone: str, issuer: str, now: datetime
+) -> Invoice:
+    """A tenant's invoice of a month, of the current one when none is named; a draft while it is not over at `now`, or
+    while device time of it is still to be charged.
+
+    Raises NotFound, BadInput.
+    """
     owner = tenant_named(connection, tenant)
-    period = read_month(month, zone)
+    period = read_month(this_month(zone, now) if month is None else month, zone)
     if now < period.start:
         raise BadInput(f"month: {period.title} has not begun yet.", param="month")
     usage_of_month = month_usage(connection, tenant_id=owner.tenant_id, currency=owner.currency, period=period)
     price_ids = {row.price_id for row in usage_of_month.sums}
+    device_price_ids = {row.price_id for row in usage_of_month.devices}
     return make_invoice(
         usage_of_month,
         tenant_name=owner.name,
@@ -155,15 +192,21 @@ def invoice(connection: Connection, tenant: str, month: str, *, zone: str, issue
         credits=credits_between(connection, owner.tenant_id, period.start, period.end),
         as_of=now,
         issuer=issuer,
+        device_prices={price.price_id: price for price in device_price_versions(connection, device_price_ids)},
+        complete=not to_be_read(connection, tenant_id=owner.tenant_id, before=period.end),
     )
 
 
-def invoice_json(connection: Connection, tenant: str, month: str, *, zone: str, issuer: str, now: datetime) -> Json:
+def invoice_json(
+    connection: Connection, tenant: str, month: str | None, *, zone: str, issuer: str, now: datetime
+) -> Json:
     """The invoice as plain values."""
     return invoice_to_json(invoice(connection, tenant, month, zone=zone, issuer=issuer, now=now))
 
 
-def invoice_text(connection: Connection, tenant: str, month: str, *, zone: str, issuer: str, now: datetime) -> str:
+def invoice_text(
+    connection: Connection, tenant: str, month: str | None, *, zone: str, issuer: str, now: datetime
+) -> str:
     """The invoice as a page of text."""
     return invoice_to_text(invoice(connection, tenant, month, zone=zone, issuer=issuer, now=now))
 

@@ -132,15 +132,15 @@ class SseTap:
 
     def feed(self, data: bytes) -> bytes:
         """See `Tap.feed`. Raises BrokenStream."""
-        if data[:7] == b"data: {" and not self._rest and data.count(b"\n") == 2 and data[-2:] == b"\n\n":
-            # One event of one line, as engines send them: most of all chunks.
-            if b'"usage"' not in data and b'"error"' not in data and b"\r" not in data:
-                size = len(data)
-                if size < self._smallest:
-                    self._smallest = size
-                self._events += 1
-                self._bytes += size
-                return data
+        plain = data[:7] == b"data: {" and data[-2:] == b"\n\n" and data.count(b"\n") == 2 and not self._rest
+        if plain and b'"usage"' not in data and b'"error"' not in data and b"\r" not in data:
+            # One event of one line that says nothing of usage, as most of all chunks are.
+            size = len(data)
+            if size < self._smallest:
+                self._smallest = size
+            self._events += 1
+            self._bytes += size
+            return data
         data = self._whole_events(data)
         if data.startswith(b"\n") or b"\n\n\n" in data:  # blank lines between events are nothing
             data = b"".join(event.lstrip(b"\n") + b"\n\n" for event in data.split(b"\n\n") if event.strip(b"\n"))

@@ -27,6 +27,7 @@ CLOSE_GRACE_S = 3.0
 MARK = "TIDEMILL_PROCESS"
 """The mark in the environment of everything that is started: `OWNER:TOKEN`, by which strays are found again."""
 SHIM = (sys.executable, "-I", "-S", str(Path(shim.__file__)))
+SWEPT_WITHIN_S = 5.0
 _SHIM_ENV = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
 IDLE_OOM_SCORE = 800
 
@@ -93,6 +94,7 @@ class LocalProcess:
         if word is None or word.say != "started":
             why = word.why if word is not None and word.say == "cannot" else "its shim does not answer"
             self._give_up()
+            await self._child.wait()
             raise CannotStart(f"{self._launch.name} cannot be started: {why}.")
         self._pid, self._port, self._started_at = word.pid, word.port, word.at
         self._watch = asyncio.create_task(self._watch_end())
@@ -272,22 +274,28 @@ def orphans(owner: str) -> dict[int, frozenset[str]]:
 
 
 def sweep(of_mark: Callable[[str], bool], spared: Collection[int] = ()) -> int:
-    """Kill the processes with such a mark, but not what descends from the `spared`. Gives how many there were."""
+    """Kill the processes with such a mark, but not what descends from the `spared`, and see them gone.
+
+    Gives how many there were.
+    """
     killed: set[int] = set()
-    looked_after = {pid for each in spared for pid in shim.descendants(each)}
     while True:
-        strays = [
+        marked = [
             pid
             for pid, environment in _environments()
-            if pid not in looked_after
-            and MARK.encode() in environment
-            and of_mark(environment[MARK.encode()].decode(errors="replace"))
+            if MARK.encode() in environment and of_mark(environment[MARK.encode()].decode(errors="replace"))
         ]
-        if not set(strays) - killed:
-            return len(killed)
-        for pid in strays:  # until there are no new ones: they may just have been forking
+        looked_after = {pid for each in spared for pid in shim.descendants(each)}  # after that: they may be forking
+        strays = set(marked) - looked_after
+        if not strays - killed:
+            break
+        for pid in strays:
             shim.send(pid, signal.SIGKILL)
-        killed |= set(strays)
+        killed |= strays
+    until = time.monotonic() + SWEPT_WITHIN_S
+    while any(alive(pid) for pid in killed) and time.monotonic() < until:
+        time.sleep(0.01)
+    return len(killed)
 
 
 def alive(pid: int) -> bool:

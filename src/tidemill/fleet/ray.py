@@ -24,6 +24,8 @@ from tidemill.fleet.ray_words import Command, Part, RayNode, Started, Word, deco
 OPEN_WITHIN_S = 60.0
 AGAIN_AFTER_S = (1.0, 2.0, 5.0, 15.0)
 """Waits before a lost cluster is joined again."""
+SUSPECT_S = 30.0
+"""How long a node that does not answer is taken for lost while Ray has not said so; then Ray's word counts again."""
 FORGET_S = 3600.0
 """How long a node that is lost is still told of."""
 CLOSE_GRACE_S = 3.0
@@ -103,6 +105,8 @@ class RayBackend:
         self._nodes: dict[str, Node] = {}
         """By Ray's id."""
         self._lost_at: dict[str, float] = {}
+        self._suspects: dict[str, float] = {}
+        """Nodes that do not answer, and until when they are taken for lost."""
         self._ray_nodes: dict[str, RayNode] = {}
         self._processes: dict[str, RayProcess] = {}
         self._tickets = itertools.count(1)
@@ -128,7 +132,11 @@ class RayBackend:
         forgotten = [id for id, at in self._lost_at.items() if now - at > FORGET_S]
         for each in forgotten:
             del self._lost_at[each], self._nodes[each]
-        return tuple(self._nodes.values())
+        self._suspects = {id: until for id, until in self._suspects.items() if until > now}
+        return tuple(
+            _down(node, "it does not answer") if id in self._suspects and node.up else node
+            for id, node in self._nodes.items()
+        )
 
     async def start(self, launches: Sequence[Launch]) -> Sequence[Process]:
         """Start all of them or none. Raises CannotStart."""
@@ -259,6 +267,8 @@ class RayBackend:
             case "ended":
                 end = Ended(word.code, word.at, word.why)
                 process = self._processes.pop(word.key, None)
+                if word.code is None and word.node_id:
+                    self._suspects[word.node_id] = time.monotonic() + SUSPECT_S
                 if process is not None:
                     process.ended(end)
                 else:  # before `start` has heard that it began
@@ -294,7 +304,7 @@ class RayBackend:
         """Ray's id of the node that a process is to run on. Raises CannotStart."""
         wanted = launch.node or next((device.node for device in launch.devices), "")
         for node_id, node in self._nodes.items():
-            if node.up and (node.name == wanted or (not wanted and node.devices)):
+            if node.up and (node.name == wanted or (not wanted and node.devices)) and node_id not in self._suspects:
                 return node_id
         lost = any(node.name == wanted for node in self._nodes.values())
         why = f"the node {wanted!r} is lost" if lost else f"there is no node {wanted!r}"

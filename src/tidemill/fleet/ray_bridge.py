@@ -24,7 +24,7 @@ LOOK_EVERY_S = 1.0
 ROOM_WITHIN_S = 10.0
 """How long Ray may take to set a gang's resources aside; they are free as far as the platform knows."""
 START_WITHIN_S = 60.0
-PING_WITHIN_S = 3.0
+PING_WITHIN_S = 2.0
 THREADS = 4
 """Of an actor: one waits for the command's end, the others take orders."""
 
@@ -180,7 +180,8 @@ class Bridge:
                 said = {"code": None if lost else -9, "at": time.time(), "why": why}
                 break
         self._actors.pop(part.key, None)
-        self._say(Word(say="ended", key=part.key, code=said["code"], at=said.get("at", time.time()), why=said["why"]))
+        at = said.get("at", time.time())
+        self._say(Word(say="ended", key=part.key, node_id=part.node_id, code=said["code"], at=at, why=said["why"]))
         with contextlib.suppress(Exception):
             self._ray.kill(actor)
 
@@ -199,7 +200,7 @@ class Bridge:
 
         probe = self._ray.remote(answer).options(num_cpus=0, max_retries=0, scheduling_strategy=on_node)
         with contextlib.suppress(Exception):
-            async with asyncio.timeout(2 * PING_WITHIN_S):
+            async with asyncio.timeout(PING_WITHIN_S):
                 return bool(await probe.remote())
         return False
 

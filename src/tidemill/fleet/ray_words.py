@@ -55,6 +55,8 @@ class Word(msgspec.Struct, frozen=True, kw_only=True):
     """In the order of the command's parts."""
     why: str = ""
     key: str = ""
+    node_id: str = ""
+    """Where the process ran that has ended."""
     code: int | None = None
     at: float = 0.0
 

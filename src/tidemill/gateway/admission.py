@@ -6,6 +6,8 @@ The limits come first (`gateway.limits`), then the money (`gateway.holding`), th
 
 import msgspec
 
+from tidemill.errors import Unavailable
+from tidemill.gateway.dialects import dialect_of
 from tidemill.gateway.holding import CountPrompt, Hold, NotCovered, hold_now, hold_scarce, insufficient
 from tidemill.gateway.http import Exchange
 from tidemill.gateway.limits import Limits, Plan, Stay, estimate
@@ -13,6 +15,7 @@ from tidemill.gateway.queueing import ModelQueue, Place, Priority, Queues, prior
 from tidemill.gateway.requests import ModelRequest
 from tidemill.gateway.routing import Route
 from tidemill.gateway.snapshot import PricePoint, Principal
+from tidemill.ledger.pricing import Tier
 from tidemill.meter.leasing import Leasing, PurseId
 from tidemill.meter.live import now_us
 from tidemill.store.budgets import BudgetPeriod
@@ -60,7 +63,7 @@ class Admission:
     ) -> Admitted | None:
         """Admit a request if all that it needs is at hand. The hot path: nothing is waited for."""
         plan = self._limits.plan(principal, request.model) if self._limits is not None else None
-        queue = self._queues.of(request.model) if self._queues is not None else None
+        queue = self._queue(route, principal)
         started_us = now_us()
         hold = hold_now(request, route, price, self._leasing, self._purses(plan, principal, started_us))
         if hold is None:
@@ -101,7 +104,7 @@ class Admission:
         Unavailable when the store does not answer.
         """
         plan = self._limits.plan(principal, request.model) if self._limits is not None else None
-        queue = self._queues.of(request.model) if self._queues is not None else None
+        queue = self._queue(route, principal)
         stay = await self._enter(exchange, plan, request) if plan is not None else None
         admitted: Admitted | None = None
         try:
@@ -121,6 +124,21 @@ class Admission:
             admitted.cancel(self._leasing)
             return None
         return admitted
+
+    async def admit_count(self, exchange: Exchange, request: ModelRequest, principal: Principal) -> None:
+        """Let a request pass that only counts tokens: it takes a permit of each limit on requests a minute.
+
+        Raises RateLimited when there is no more, Unavailable when the store does not answer.
+        """
+        plan = self._limits.plan_of_count(principal, request.model) if self._limits is not None else None
+        if plan is not None:
+            await self._enter(exchange, plan, request)
+
+    def _queue(self, route: Route, principal: Principal) -> ModelQueue | None:
+        """Where the request may have to wait. A line that goes to a replica lent to batches takes nobody's place."""
+        if self._queues is None or (route.batch_only and principal.tier is Tier.BATCH and route.lends):
+            return None
+        return self._queues.of(route.spec.name)
 
     async def _enter(self, exchange: Exchange, plan: Plan, request: ModelRequest) -> Stay:
         assert self._limits is not None
@@ -143,11 +161,18 @@ class Admission:
         try:
             return await hold_scarce(request, route, price, self._leasing, purses, count_prompt)
         except NotCovered as lack:
+            self._leasing.let_go(lack.purse)
             if isinstance(lack.purse, BudgetPeriod):
                 assert plan is not None and self._limits is not None
                 exchange.extra += DO_NOT_RETRY
                 raise self._limits.budget_exhausted(plan, lack.purse, lack.needed, lack.available) from None
             raise insufficient(principal, lack) from None
+        except Unavailable as failure:
+            raise Unavailable(
+                "Your balance cannot be checked now: the database does not answer, and what this gateway had in"
+                " advance is used up.",
+                hint="Try again in a moment.",
+            ) from failure
 
     def _purses(self, plan: Plan | None, principal: Principal, started_us: int) -> tuple[PurseId, ...]:
         if plan is None or self._limits is None:
@@ -156,7 +181,7 @@ class Admission:
 
     def _note_limits(self, exchange: Exchange, plan: Plan) -> None:
         assert self._limits is not None
-        exchange.extra += self._limits.headers(plan)
+        exchange.extra += self._limits.headers(plan, dialect_of(exchange))
 
 
 def _turn(request: ModelRequest, principal: Principal, exchange: Exchange) -> tuple[str, int, int, Priority]:

@@ -59,6 +59,11 @@ class Breaker:
     def calm(self) -> bool:
         return not (self._refused or self._failures or self._open_until or self._busy_until)
 
+    @property
+    def is_open(self) -> bool:
+        """The replica is in trouble, and it has not been seen to be well since."""
+        return bool(self._open_until)
+
     def standing(self, now: float) -> Standing:
         """READY, AVOID or DOWN. A breaker whose wait is over lets one request through, to see."""
         if self._open_until:

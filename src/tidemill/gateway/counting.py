@@ -8,6 +8,7 @@ from collections.abc import Callable
 import msgspec
 
 from tidemill.engines.sse import BYTES_PER_TOKEN
+from tidemill.gateway.admission import Admission
 from tidemill.gateway.door import Door
 from tidemill.gateway.http import Exchange
 from tidemill.gateway.requests import ModelRequest
@@ -24,10 +25,11 @@ ESTIMATED = JSON + b"x-token-count: estimate\r\n"
 class CountTokens:
     """One counting endpoint of one gateway process."""
 
-    def __init__(self, read: Callable[[bytes], ModelRequest], door: Door, routes: Routes) -> None:
+    def __init__(self, read: Callable[[bytes], ModelRequest], door: Door, routes: Routes, admission: Admission) -> None:
         self._read = read
         self._door = door
         self._routes = routes
+        self._admission = admission
 
     async def __call__(self, exchange: Exchange) -> None:
         """Answer one request. Raises TidemillError."""
@@ -36,6 +38,8 @@ class CountTokens:
         route = self._routes.find(request.model)
         self._door.price(route.spec.name, principal)  # a model that may not be asked is not counted for either
         refuse_what_is_ignored(request, route)
-        counted = await count_prompt(request, route, route.pick())
+        request.model = route.spec.name  # whichever of its names was used
+        await self._admission.admit_count(exchange, request, principal)
+        counted = None if route.asleep else await count_prompt(request, route, route.pick())
         tokens = counted if counted is not None else max(1, request.body_bytes // BYTES_PER_TOKEN)
         exchange.respond(200, _encode({"input_tokens": tokens}), EXACT if counted is not None else ESTIMATED)

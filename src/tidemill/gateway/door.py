@@ -14,6 +14,7 @@ from tidemill.gateway.internal import SCHEME, InternalRoad
 from tidemill.gateway.key_rules import Network
 from tidemill.gateway.snapshot import EMPTY, PricePoint, Principal, Snapshot, key_digest, read_snapshot
 from tidemill.ledger.pricing import Tier
+from tidemill.meter.leasing import STORE_PATIENCE_S
 from tidemill.store.engine import Store
 
 log = structlog.get_logger()
@@ -44,6 +45,8 @@ class Door:
         self._asked_at = float("-inf")
         self._renewing: asyncio.Task[None] | None = None
         self.snapshot: Snapshot = EMPTY
+        self.answering = False
+        """The store has answered when it was last asked."""
         self.on_news: Callable[[Snapshot], None] | None = None
         """Called with each new snapshot."""
 
@@ -54,9 +57,10 @@ class Door:
         """
         header = exchange.headers.get(b"authorization", b"")
         scheme, _, secret = header.partition(b" ")
-        if scheme.lower() == SCHEME:
+        scheme = scheme.lower()
+        if scheme == SCHEME:
             return self._road.admit(exchange, secret, self.snapshot)
-        if scheme.lower() != b"bearer" or not secret:
+        if scheme != b"bearer" or not secret:
             secret = exchange.headers.get(b"x-api-key", b"")  # where Anthropic's clients put it
         if not secret:
             raise InvalidKey("No API key was given.", hint="Send the header 'Authorization: Bearer sk-...'.")
@@ -68,14 +72,20 @@ class Door:
     async def ask_store(self, exchange: Exchange) -> Principal:
         """Look again after asking the store for news: the key may have been made a moment ago.
 
-        Raises InvalidKey.
+        Raises InvalidKey, or Unavailable when the store does not answer: the key may be a good one all the same.
         """
-        if time.monotonic() - self._asked_at > ASK_EVERY_S:
-            await self.renew()
-        elif self._renewing is not None:
-            await asyncio.shield(self._renewing)
+        may_ask = time.monotonic() - self._asked_at > ASK_EVERY_S
+        if self._renewing is not None:  # it may have looked a moment before now
+            await asyncio.wait([self._renewing], timeout=STORE_PATIENCE_S)
+        if self._renewing is None and may_ask:
+            await asyncio.wait([self._start_renewal()], timeout=STORE_PATIENCE_S)
         principal = self.admit(exchange)
         if principal is None:
+            if self._renewing is not None or not self.answering:
+                raise Unavailable(
+                    "Your API key cannot be checked now: it is not known here yet, and the database does not answer.",
+                    hint="Try again in a moment.",
+                )
             raise InvalidKey("This API key does not exist or was revoked.", hint="Ask your operator for a key.")
         return principal
 
@@ -100,9 +110,11 @@ class Door:
         """Take over what the store holds now, if it has changed; one read at a time."""
         if self._renewing is not None:
             await asyncio.shield(self._renewing)  # it may have looked a moment before now
-        if self._renewing is None:
-            self._renewing = asyncio.create_task(self._renew())
-        await asyncio.shield(self._renewing)
+        await asyncio.shield(self._renewing or self._start_renewal())
+
+    def _start_renewal(self) -> "asyncio.Task[None]":
+        self._renewing = asyncio.create_task(self._renew())
+        return self._renewing
 
     async def _renew(self) -> None:
         self._asked_at = time.monotonic()
@@ -113,7 +125,9 @@ class Door:
                 self.snapshot = fresh
                 if self.on_news is not None:
                     self.on_news(fresh)
+            self.answering = True
         except Unavailable as error:
+            self.answering = False
             log.warning("the store does not answer; keys and prices stay as they were", reason=str(error))
         finally:
             self._renewing = None

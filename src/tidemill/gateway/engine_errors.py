@@ -39,6 +39,9 @@ _decode_counted = msgspec.json.Decoder(_Counted).decode
 
 _CONTEXT_WORDS = ("context length", "context size", "context window", "maximum context", "maximum model length")
 
+_TOO_LARGE = "is too large to process"
+"""llama.cpp of an input whose embedding is asked for: `input (701 tokens) is too large to process. ...`."""
+
 _UNSUPPORTED_WORDS = ("is not supported", "not support", "failed to parse", "unknown reasoning format")
 
 
@@ -49,6 +52,8 @@ def engine_error(status: int, body: bytes, model: str) -> TidemillError:
     if _is_about_context(message, code):
         if inner.n_prompt_tokens and inner.n_ctx:
             message = f"The prompt has {inner.n_prompt_tokens} tokens; {model!r} takes {inner.n_ctx} with the answer."
+        elif _TOO_LARGE in message:  # llama.cpp goes on with what its operator should set
+            message = f"{message.partition(' is ')[0].capitalize()} is longer than {model!r} takes."
         return EngineError(f"{message} Shorten the prompt or ask for fewer tokens.", status=400, code=_CONTEXT_CODE)
     if status >= 500 and any(words in message.lower() for words in _UNSUPPORTED_WORDS):
         return EngineError(message, status=400, code="unsupported")  # some engines call a wrong wish their own failure
@@ -85,7 +90,7 @@ def _is_about_context(message: str, code: str | None) -> bool:
     if code in (_CONTEXT_CODE, "exceed_context_size_error"):
         return True
     lowered = message.lower()
-    return any(words in lowered for words in _CONTEXT_WORDS)
+    return _TOO_LARGE in lowered or any(words in lowered for words in _CONTEXT_WORDS)
 
 
 def counted_prompt(body: bytes) -> int | None:

@@ -25,6 +25,12 @@ class UnsupportedParameter(BadRequest):
     code = "unsupported_parameter"
 
 
+class NoEmbeddings(BadRequest):
+    """The model answers, and gives no embeddings."""
+
+    code = "model_gives_no_embeddings"
+
+
 class InvalidKey(TidemillError):
     """No key, or one that does not exist or was revoked."""
 

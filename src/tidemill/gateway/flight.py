@@ -1,34 +1,68 @@
 """A request in flight: from its hold to its record. Whatever happens in between, it is settled exactly once."""
 
+from collections.abc import Callable
+
 import msgspec
 
 from tidemill.engines.protocol import Counts, Tap
 from tidemill.gateway.admission import Admitted
+from tidemill.gateway.gauge import work_done
 from tidemill.gateway.http import Exchange
 from tidemill.gateway.replica import Leg
 from tidemill.gateway.replies import Reply
 from tidemill.gateway.requests import ModelRequest
 from tidemill.gateway.snapshot import PricePoint, Principal
+from tidemill.gateway.tally import Tally
 from tidemill.gateway.upstream import Connection, EngineLost
 from tidemill.gateway.way import Way
+from tidemill.ledger.money import format_amount
 from tidemill.ledger.usage import Status, TokenUsage
 from tidemill.meter.leasing import Leasing
 from tidemill.meter.live import LiveTable, now_us
 from tidemill.meter.log import LogFull, UsageLog
 from tidemill.meter.records import Opened, encode_settled, settle
 
+LINE_PATIENCE_S = 3600.0
+"""A replica that is lent to batches may get what another one leaves, which may be nothing for long: a line there waits,
+and is not lost. (The batch runner waits as long.)"""
+
 
 class Meter:
     """The meter of one gateway process: where flights are opened, counted and settled."""
 
-    def __init__(self, log: UsageLog, live: LiveTable, leasing: Leasing) -> None:
+    def __init__(
+        self,
+        log: UsageLog,
+        live: LiveTable,
+        leasing: Leasing,
+        *,
+        tally: Tally | None = None,
+        tells_charge: bool = False,
+    ) -> None:
+        """`tells_charge`: answers say what they cost (`gateway.charge_header`)."""
         self.log = log
         self.live = live
         self.leasing = leasing
+        self.tally = tally or Tally()
+        self.tells_charge = tells_charge
 
 
 class Flight:
     """One admitted request. Its slot in the live table exists from here on, so a record will come out."""
+
+    attempts = 1
+    resent = False
+    """It was sent once more after an engine that had it was lost."""
+    device_ns = 0
+    """Its share of the time of replicas that it has left again."""
+    connection: Connection | None = None
+    given_up = False
+    """The client has left."""
+    settled = False
+    first_token_us = 0
+    _guessed = False
+    """The live table says that its counts are an estimate."""
+    _charge_told = b""
 
     def __init__(
         self,
@@ -50,22 +84,12 @@ class Flight:
         self.hold = admitted.hold
         self._admitted = admitted
         self.reply = reply
-        self.attempts = 1
-        self.resent = False
-        """It was sent once more after an engine that had it was lost."""
-        self.device_ns = 0
-        """Its share of the time of replicas that it has left again."""
         self._begun_at = leg.replica.pool.loop.time()
-        self._budget_s = way.route.spec.ttft_timeout_seconds
+        self._budget_s = LINE_PATIENCE_S if leg.replica.spec.batch_only else way.route.spec.ttft_timeout_seconds
         self._leg = leg
         self.route = way.route
         self.replica = leg.replica
         self.tap: Tap = self.route.engine.tap(request.ask)
-        self.connection: Connection | None = None
-        self.given_up = False
-        """The client has left."""
-        self.settled = False
-        self.first_token_us = 0
         self.opened = Opened(
             request_id=exchange.request_id,
             tenant_id=principal.tenant_id,
@@ -86,6 +110,9 @@ class Flight:
             meter.log.release()
             raise
         leg.start(self._begun_at, self.hold.output_cap, request.ask.choices)
+        self._expected = leg.work
+        if way.gauge is not None:
+            way.gauge.arrived(leg.work)
         exchange.on_gone = self._client_left
 
     def move(self, leg: Leg) -> None:
@@ -105,8 +132,14 @@ class Flight:
         self.tap = self.route.engine.tap(self.request.ask)
         self.connection = None
         self.first_token_us = 0
+        self._guessed = False
         self.attempts += 1
         leg.start(leg.replica.pool.loop.time(), self.hold.output_cap, self.request.ask.choices)
+
+    @property
+    def idle_s(self) -> float:
+        """How long the engine may be silent within its answer, seconds."""
+        return LINE_PATIENCE_S if self.replica.spec.batch_only else self.route.spec.idle_timeout_seconds
 
     def time_left(self) -> float:
         """Seconds until an answer must have begun: the limit of the model that it started with, for all attempts."""
@@ -144,6 +177,9 @@ class Flight:
     def note(self) -> None:
         """Store the running counts where they outlive this process."""
         tap = self.tap
+        if self._guessed and not tap.exact:
+            self._meter.live.count_completion(self._slot, tap.estimated_completion)
+            return
         if not tap.begun:
             return
         if not self.first_token_us:
@@ -153,6 +189,7 @@ class Flight:
             counts, estimated = tap.counts, False
         else:
             counts, estimated = tap.estimate(self.request.body_bytes), True
+            self._guessed = True
         self._meter.live.count(
             self._slot,
             counts.prompt,
@@ -162,6 +199,16 @@ class Flight:
             self.hold.amount,
             estimated,
         )
+
+    @property
+    def charge_header(self) -> bytes:
+        """What a settled request has cost, as a header line; nothing unless the operator wants it told."""
+        return self._charge_told and self._charge_told + b"\r\n"
+
+    @property
+    def charge_comment(self) -> bytes:
+        """The same as a comment of an event stream, which every client passes over (WHATWG HTML, 9.2.6)."""
+        return self._charge_told and b": " + self._charge_told + b"\n\n"
 
     def passed(self) -> tuple[Counts, bool]:
         """What has passed so far, and whether that is an estimate. Nothing passed is nothing, exactly."""
@@ -175,8 +222,31 @@ class Flight:
         Raises LogFull when the disk refuses it; the request then stays open in the live table, and recovery writes
         its record at the next start.
         """
+        try:
+            await self._meter.log.append(self._rate(status, counts, estimated))
+        except OSError as error:
+            raise _unwritten(error) from error
+        self._meter.live.close_slot(self._slot)
+
+    def settle_then(
+        self, status: Status, counts: Counts, estimated: bool, then: Callable[[LogFull | None], None]
+    ) -> None:
+        """The same without waiting: `then` is called when the record is on disk, or with what `settle` would raise."""
+
+        def durable(failure: OSError | None) -> None:
+            if failure is not None:
+                then(_unwritten(failure))
+                return
+            self._meter.live.close_slot(self._slot)
+            then(None)
+
+        self._meter.log.append_then(self._rate(status, counts, estimated), durable)
+
+    def _rate(self, status: Status, counts: Counts, estimated: bool) -> bytes:
+        """Rate and charge; gives the record."""
         assert not self.settled
         self.settled = True
+        self.exchange.on_gone = None  # which has this flight, which has the exchange
         settled = settle(
             self.opened,
             TokenUsage(counts.prompt, counts.cached, counts.completion),
@@ -188,8 +258,17 @@ class Flight:
             device_ns=self.device_ns + self._leg.finish(),
         )
         self._admitted.settle(self._meter.leasing, settled.charge, counts.prompt + counts.completion)
-        try:
-            await self._meter.log.append(encode_settled(settled))
-        except OSError as error:
-            raise LogFull(f"The usage of this request cannot be written down: {error.strerror}.") from error
-        self._meter.live.close_slot(self._slot)
+        self.replica.done += work_done(settled)
+        if self.way.gauge is not None:
+            self.way.gauge.ended(self._expected, settled, self.way.waited_us)
+        self._meter.tally.note(settled)
+        if self._meter.tells_charge:
+            self._charge_told = b"x-tidemill-charge: %b %b" % (
+                format_amount(settled.charge).encode(),
+                self.opened.currency.encode(),
+            )
+        return encode_settled(settled)
+
+
+def _unwritten(error: OSError) -> LogFull:
+    return LogFull(f"The usage of this request cannot be written down: {error.strerror}.")

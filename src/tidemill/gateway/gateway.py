@@ -1,13 +1,14 @@
 """The data plane's routes, and what every answer has in common."""
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Awaitable, Coroutine, Mapping
 from datetime import UTC, datetime
+from typing import Any
 
 import msgspec
 import structlog
 
-from tidemill.errors import TidemillError
+from tidemill.errors import TidemillError, Unavailable
 from tidemill.gateway.admission import Admission
 from tidemill.gateway.anthropic_reply import AnthropicReply
 from tidemill.gateway.anthropic_request import read_count, read_messages
@@ -17,6 +18,7 @@ from tidemill.gateway.door import Door
 from tidemill.gateway.errors import BodyTooLarge, HttpRefusal, ModerationNotConfigured, error_headers
 from tidemill.gateway.flight import Meter
 from tidemill.gateway.http import Exchange, Handler
+from tidemill.gateway.incoming import BrokenBody, TooLong
 from tidemill.gateway.replies import OpenAIReply
 from tidemill.gateway.requests import read_chat, read_completion, read_embeddings
 from tidemill.gateway.responses_api import Responses
@@ -25,6 +27,7 @@ from tidemill.gateway.responses_request import read_responses
 from tidemill.gateway.responses_shelf import Shelf
 from tidemill.gateway.routing import Routes
 from tidemill.gateway.serve import JSON, Operation, Serve
+from tidemill.store.engine import StoreUnavailable
 
 log = structlog.get_logger()
 
@@ -39,6 +42,13 @@ OPERATIONS = {
     b"/v1/responses": Operation("responses", read_responses, ResponsesReply),
 }
 """The endpoints that have a model work."""
+
+MODEL = (b"GET", b"/v1/models/{id}")
+_KEYLESS = {(b"GET", b"/healthz"), (b"GET", b"/readyz"), (b"GET", b"/")}
+"""Who asks for these need not have a key."""
+
+STORE_IS_AWAY = Unavailable("The platform's database does not answer.", hint="Try again in a moment.")
+"""What a tenant reads of it. Why it does not answer, with the names of machines, is in the gateway's log."""
 
 
 class Gateway:
@@ -61,6 +71,8 @@ class Gateway:
         self._door = door
         self._routes = routes
         self._started_at = started_at
+        self._log = meter.log
+        self._tally = meter.tally
         admission = admission or Admission(meter.leasing)
         responses = Responses(door, shelf)
         prepare = {b"/v1/responses": responses.prepare}
@@ -69,10 +81,11 @@ class Gateway:
                 (b"POST", path): Serve(operation, door, routes, admission, meter, prepare=prepare.get(path))
                 for path, operation in OPERATIONS.items()
             },
-            (b"POST", b"/v1/messages/count_tokens"): CountTokens(read_count, door, routes),
+            (b"POST", b"/v1/messages/count_tokens"): CountTokens(read_count, door, routes, admission),
             **responses.routes,
             (b"POST", b"/v1/moderations"): self._moderations,
             (b"GET", b"/v1/models"): self._models,
+            MODEL: self._model,
             (b"GET", b"/healthz"): self._healthz,
             (b"GET", b"/readyz"): self._readyz,
             (b"GET", b"/"): self._welcome,
@@ -80,32 +93,83 @@ class Gateway:
         }
         self._paths = {path for _, path in self._table}
 
-    async def __call__(self, exchange: Exchange) -> None:
-        """Answer an exchange. Never raises."""
-        dialect = dialect_of(exchange)
-        if dialect is ANTHROPIC:
-            exchange.extra = b"request-id: %b\r\n" % exchange.request_id.encode()
+    def __call__(self, exchange: Exchange) -> Coroutine[Any, Any, None] | None:
+        """Answer an exchange; what has to be waited for is given back. Neither ever raises."""
         try:
+            if dialect_of(exchange) is ANTHROPIC:
+                exchange.extra = b"request-id: %b\r\n" % exchange.request_id.encode()
             if exchange.refusal is not None:
                 raise _refusal(*exchange.refusal)
-            handler = self._table.get((exchange.method, exchange.path)) or self._table.get(
-                (exchange.method, shape_of(exchange.path))
-            )
-            if handler is not None:
-                await handler(exchange)
-            elif exchange.path.startswith(b"/v1/models/") and exchange.method == b"GET":
-                await self._model(exchange)
+            route = self._route_of(exchange)
+            if exchange.incoming is not None and exchange.incoming.limit is not None:
+                rest: Awaitable[None] | None = self._take(exchange, route)
             else:
-                self._no_route(exchange)
-        except TidemillError as error:
-            body = dialect.error_body(error, exchange.request_id)
-            exchange.respond(error.status, body, error_headers(error), close=exchange.refusal is not None)
-        except Exception:
-            log.exception("request failed", request_id=exchange.request_id)
+                rest = self._begin(exchange, route)
+        except Exception as error:
+            self._tell(exchange, error)
+            return None
+        return None if rest is None else self._guard(exchange, rest)
+
+    def lets_in(self, exchange: Exchange) -> bool:
+        """Whether it is known, by its head alone, that the body of this exchange is wanted."""
+        try:
+            return self._route_of(exchange) in _KEYLESS or self._door.admit(exchange) is not None
+        except TidemillError:
+            return False
+
+    def _route_of(self, exchange: Exchange) -> tuple[bytes, bytes]:
+        """The entry of the table for this exchange. Raises HttpRefusal."""
+        route = (exchange.method, exchange.path)
+        if route in self._table:
+            return route
+        route = (exchange.method, shape_of(exchange.path))
+        if route in self._table:
+            return route
+        if exchange.method == b"GET" and exchange.path.startswith(b"/v1/models/"):
+            return MODEL  # a model's name may have slashes in it
+        raise self._no_route(exchange)
+
+    def _begin(self, exchange: Exchange, route: tuple[bytes, bytes]) -> Awaitable[None] | None:
+        handler = self._table[route]
+        return handler.begin(exchange, self._guard) if isinstance(handler, Serve) else handler(exchange)
+
+    async def _take(self, exchange: Exchange, route: tuple[bytes, bytes]) -> None:
+        """Take the body of one who is not known by its head alone, if it is wanted."""
+        assert exchange.incoming is not None
+        if route not in _KEYLESS and self._door.admit(exchange) is None:
+            await self._door.ask_store(exchange)
+        try:
+            exchange.body = await exchange.incoming.whole()
+        except TooLong:
+            raise BodyTooLarge("The request body is too large.", hint="Send a smaller one.") from None
+        except BrokenBody as error:
+            if exchange.gone:
+                return
+            raise HttpRefusal(f"The body is broken: {error}", status=400, code="invalid_http") from error
+        await self._table[route](exchange)
+
+    async def _guard(self, exchange: Exchange, rest: Awaitable[None]) -> None:
+        """Wait for the rest of an answer; what it raises is told to the client."""
+        try:
+            await rest
+        except Exception as error:
+            self._tell(exchange, error)
+
+    def _tell(self, exchange: Exchange, error: Exception) -> None:
+        """Answer with an error."""
+        dialect = dialect_of(exchange)
+        if isinstance(error, TidemillError):
+            self._tally.refuse(error.code)
+            told = STORE_IS_AWAY if isinstance(error, StoreUnavailable) else error
+            body = dialect.error_body(told, exchange.request_id)
+            exchange.respond(told.status, body, error_headers(told), close=exchange.refusal is not None)
+        else:
+            self._tally.refuse("gateway_failed")
+            log.error("request failed", request_id=exchange.request_id, exc_info=error)
             body = dialect.error_body(TidemillError("The gateway has failed; its log says why."), exchange.request_id)
             exchange.respond(500, body, JSON)
 
-    def _no_route(self, exchange: Exchange) -> None:
+    def _no_route(self, exchange: Exchange) -> HttpRefusal:
         path = exchange.path if exchange.path in self._paths else shape_of(exchange.path)
         known = path in self._paths
         status = 405 if known else 404
@@ -113,7 +177,7 @@ class Gateway:
         allowed = b", ".join(sorted(method for method, known_path in self._table if known_path == path))
         if known:
             exchange.extra += b"allow: %b\r\n" % allowed
-        raise HttpRefusal(f"There is no {what} here. See GET / for what there is.", status=status, code="not_found")
+        return HttpRefusal(f"There is no {what} here. See GET / for what there is.", status=status, code="not_found")
 
     async def _welcome(self, exchange: Exchange) -> None:
         routes = sorted(f"{method.decode()} {path.decode()}" for method, path in self._table)
@@ -123,10 +187,12 @@ class Gateway:
         exchange.respond(200, b'{"status":"ok"}', JSON)
 
     async def _readyz(self, exchange: Exchange) -> None:
-        states = {name: "ready" if route.ready else "starting" for name, route in self._routes.by_name.items()}
-        ready = "ready" in states.values() and self._door.snapshot.revision >= 0
-        body = {"status": "ready" if ready else "starting", "models": states}
-        exchange.respond(200 if ready else 503, _encode(body), JSON)
+        states = {name: route.state for name, route in self._routes.by_name.items()}
+        ready = not {"ready", "asleep"}.isdisjoint(states.values()) and self._door.snapshot.revision >= 0
+        full = self._log.refusal()
+        status = full.code if full is not None else "ready" if ready else "starting"
+        body = {"status": status, "models": states} | ({"message": str(full)} if full is not None else {})
+        exchange.respond(200 if status == "ready" else 503, _encode(body), JSON)
 
     async def _moderations(self, exchange: Exchange) -> None:
         self._door.admit(exchange) or await self._door.ask_store(exchange)
@@ -164,12 +230,15 @@ class Gateway:
         return {"id": name, "object": "model", "created": self._started_at, "owned_by": "tidemill"}
 
 
+_REFUSAL_CODES = {413: BodyTooLarge.code, 503: "too_many_connections"}
+
+
 def _ends(names: list[str]) -> dict[str, str | None]:
     return {"first_id": names[0] if names else None, "last_id": names[-1] if names else None}
 
 
 def _refusal(status: int, message: str) -> HttpRefusal:
-    return HttpRefusal(message, status=status, code=BodyTooLarge.code if status == 413 else "invalid_http")
+    return HttpRefusal(message, status=status, code=_REFUSAL_CODES.get(status, "invalid_http"))
 
 
 def shape_of(path: bytes) -> bytes:

@@ -27,7 +27,7 @@ TEMPLATE_TOKENS = 256
 CountPrompt = Callable[[], Awaitable[int | None]]
 
 
-class Hold(msgspec.Struct, frozen=True):
+class Hold(msgspec.Struct, frozen=True, gc=False):
     """Money set aside for a request."""
 
     amount: Nanos
@@ -114,7 +114,7 @@ async def hold_scarce(
             rest = hold_for(price.price, prompt_tokens=prompt, output_tokens=fits * choices)
             if fits >= 1 and rest <= wallet.available and await leasing.hold_all(purses, rest) is None:
                 return Hold(rest, fits, cut_short=True, purses=purses, scarce=lacking)
-    raise NotCovered(lacking, amount, wallet.available, prompt, cap * choices)
+    raise NotCovered(lacking, amount, leasing.free(lacking), prompt, cap * choices)
 
 
 def insufficient(principal: Principal, lack: NotCovered) -> InsufficientQuota:

@@ -1,4 +1,6 @@
-"""A request body that its handler takes piece by piece: an upload is never held in memory."""
+"""A request body that its handler takes piece by piece: an upload is never held in memory, and what somebody sends
+who has no key is not taken at all.
+"""
 
 import asyncio
 from typing import Protocol
@@ -22,11 +24,23 @@ class Flow(Protocol):
         """Go on."""
         ...
 
+    def invite_body(self) -> None:
+        """Tell the client that its body is wanted (`Expect: 100-continue`)."""
+        ...
+
+
+class TooLong(Exception):
+    """The body is longer than it may be."""
+
 
 class IncomingBody:
     """The body of one request, as it arrives."""
 
-    def __init__(self, flow: Flow) -> None:
+    def __init__(self, flow: Flow, *, waits: bool = False, limit: int | None = None) -> None:
+        """`waits`: the client sends it only when it is told to, or after a while."""
+        self._waits = waits
+        self.limit = limit
+        """Bytes that it may have, if it is to be taken as a whole; None: piece by piece, as the handler likes."""
         self.complete = False
         """All of it has arrived."""
         self._flow = flow
@@ -42,6 +56,9 @@ class IncomingBody:
                 raise self._failure
             if self.complete:
                 return b""
+            if self._waits:
+                self._waits = False
+                self._flow.invite_body()
             self._waiter = asyncio.get_running_loop().create_future()
             try:
                 await self._waiter
@@ -54,9 +71,19 @@ class IncomingBody:
             self._flow.take_body()
         return data
 
+    async def whole(self) -> bytes:
+        """All of it. Raises BrokenBody, and TooLong beyond the limit."""
+        body = bytearray()
+        while data := await self.next():
+            body += data
+            if self.limit is not None and len(body) > self.limit:
+                raise TooLong
+        return bytes(body)
+
     # The connection's side
 
     def feed(self, data: bytes) -> None:
+        self._waits = False
         self._buffer += data
         if len(self._buffer) > BUFFER_BYTES and not self._held:
             self._held = True

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import msgspec
 
 from tidemill.errors import TidemillError
+from tidemill.gateway.dialects import ANTHROPIC, OPENAI, Dialect
 from tidemill.gateway.requests import ModelRequest
 from tidemill.gateway.shares import Rate, Share, Shares, Slots
 from tidemill.gateway.snapshot import Principal, Snapshot
@@ -202,6 +203,13 @@ class Limits:
                 return None
         return Stay(self.shares, plan, tokens, second)
 
+    def plan_of_count(self, principal: Principal, model: str) -> Plan | None:
+        """What binds a request that only counts: limits on requests a minute, the same as those of its messages."""
+        plan = self.plan(principal, model)
+        if plan is None or not plan.requests:
+            return None
+        return Plan(principal, plan.requests, (), (), ())
+
     async def enter(self, plan: Plan, request: ModelRequest, body: bytes) -> Stay:
         """The same, asking the store for what is missing.
 
@@ -236,17 +244,34 @@ class Limits:
             for share, amount in denied:
                 share.patient -= amount
 
-    def headers(self, plan: Plan) -> bytes:
-        """Header lines for every answer: OpenAI's for the tightest limits, and the warnings of soft budgets."""
+    def headers(self, plan: Plan, dialect: Dialect = OPENAI) -> bytes:
+        """Header lines for every answer: the tightest limits, as the API's clients read them, and the warnings of soft
+        budgets.
+        """
         second = self.shares.second()
         lines = b""
-        if plan.requests:
-            lines = _rate_headers(b"requests", plan.requests, second)
-        if plan.tokens:
-            lines += _rate_headers(b"tokens", plan.tokens, second)
+        for what, rates in ((b"requests", plan.requests), (b"tokens", plan.tokens)):
+            if rates and dialect is ANTHROPIC:
+                lines += self._anthropic_headers(what, rates, second)
+            elif rates:
+                lines += _rate_headers(what, rates, second)
         if self._warned:
             lines += self._warnings(plan)
         return lines
+
+    def _anthropic_headers(self, what: bytes, rates: tuple[Rate, ...], second: int) -> bytes:
+        """Anthropic API reference, "Rate limits", response headers: the reset is an instant in RFC 3339."""
+        tightest, reset_s = _tightest(rates, second)
+        instant = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._wall() + reset_s)).encode()
+        name = b"anthropic-ratelimit-" + what
+        return b"%b-limit: %d\r\n%b-remaining: %d\r\n%b-reset: %b\r\n" % (
+            name,
+            tightest.limit.amount,
+            name,
+            tightest.remaining(second),
+            name,
+            instant,
+        )
 
     def budget_exhausted(self, plan: Plan, period: BudgetPeriod, needed: int, available: int) -> BudgetExhausted:
         """The error for a request that this budget does not cover."""
@@ -313,9 +338,14 @@ def estimate(request: ModelRequest, body: bytes) -> tuple[int, int]:
     return prompt, min(request.ask.max_tokens or EXPECTED_OUTPUT, EXPECTED_OUTPUT) * request.ask.choices
 
 
-def _rate_headers(what: bytes, rates: tuple[Rate, ...], second: int) -> bytes:
+def _tightest(rates: tuple[Rate, ...], second: int) -> tuple[Rate, int]:
+    """The rate with the least left, and the seconds until all of it is free again."""
     tightest = min(rates, key=lambda rate: rate.remaining(second)) if len(rates) > 1 else rates[0]
-    reset_s = max(tightest.share.last_used + WINDOW_S + 1 - second, 0)
+    return tightest, max(tightest.share.last_used + WINDOW_S + 1 - second, 0)
+
+
+def _rate_headers(what: bytes, rates: tuple[Rate, ...], second: int) -> bytes:
+    tightest, reset_s = _tightest(rates, second)
     return b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-remaining-%b: %d\r\nx-ratelimit-reset-%b: %ds\r\n" % (
         what,
         tightest.limit.amount,

@@ -285,6 +285,10 @@ class Queues:
         """This process's part of a bound, at least 1: parts differ by one at the most and add up to the whole."""
         return max(whole // self._processes + (self._index < whole % self._processes), 1)
 
+    def queued(self) -> dict[str, int]:
+        """Requests of all classes that wait, by model, where any do."""
+        return {name: queue.queued for name, queue in self._by_model.items() if queue.queued}
+
     def people_waiting(self) -> dict[str, int]:
         """Interactive requests that wait, by model, where any do."""
         return {name: queue.people_waiting for name, queue in self._by_model.items() if queue.queued}

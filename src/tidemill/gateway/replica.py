@@ -22,6 +22,8 @@ class ReplicaSpec(msgspec.Struct, frozen=True):
     ready: bool
     life: str = ""
     """Changes each time the engine is started anew; it names the engine's own counters (see meter.reconcile)."""
+    batch_only: bool = False
+    """Lent to batches: only their lines go there."""
 
 
 def spread_key(text: bytes) -> int:
@@ -42,6 +44,10 @@ class Replica:
         """Its place in `tides.routing.home`; it outlives restarts."""
         self.in_flight = 0
         """Work in flight from this gateway process, in tokens of prefill."""
+        self.filler = 0
+        """Lines of batches in flight from here."""
+        self.done = 0
+        """Work that has ended here since the last report, in tokens of prefill."""
         self.label = f"{spec.name}#{spec.life}" if spec.life else spec.name
         """The name that usage records carry: the replica and its life."""
         self.board_id = spread_key(self.label.encode())
@@ -102,13 +108,17 @@ class Replica:
 class Leg:
     """One attempt of a request, on one replica: its share of the replica's time, and its load there.
 
-    A request has one leg at a time, and most have one in all. `keys` are the prompt's, where there was a choice.
+    A request has one leg at a time, and most have one in all. `keys` are the prompt's, where there was a choice;
+    `filler`: it is a batch's line.
     """
 
-    __slots__ = ("_cached", "_decode", "_keys", "_prefill", "_prompt", "_ticket", "replica")
+    __slots__ = ("_cached", "_decode", "_keys", "_prefill", "_prompt", "_ticket", "filler", "replica")
 
-    def __init__(self, replica: Replica, prompt_tokens: int, cached_tokens: int = 0, keys: Keys = ()) -> None:
+    def __init__(
+        self, replica: Replica, prompt_tokens: int, cached_tokens: int = 0, keys: Keys = (), *, filler: bool = False
+    ) -> None:
         self.replica = replica
+        self.filler = filler
         self._prompt = prompt_tokens
         self._cached = cached_tokens
         self._keys = keys
@@ -125,7 +135,13 @@ class Leg:
         if not replica.breaker.calm:
             replica.breaker.begun(now)
         self._ticket = replica.clock.start(time.monotonic_ns())
+        replica.filler += self.filler
         replica.add_work(work.prefill + work.decode)
+
+    @property
+    def work(self) -> int:
+        """What of it is in flight, in tokens of prefill."""
+        return self._prefill + self._decode
 
     def first_token(self) -> None:
         """The prompt is computed; what is left is the answer."""
@@ -138,5 +154,6 @@ class Leg:
         replica = self.replica
         ticket, self._ticket = self._ticket, None
         device_ns = replica.clock.finish(ticket, time.monotonic_ns())
+        replica.filler -= self.filler
         replica.add_work(-self._prefill - self._decode)
         return device_ns

@@ -78,6 +78,6 @@ def _id_of(exchange: Exchange) -> str:
 
 def _not_found(response_id: str) -> ResponseNotFound:
     return ResponseNotFound(
-        f"There is no response {response_id!r}: it was not kept, was deleted, or is older than 30 days.",
-        hint='Responses are kept unless they say "store": false.',
+        f"There is no response {response_id!r}: it was not kept, was deleted, or is too old.",
+        hint='A response that is kept says "store": true.',
     )

@@ -87,7 +87,8 @@ class ResponsesRequest(ModelRequest, kw_only=True):
     items: list[msgspec.Raw]
     """Its own input."""
     echo: dict[str, Any]
-    store: bool
+    store: bool | None
+    """None: the client does not say."""
     previous_id: str | None
     shelf: Shelf | None = None
     tenant_id: str = ""
@@ -108,8 +109,8 @@ class ResponsesRequest(ModelRequest, kw_only=True):
 
     @property
     def keeps(self) -> bool:
-        """The response can be kept as the client asks."""
-        return self.store and self.shelf is not None
+        """The response is to be kept, as the client asks or as the operator has it."""
+        return self.shelf is not None and self.shelf.keeps(self.store)
 
     def keep(self, response_id: str, response: bytes) -> bool:
         """Put the finished response on the shelf; False when it has no room."""
@@ -150,7 +151,7 @@ def _read(fields: Fields) -> ResponsesRequest:
         **msgspec.structs.asdict(base),
         items=items,
         echo={name: fields[name] if given(fields, name) else default for name, default in _ECHOED.items()},
-        store=bytes(store) != b"false",
+        store=None if bytes(store) == b"null" else bytes(store) == b"true",
         previous_id=previous_id,
     )
 

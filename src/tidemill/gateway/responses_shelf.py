@@ -16,10 +16,12 @@ from tidemill.errors import Unavailable
 from tidemill.gateway.errors import BadRequest
 from tidemill.store.engine import Store
 from tidemill.store.responses import (
+    KEPT_S,
     MAX_CHAIN,
     KeptResponse,
     delete_response,
     find_response,
+    forget_old_responses,
     keep_responses,
     prune_responses,
 )
@@ -35,7 +37,7 @@ MAX_HISTORY_BYTES = 16 * 1024 * 1024
 """The input and output of all responses that one goes on from."""
 IN_ONE_WRITE = 64
 PRUNE_EVERY = 64
-"""A tenant's bound is looked after once in so many of its responses (and of all tenants' together)."""
+"""A tenant's bound is looked after once in so many responses (of all tenants together)."""
 TRY_AGAIN_S = 1.0
 GIVE_UP_S = 60.0
 """A store that does not answer for so long loses what waits."""
@@ -53,6 +55,15 @@ class _Output(msgspec.Struct):
 _decode_output = msgspec.json.Decoder(_Output).decode
 
 
+class ShelfRules(msgspec.Struct, frozen=True):
+    """What the operator wants to be kept."""
+
+    keep_s: int = KEPT_S
+    """Seconds; 0: nothing is kept."""
+    by_default: bool = True
+    """Also responses to requests that do not say."""
+
+
 class Kept(msgspec.Struct, frozen=True):
     """A finished response on its way to the shelf."""
 
@@ -66,13 +77,23 @@ class Kept(msgspec.Struct, frozen=True):
 class Shelf:
     """The kept responses of all tenants, as one gateway process sees them."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, rules: ShelfRules = ShelfRules()) -> None:  # noqa: B008
         self._store = store
+        self._rules = rules
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="shelf")
         self._waiting: dict[str, KeptResponse] = {}
         self._waiting_bytes = 0
         self._writing: asyncio.Task[None] | None = None
         self._written = 0
+
+    @property
+    def open(self) -> bool:
+        """Anything is kept at all."""
+        return self._rules.keep_s > 0
+
+    def keeps(self, wish: bool | None) -> bool:
+        """Whether a response is to be kept whose request says so, or does not say (None)."""
+        return self.open and (self._rules.by_default if wish is None else wish)
 
     def keep(self, kept: Kept) -> bool:
         """Keep a response; False when there is no room for it now."""
@@ -120,6 +141,10 @@ class Shelf:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, self._history, tenant_id, response_id)
 
+    async def sweep(self) -> None:
+        """Forget what is too old. Raises Unavailable."""
+        await asyncio.get_running_loop().run_in_executor(self._executor, self._sweep)
+
     async def close(self, within_s: float) -> None:
         """Write down what waits."""
         if self._writing is not None:
@@ -155,10 +180,11 @@ class Shelf:
 
     def _write(self, batch: list[KeptResponse]) -> None:
         with self._store.write() as connection:
-            keep_responses(connection, [each for each in batch if each.response_id in self._waiting])
+            left = [each for each in batch if each.response_id in self._waiting]
+            keep_responses(connection, left, keep_s=self._rules.keep_s)
             for each in batch:
                 if self._written % PRUNE_EVERY == 0:
-                    prune_responses(connection, each.tenant_id, each.created_us)
+                    prune_responses(connection, each.tenant_id)
                 self._written += 1
 
     def _find(self, tenant_id: str, response_id: str) -> KeptResponse | None:
@@ -167,8 +193,16 @@ class Shelf:
             return waiting if waiting.tenant_id == tenant_id else None
         with self._store.read() as connection:
             return find_response(
-                connection, tenant_id=tenant_id, response_id=response_id, now_us=time.time_ns() // 1000
+                connection,
+                tenant_id=tenant_id,
+                response_id=response_id,
+                now_us=time.time_ns() // 1000,
+                keep_s=self._rules.keep_s,
             )
+
+    def _sweep(self) -> None:
+        with self._store.write() as connection:
+            forget_old_responses(connection, time.time_ns() // 1000, keep_s=self._rules.keep_s)
 
     def _delete(self, tenant_id: str, response_id: str) -> None:
         with self._store.write() as connection:

@@ -6,15 +6,17 @@ from collections.abc import Collection
 
 import msgspec
 
-from tidemill.engines.llamacpp import LlamaCppEngine
-from tidemill.engines.openai import OpenAIEngine
+from tidemill.engines.own import CONTROLS, engine_of
 from tidemill.engines.protocol import Engine
 from tidemill.errors import Unavailable
 from tidemill.gateway.board import Board
 from tidemill.gateway.errors import ModelNotFound
+from tidemill.gateway.gauge import Gauge, Load, ModelSeen, ReplicaUse
 from tidemill.gateway.prefix import Keys
 from tidemill.gateway.replica import Replica, ReplicaSpec
+from tidemill.gateway.waking import Waking
 from tidemill.ledger.pricing import Price
+from tidemill.tides.state import Objective
 
 __all__ = ["ModelCost", "ModelSpec", "NoReplica", "Replica", "ReplicaSpec", "Route", "Routes"]
 
@@ -55,10 +57,19 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Models that get a share of this one's requests, and the share in percent."""
     lacks: tuple[str, ...] = ()
     """Parameters that the model's chat template has no place for, where the engine tells."""
+    embeds: bool = True
+    """It gives embeddings, as far as is known; an upstream answers for itself."""
     cost: ModelCost | None = None
     """None: no token of it costs anything by itself."""
     allow_loss: bool = False
     """Another model may answer for this one also when that costs more than the tenant pays."""
+    objective: Objective = Objective()
+    wakes: bool = False
+    """A request for it that finds no replica waits for one to be started (`gateway.waking`)."""
+    wake_seconds: float = 120.0
+    """How long."""
+    priority_scheduling: bool = False
+    """Its engine was told to take people's requests before the lines of batches."""
 
 
 class NoReplica(Unavailable):
@@ -76,44 +87,88 @@ class Route:
 
     def __init__(self, spec: ModelSpec, loop: asyncio.AbstractEventLoop) -> None:
         self.spec = spec
-        self.engine: Engine = LlamaCppEngine() if spec.engine == "llamacpp" else OpenAIEngine(owned=spec.owned)
-        self.replicas = [Replica(replica, spec.api_key, loop) for replica in spec.replicas]
+        self.engine: Engine = engine_of(spec.engine, owned=spec.owned, priority_scheduling=spec.priority_scheduling)
+        self.gauge = Gauge(spec.objective)
+        self._take([Replica(replica, spec.api_key, loop) for replica in spec.replicas])
+
+    def _take(self, replicas: list[Replica]) -> None:
+        self.replicas = replicas
+        """All of them."""
+        self.ordinary = [replica for replica in replicas if not replica.spec.batch_only]
+        """Those that people's requests may go to."""
+        self.batch_only = [replica for replica in replicas if replica.spec.batch_only]
+
+    def open_to(self, filler: bool) -> list[Replica]:
+        """The replicas that a request may go to. A batch's line (`filler`) keeps to those that are lent to batches,
+        as long as there is one."""
+        return self.batch_only if filler and self.batch_only and self.lends else self.ordinary
+
+    @property
+    def lends(self) -> bool:
+        """A replica is lent to batches now."""
+        return any(replica.spec.ready for replica in self.batch_only)
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
 
     @property
     def ready(self) -> bool:
-        return any(replica.spec.ready for replica in self.replicas)
+        return any(replica.spec.ready for replica in self.ordinary)
+
+    @property
+    def asleep(self) -> bool:
+        """No request can be answered, until a replica is started for those that wait."""
+        return self.spec.wakes and not self.ready
+
+    @property
+    def state(self) -> str:
+        """`ready`, `asleep` (the next request wakes it) or `starting`."""
+        if self.ready:
+            return "ready"
+        return "asleep" if self.spec.wakes else "starting"
+
+    @property
+    def wake_seconds(self) -> float:
+        return self.spec.wake_seconds
+
+    @property
+    def max_waiting(self) -> int:
+        return self.spec.max_queued
 
     @property
     def active(self) -> int:
-        """Requests in flight from this gateway process."""
-        return sum(replica.clock.active for replica in self.replicas)
+        """Requests in flight from this gateway process, beside those at replicas that are lent to batches."""
+        return sum(replica.clock.active for replica in self.ordinary)
 
     @property
     def decides(self) -> bool:
         """Where a request goes depends on how its replicas do."""
-        return len(self.replicas) > 1 or self.spec.overflow
+        return len(self.ordinary) > 1 or self.spec.overflow
 
     @property
     def straight(self) -> Replica | None:
-        """The one replica that all requests of this model go to while it is well: nothing has to be decided."""
-        replica = self.replicas[0]
+        """The one replica that people's requests go to while it is well: nothing has to be decided."""
         spec = self.spec
-        if self.decides or spec.split or not replica.spec.ready:
+        if len(self.ordinary) != 1 or spec.overflow or spec.split:
+            return None
+        replica = self.ordinary[0]
+        if not replica.spec.ready:
             return None
         return replica if replica.breaker.calm else None
 
     def pick(self) -> Replica:
         """A ready replica with the fewest requests in flight, for small work beside the requests. Raises NoReplica."""
-        ready = [replica for replica in self.replicas if replica.spec.ready]
+        ready = [replica for replica in self.ordinary if replica.spec.ready]
         if not ready:
             raise self.no_replica(0.0)
         return min(ready, key=lambda replica: replica.clock.active)
 
     def no_replica(self, now: float) -> NoReplica:
         """The error when nothing is left, with the time until something may be."""
-        starting = not self.ready and self.spec.engine == "llamacpp"
+        starting = not self.ready and self.spec.engine in CONTROLS
         what = "is starting" if starting else "cannot be reached now"
-        waits = [replica.breaker.opens_in(now) for replica in self.replicas if replica.spec.ready]
+        waits = [replica.breaker.opens_in(now) for replica in self.ordinary if replica.spec.ready]
         return NoReplica(f"The model {self.spec.name!r} {what}.", retry_after_s=max(1, round(min(waits, default=1.0))))
 
     def update(self, spec: ModelSpec, loop: asyncio.AbstractEventLoop) -> None:
@@ -130,16 +185,18 @@ class Route:
             gone.pool.close_idle()
             gone.share(None, 0)
         self.spec = spec
-        self.replicas = replicas
+        self.gauge.aim(spec.objective)
+        self._take(replicas)
 
 
 class Routes:
     """All models of this gateway process."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, board: Board | None = None) -> None:
-        """With a `board` the gateway processes of a machine share what they know of replicas."""
+    def __init__(self, loop: asyncio.AbstractEventLoop, board: Board | None = None, processes: int = 1) -> None:
+        """With a `board` the gateway processes of a machine (`processes`) share what they know of replicas."""
         self.loop = loop
         self._board = board
+        self.waking = Waking(loop, processes)
         self._by_board_id: dict[int, Replica] = {}
         self.by_name: dict[str, Route] = {}
         """By the model's own name."""
@@ -164,6 +221,7 @@ class Routes:
             self._by_board_id = {replica.board_id: replica for replica in replicas}
         aliases = {alias: route for route in routes.values() for alias in route.spec.aliases}
         self._by_any_name = aliases | routes
+        self.waking.update(routes)
 
     @property
     def names(self) -> Collection[str]:
@@ -188,6 +246,21 @@ class Routes:
         replica = self._by_board_id.get(board_id)
         if replica is not None:
             replica.prefix.note(keys)
+
+    def take_load(self) -> Load:
+        """What is in flight now, and what was seen since the last time."""
+        replicas: dict[str, ReplicaUse] = {}
+        seen: dict[str, ModelSeen] = {}
+        for name, route in self.by_name.items():
+            of_model = route.gauge.take()
+            if of_model is not None:
+                seen[name] = of_model
+            for replica in route.replicas:
+                active, done = replica.clock.active, replica.done
+                if active or done:
+                    replicas[replica.spec.name] = ReplicaUse(active - replica.filler, replica.filler, done)
+                    replica.done = 0
+        return Load(replicas, seen)
 
     def sweep(self, now: float) -> None:
         self.hear()

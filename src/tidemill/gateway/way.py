@@ -6,13 +6,14 @@ The order is the split's arm, the model itself, its fallbacks; a model that woul
 
 from tidemill.engines.capabilities import refusal
 from tidemill.engines.sse import BYTES_PER_TOKEN
+from tidemill.gateway.gauge import Gauge
 from tidemill.gateway.http import Exchange
 from tidemill.gateway.prefix import Keys, matched_bytes, prompt_keys
 from tidemill.gateway.replica import Leg, Replica, spread_key
 from tidemill.gateway.requests import ModelRequest
 from tidemill.gateway.routing import Route, Routes
 from tidemill.gateway.snapshot import PricePoint, Principal
-from tidemill.ledger.pricing import covers
+from tidemill.ledger.pricing import Tier, covers
 from tidemill.tides.routing import ReplicaView, Standing, arm, choose, home
 
 MAX_SESSION_BYTES = 512
@@ -29,6 +30,7 @@ class Way:
     __slots__ = (
         "_asked",
         "_exchange",
+        "_filler",
         "_keys",
         "_price",
         "_principal",
@@ -37,6 +39,7 @@ class Way:
         "_routes",
         "_tried",
         "route",
+        "waited_us",
     )
 
     def __init__(
@@ -55,15 +58,30 @@ class Way:
         self._principal = principal
         self._price = price
         self._exchange = exchange
+        self._filler = principal.tier is Tier.BATCH
+        if self._filler:
+            request.ask.filler = True
+        self.waited_us = 0
+        """What it has waited for a replica to be started."""
         self._prompt = request.body_bytes // BYTES_PER_TOKEN
         self._keys: Keys | None = None
         self._tried: list[Replica] = []
 
     @property
+    def asked(self) -> Route:
+        """The model that was asked for."""
+        return self._asked
+
+    @property
     def branches(self) -> bool:
         """There may be another place to go to than that of the first leg."""
         spec = self._asked.spec
-        return bool(len(self._asked.replicas) > 1 or spec.fallbacks or spec.split)
+        return bool(len(self._asked.ordinary) > 1 or spec.fallbacks or spec.split)
+
+    @property
+    def gauge(self) -> Gauge | None:
+        """Where it counts as demand; None for a batch's line, which is none."""
+        return None if self._filler else self._asked.gauge
 
     @property
     def detours(self) -> bool:
@@ -73,14 +91,22 @@ class Way:
     def first(self) -> Leg:
         """The leg to begin with. Raises NoReplica."""
         replica = self._asked.straight
-        if replica is not None:
+        if replica is not None and not (self._filler and self._asked.batch_only):
             self.route = self._asked
-            return Leg(replica, self._prompt)
+            return Leg(replica, self._prompt, filler=self._filler)
         now = self._routes.loop.time()
         leg = self._choose(_WITH_OVERFLOW if self._asked.spec.overflow else _WITH_QUEUE, now)
         if leg is None:
             raise self._asked.no_replica(now)
         return leg
+
+    async def woken(self) -> bool:
+        """Wait for a replica of the model to be started; False when the client has left meanwhile. Raises."""
+        began = self._routes.loop.time()
+        try:
+            return await self._routes.waking.woken(self._asked, self._exchange)
+        finally:
+            self.waited_us = round((self._routes.loop.time() - began) * 1e6)
 
     def another(self, failed: Replica) -> Leg | None:
         """A leg on a replica that was not tried and is well, or None. `route` is then that of the new leg."""
@@ -130,12 +156,14 @@ class Way:
 
     def _choose_replica(self, route: Route, worst: Standing, now: float) -> Leg | None:
         slots = route.spec.slots
-        replicas = route.replicas
+        replicas = route.open_to(self._filler)
+        if not replicas:
+            return None
         if len(replicas) == 1:
             (replica,) = replicas
             if replica in self._tried or replica.standing(now, slots, replica.load()[1]) > worst:
                 return None
-            return Leg(replica, self._prompt)
+            return Leg(replica, self._prompt, filler=self._filler)
         loads = [each.load() for each in replicas]
         standings = [
             Standing.DOWN if each in self._tried else each.standing(now, slots, active)
@@ -161,7 +189,9 @@ class Way:
             for index, each in enumerate(replicas)
         ]
         chosen = choose(views, self._prompt, worst=worst)
-        return None if chosen is None else Leg(replicas[chosen], self._prompt, views[chosen].cached, keys)
+        if chosen is None:
+            return None
+        return Leg(replicas[chosen], self._prompt, views[chosen].cached, keys, filler=self._filler)
 
     def _session(self) -> int | None:
         """What the client says belongs together, within its tenant: requests that share a session share a home."""

@@ -2,7 +2,8 @@
 
 A line is one kind of token of one model at one price version. Its amount is the sum of that component of its
 records, each of which was rounded once when it was rated; nothing is rounded again until the total, which is
-rounded to what the currency can be paid in, on a line of its own. `invoice_text` prints it.
+rounded to what the currency can be paid in, on a line of its own. Device time of jobs and reservations has lines of
+its own, by kind of device, tier and price version (`ledger.devices`). `invoice_text` prints it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,6 +12,7 @@ from enum import StrEnum
 
 import msgspec
 
+from tidemill.ledger.devices import DevicePrice, DeviceSum, DeviceTier, seconds_text, sum_devices
 from tidemill.ledger.errors import LedgerError
 from tidemill.ledger.money import Nanos, check_currency, format_amount, minor_digits, round_to_minor
 from tidemill.ledger.period import Period
@@ -57,6 +59,7 @@ class MonthUsage(msgspec.Struct, frozen=True):
     requests: int
     uncollected: Nanos
     sums: tuple[LineSum, ...]
+    devices: tuple[DeviceSum, ...] = ()
 
 
 class InvoiceLine(msgspec.Struct, frozen=True):
@@ -73,6 +76,22 @@ class InvoiceLine(msgspec.Struct, frozen=True):
     amount: Nanos
     requests: int
     tier: Tier = Tier.STANDARD
+
+
+class DeviceLine(msgspec.Struct, frozen=True):
+    """Device time of one kind in one tier at one price version: the exact sum of its meters."""
+
+    kind: str
+    tier: DeviceTier
+    price_id: str
+    price_from: datetime
+    """Since when the price version is in force, aware UTC."""
+    device_us: int
+    hour: Nanos
+    """The price of a device and hour."""
+    amount: Nanos
+    meters: int
+    """How many attempts at jobs, or reservations, it is of."""
 
 
 class CreditLine(msgspec.Struct, frozen=True):
@@ -97,12 +116,13 @@ class Invoice(msgspec.Struct, frozen=True, kw_only=True):
     period: Period
     as_of: datetime
     lines: tuple[InvoiceLine, ...]
+    device_lines: tuple[DeviceLine, ...] = ()
     requests: int
     """All requests of the month; a request appears on up to three lines."""
     uncollected: Nanos
     """Usage beyond what was held for it: not charged."""
     subtotal: Nanos
-    """The exact sum of the lines, which is the exact sum of the records' charges."""
+    """The exact sum of all lines, which is the exact sum of the records' and meters' charges."""
     total: Nanos
     """`subtotal` rounded to the currency's minor unit."""
     paid_from_balance: Nanos
@@ -172,12 +192,16 @@ def make_invoice(
     as_of: datetime,
     used_from_balance: Nanos | None = None,
     issuer: str = "",
+    device_prices: Mapping[str, DevicePrice] | None = None,
+    complete: bool = True,
 ) -> Invoice:
-    """Draw up the invoice of a month; a draft when the month is not over at `as_of` (aware UTC).
+    """Draw up the invoice of a month; a draft when the month is not over at `as_of` (aware UTC), or not `complete`, as
+    device time of it is still to be charged.
 
-    `prices` holds, by price_id, every version that the records were rated by. `opening_balance` is the
-    balance at the period's start; `credits` are the credit grants to the tenant within the period.
-    `used_from_balance` is what of the usage the prepaid balance paid: all of it unless said otherwise.
+    `prices` holds, by price_id, every version that the records were rated by, `device_prices` those of device
+    time. `opening_balance` is the balance at the period's start; `credits` are the credit grants to the tenant
+    within the period. `used_from_balance` is what of the usage the prepaid balance paid: all of it unless said
+    otherwise.
     """
     if as_of.utcoffset() is None:
         raise LedgerError(f"as_of {as_of} has no time zone")
@@ -185,13 +209,16 @@ def make_invoice(
         (_line(row, prices, usage.currency) for row in usage.sums if row.tokens or row.amount),
         key=lambda line: (line.model, line.price_from, line.price_id, list(TokenKind).index(line.kind)),
     )
-    subtotal = Nanos(sum(line.amount for line in lines))
+    device_lines = [_device_line(row, device_prices or {}, usage.currency) for row in usage.devices if row.device_us]
+    device_lines.sort(key=lambda line: (line.kind, list(DeviceTier).index(line.tier), line.price_from, line.price_id))
+    device_amount, device_uncollected = sum_devices(usage.devices)
+    subtotal = Nanos(sum(line.amount for line in lines) + device_amount)
     used = subtotal if used_from_balance is None else used_from_balance
     if not 0 <= used <= subtotal:
         raise LedgerError(f"{format_amount(used)} from the balance for usage of {format_amount(subtotal)}")
     return Invoice(
         number=invoice_number(usage.tenant_id, usage.period),
-        status=InvoiceStatus.FINAL if usage.period.is_over(as_of) else InvoiceStatus.DRAFT,
+        status=InvoiceStatus.FINAL if complete and usage.period.is_over(as_of) else InvoiceStatus.DRAFT,
         issuer=issuer,
         tenant_id=usage.tenant_id,
         tenant_name=tenant_name,
@@ -199,8 +226,9 @@ def make_invoice(
         period=usage.period,
         as_of=as_of,
         lines=tuple(lines),
+        device_lines=tuple(device_lines),
         requests=usage.requests,
-        uncollected=usage.uncollected,
+        uncollected=Nanos(usage.uncollected + device_uncollected),
         subtotal=subtotal,
         total=round_to_minor(subtotal, usage.currency),
         # Rounded on its own, so that what is due is in the minor unit too: zero when all was prepaid, never
@@ -260,6 +288,19 @@ def to_json(invoice: Invoice) -> dict[str, object]:
             }
             for line in invoice.lines
         ],
+        "device_lines": [
+            {
+                "kind": line.kind,
+                "tier": line.tier.value,
+                "price_id": line.price_id,
+                "price_from": line.price_from.isoformat(),
+                "device_seconds": seconds_text(line.device_us),
+                "price_per_hour": amount(line.hour),
+                "meters": line.meters,
+                "amount": amount(line.amount),
+            }
+            for line in invoice.device_lines
+        ],
         "subtotal": amount(invoice.subtotal),
         "rounding": amount(invoice.rounding),
         "total": amount(invoice.total),
@@ -310,6 +351,24 @@ def _line(row: LineSum, prices: Mapping[str, PriceVersion], currency: str) -> In
         amount=row.amount,
         requests=row.requests,
         tier=version.tier,
+    )
+
+
+def _device_line(row: DeviceSum, prices: Mapping[str, DevicePrice], currency: str) -> DeviceLine:
+    version = prices.get(row.price_id)
+    if version is None:
+        raise LedgerError(f"the price {row.price_id} of {row.kind} is missing; pass every version that was used")
+    if version.currency != currency:
+        raise LedgerError(f"the price {row.price_id} is in {version.currency}, the invoice in {currency}")
+    return DeviceLine(
+        kind=row.kind,
+        tier=row.tier,
+        price_id=row.price_id,
+        price_from=version.valid_from,
+        device_us=row.device_us,
+        hour=version.hour,
+        amount=row.amount,
+        meters=row.meters,
     )
 
 

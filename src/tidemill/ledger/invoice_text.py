@@ -8,8 +8,9 @@ import shlex
 import unicodedata
 from datetime import datetime
 
-from tidemill.ledger.invoice import CreditLine, Invoice, InvoiceLine, InvoiceStatus, TokenKind
-from tidemill.ledger.money import NANOS_PER_UNIT, format_amount, minor_digits
+from tidemill.ledger.devices import US_PER_HOUR, DeviceTier
+from tidemill.ledger.invoice import CreditLine, DeviceLine, Invoice, InvoiceLine, InvoiceStatus, TokenKind
+from tidemill.ledger.money import NANOS_PER_UNIT, format_amount, minor_digits, round_ratio
 from tidemill.ledger.period import zone_named
 from tidemill.ledger.pricing import Tier
 
@@ -18,6 +19,13 @@ WIDTH = 78
 
 _LABEL = 14
 _KINDS = {TokenKind.INPUT: "input", TokenKind.CACHED_INPUT: "cached input", TokenKind.OUTPUT: "output"}
+
+
+_TIERS = {
+    DeviceTier.STANDARD: "standard",
+    DeviceTier.PREEMPTIBLE: "preemptible",
+    DeviceTier.RESERVED: "reserved",
+}
 
 
 def display_width(text: str) -> int:
@@ -67,10 +75,13 @@ class _Page:
         self.minor = minor_digits(invoice.currency)
         balance = invoice.opening_balance, invoice.closing_balance, invoice.used_from_balance, invoice.granted
         exact = [line.amount for line in invoice.lines] + [*balance, invoice.subtotal, invoice.uncollected]
+        exact += [line.amount for line in invoice.device_lines]
         self.places = max(_decimals(amount, self.minor) for amount in exact)
 
     def lines(self) -> list[str]:
-        return [*self.head(), "", *self.usage(), "", *self.total(), "", *self.balance(), "", *self.notes()]
+        devices = [*self.devices(), ""] if self.invoice.device_lines else []
+        usage = [*self.usage(), ""] if self.invoice.lines or not devices else []
+        return [*self.head(), "", *usage, *devices, *self.total(), "", *self.balance(), "", *self.notes()]
 
     def head(self) -> list[str]:
         invoice = self.invoice
@@ -85,12 +96,37 @@ class _Page:
             *(self.field("From", invoice.issuer) if printable(invoice.issuer).strip() else []),
             *self.field("To", invoice.tenant_name),
             *(self.field("Account", invoice.tenant_id) if invoice.tenant_id != invoice.tenant_name else []),
-            *self.field("For", f"model usage in {period.title}"),
+            *self.field("For", f"{self.subject()} in {period.title}"),
             *self.field("Period", f"{self.when(period.start)} to {self.when(period.end)}, {period.zone}"),
             *self.field("Drawn up", self.when(invoice.as_of)),
             *self.field("Currency", invoice.currency),
             *self.field("Requests", f"{invoice.requests:,}"),
         ]
+
+    def subject(self) -> str:
+        if not self.invoice.device_lines:
+            return "model usage"
+        return "model usage and device time" if self.invoice.lines else "device time"
+
+    def devices(self) -> list[str]:
+        out = [self.row("", "device hours", "rentals", "per hour", "amount"), "-" * WIDTH]
+        above = ""
+        for line in self.invoice.device_lines:
+            what = f"{line.kind}, {_TIERS[line.tier]}, at the price of {self.day(line.price_from)} ({line.price_id})"
+            if what != above:
+                out += ["", *wrap(what, WIDTH)] if above else wrap(what, WIDTH)
+                above = what
+            out += self.device_row(line)
+        return [*out, "-" * WIDTH]
+
+    def device_row(self, line: DeviceLine) -> list[str]:
+        hours = f"{round_ratio(line.device_us * 10_000, US_PER_HOUR) / 10_000:,.4f}"
+        price = format_amount(line.hour, places=self.minor, grouped=True)
+        amount = self.exact(line.amount)
+        row = self.row("  device time", hours, f"{line.meters:,}", price, amount)
+        if len(row) <= WIDTH:
+            return [row]
+        return [self.row("  device time", hours, f"{line.meters:,}", "", ""), f"{price}  {amount}".rjust(WIDTH)]
 
     def usage(self) -> list[str]:
         out = [self.row("", "tokens", "requests", "per million", "amount"), "-" * WIDTH]
@@ -132,7 +168,7 @@ class _Page:
     def balance(self) -> list[str]:
         invoice = self.invoice
         draft = invoice.status is InvoiceStatus.DRAFT
-        closing = f"Balance at {self.when(invoice.as_of)}" if draft else f"Balance at {self.when(invoice.period.end)}"
+        closing = f"Balance at {self.when(min(invoice.as_of, invoice.period.end) if draft else invoice.period.end)}"
         return [
             f"Prepaid balance, {invoice.currency}",
             "-" * WIDTH,
@@ -152,18 +188,29 @@ class _Page:
         invoice = self.invoice
         notes = []
         if invoice.status is InvoiceStatus.DRAFT:
-            notes.append("This is a draft: the period is not over and the figures will change.")
+            why = "the period is not over and the figures will change"
+            if invoice.period.is_over(invoice.as_of):
+                why = "device time of the period is still being counted, and the figures may change"
+            notes.append(f"This is a draft: {why}.")
         if invoice.uncollected:
             notes.append(
                 f"Usage worth {format_amount(invoice.uncollected, places=self.minor)} {invoice.currency}"
                 " went beyond what was held for it and is not charged: its tokens are in the lines,"
                 " its price is not."
             )
-        notes.append(
-            f"Each request is priced on its own, to 0.000000001 {invoice.currency}, and each line is the"
-            " exact sum of its requests, so that tokens times price may differ in the last decimals."
-            " The requests behind the lines:"
-        )
+        if invoice.device_lines:
+            notes.append(
+                "Device time is counted to the microsecond, and each line is the exact sum of its rentals: attempts at"
+                " jobs, and reservations."
+            )
+        if invoice.lines or not invoice.device_lines:
+            notes.append(
+                f"Each request is priced on its own, to 0.000000001 {invoice.currency}, and each line is the"
+                " exact sum of its requests, so that tokens times price may differ in the last decimals."
+                " The requests behind the lines:"
+            )
+        else:
+            notes.append("The rentals behind the lines:")
         command = f"tidemill usage --tenant {shlex.quote(printable(invoice.tenant_name))}"
         command += f" --month {invoice.period.month} --records"
         return [

@@ -5,7 +5,8 @@ negative when it *debits* it; an account's balance is the sum of its entries. So
 say them:
 
     tenant:<id>      liability   what the operator still owes the tenant in service: the prepaid balance, >= 0
-    revenue:usage    income      what has been earned: >= 0
+    revenue:usage    income      what has been earned with requests: >= 0
+    revenue:devices  income      what has been earned with device time of jobs and reservations: >= 0
     funding:credit   clearing    what was granted against money received or as a gift: <= 0
 
 A grant of 100 is `funding:credit -100, tenant:a +100`; usage worth 3 is `tenant:a -3, revenue:usage +3`. All
@@ -23,13 +24,14 @@ import msgspec
 
 from tidemill.ledger.errors import LedgerError
 from tidemill.ledger.money import MAX_NANOS, ZERO, Nanos, check_currency, format_amount
-from tidemill.ledger.period import period_of
+from tidemill.ledger.period import Period, period_of
 from tidemill.ledger.usage import UsageRecord
 
 Account = NewType("Account", str)
 """An account's name: a class, a colon, and what it is of."""
 
 REVENUE_USAGE = Account("revenue:usage")
+REVENUE_DEVICES = Account("revenue:devices")
 FUNDING_CREDIT = Account("funding:credit")
 
 MAX_ACCOUNT = 128
@@ -50,6 +52,7 @@ class TransactionKind(StrEnum):
 
     CREDIT_GRANT = "credit_grant"
     USAGE_CHARGE = "usage_charge"
+    DEVICE_CHARGE = "device_charge"
 
 
 def tenant_account(tenant_id: str) -> Account:
@@ -175,6 +178,25 @@ def usage_charge(transaction_id: str, records: Iterable[UsageRecord], *, memo: s
     )
 
 
+def device_charge(
+    transaction_id: str, *, tenant_id: str, currency: str, amount: Nanos, at: datetime, memo: str = ""
+) -> Transaction:
+    """Charge a tenant `amount` (more than zero) for device time that ended at `at`."""
+    if amount <= 0:
+        raise PostingError(f"a device charge of {format_amount(amount)} is not possible; leave it out")
+    return Transaction(
+        transaction_id=transaction_id,
+        kind=TransactionKind.DEVICE_CHARGE,
+        currency=currency,
+        at=at,
+        memo=memo,
+        entries=(
+            Entry(tenant_account(tenant_id), Nanos(-amount)),
+            Entry(REVENUE_DEVICES, amount),
+        ),
+    )
+
+
 class BatchKey(NamedTuple):
     """What the records of one usage charge have in common."""
 
@@ -186,9 +208,16 @@ class BatchKey(NamedTuple):
 def charge_batches(records: Iterable[UsageRecord], zone: str) -> dict[BatchKey, list[UsageRecord]]:
     """Sort records into batches for one `usage_charge` each: by tenant, currency and billing month."""
     batches: dict[BatchKey, list[UsageRecord]] = {}
+    period: Period | None = None
     for record in records:
-        month = period_of(record.finished_at, zone).month
-        batches.setdefault(BatchKey(record.tenant_id, record.currency, month), []).append(record)
+        if period is None or not period.start <= record.finished_at < period.end:
+            period = period_of(record.finished_at, zone)
+        key = BatchKey(record.tenant_id, record.currency, period.month)
+        batch = batches.get(key)
+        if batch is None:
+            batches[key] = [record]
+        else:
+            batch.append(record)
     return batches
 
 

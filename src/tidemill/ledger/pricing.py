@@ -33,7 +33,7 @@ class Tier(StrEnum):
     """The lines of batches, which wait for free capacity."""
 
 
-class Price(msgspec.Struct, frozen=True):
+class Price(msgspec.Struct, frozen=True, gc=False):
     """Nanos of a currency per million tokens, by kind of token."""
 
     input: int
@@ -77,7 +77,7 @@ class PriceVersion(msgspec.Struct, frozen=True):
             raise LedgerError(f"price {self.price_id}: valid_from {self.valid_from} has no time zone")
 
 
-class Charge(msgspec.Struct, frozen=True):
+class Charge(msgspec.Struct, frozen=True, gc=False):
     """The price of one request, by kind of token. Each component is rounded once, their sum never."""
 
     input: Nanos
@@ -101,6 +101,13 @@ def rate(usage: TokenUsage, price: Price) -> Charge:
         input=Nanos(round_ratio(usage.uncached * price.input, TOKENS_PER_PRICE)),
         cached=Nanos(round_ratio(usage.cached * price.cached_input, TOKENS_PER_PRICE)),
         output=Nanos(round_ratio(usage.completion * price.output, TOKENS_PER_PRICE)),
+    )
+
+
+def cost_of(*, uncached: int, cached: int, completion: int, cost: Price) -> Nanos:
+    """What sums of tokens have cost, of any size; rounded once."""
+    return Nanos(
+        round_ratio(uncached * cost.input + cached * cost.cached_input + completion * cost.output, TOKENS_PER_PRICE)
     )
 
 

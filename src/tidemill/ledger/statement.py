@@ -5,6 +5,7 @@ from datetime import datetime
 
 import msgspec
 
+from tidemill.ledger.devices import DeviceSum, seconds_text, sum_devices
 from tidemill.ledger.errors import LedgerError
 from tidemill.ledger.money import ZERO, Nanos, check_currency, format_amount
 from tidemill.ledger.period import Period
@@ -32,7 +33,7 @@ class UsageTotals(msgspec.Struct, frozen=True):
 
 
 class UsageStatement(msgspec.Struct, frozen=True):
-    """One tenant's usage, in one currency. `totals` is the sum of `by_model`."""
+    """One tenant's usage, in one currency. `totals` is the sum of `by_model`, without device time."""
 
     tenant_id: str
     currency: str
@@ -41,6 +42,13 @@ class UsageStatement(msgspec.Struct, frozen=True):
     totals: UsageTotals
     by_model: dict[str, UsageTotals]
     """In order of the models' names."""
+    devices: tuple[DeviceSum, ...] = ()
+    """Device time of jobs and reservations."""
+
+    @property
+    def charge(self) -> Nanos:
+        """What all of it cost."""
+        return Nanos(self.totals.charge + sum_devices(self.devices)[0])
 
 
 def check_record(record: UsageRecord, *, tenant_id: str, currency: str, period: Period | None) -> None:
@@ -77,7 +85,12 @@ def usage_statement(
 
 
 def statement_of_rows(
-    rows: Iterable[tuple[str, UsageTotals]], *, tenant_id: str, currency: str, period: Period | None = None
+    rows: Iterable[tuple[str, UsageTotals]],
+    *,
+    tenant_id: str,
+    currency: str,
+    period: Period | None = None,
+    devices: Iterable[DeviceSum] = (),
 ) -> UsageStatement:
     """The same from sums that a database has made: (model, totals); a model may come in several rows."""
     check_currency(currency)
@@ -90,6 +103,7 @@ def statement_of_rows(
         period=period,
         totals=sum(by_model.values(), UsageTotals()),
         by_model=dict(sorted(by_model.items())),
+        devices=tuple(devices),
     )
 
 
@@ -111,7 +125,20 @@ def to_json(statement: UsageStatement) -> dict[str, object]:
         "currency": statement.currency,
         "month": statement.period.month if statement.period else None,
         **totals_to_json(statement.totals),
+        "charge": format_amount(statement.charge),
         "models": {model: totals_to_json(totals) for model, totals in statement.by_model.items()},
+        "devices": [
+            {
+                "kind": row.kind,
+                "tier": row.tier.value,
+                "price_id": row.price_id,
+                "device_seconds": seconds_text(row.device_us),
+                "meters": row.meters,
+                "charge": format_amount(row.amount),
+                "uncollected": format_amount(row.uncollected),
+            }
+            for row in statement.devices
+        ],
     }
 
 

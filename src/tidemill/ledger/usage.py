@@ -12,7 +12,7 @@ MAX_TOKENS = 2**28
 bounds a charge to 64 bits."""
 
 
-class TokenUsage(msgspec.Struct, frozen=True):
+class TokenUsage(msgspec.Struct, frozen=True, gc=False):
     """Token counts of one request, in OpenAI's convention.
 
     `prompt` includes `cached` (prompt tokens that the engine found in its prefix cache); `completion`
@@ -68,7 +68,7 @@ LINE_PREFIX = "batch_"
 """How the request ids of batches' lines begin. All attempts at a line have the same id."""
 
 
-class UsageRecord(msgspec.Struct, frozen=True, kw_only=True):
+class UsageRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The one record of one request: who, what, how much, at which price, and how it ended."""
 
     request_id: str

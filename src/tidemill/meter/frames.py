@@ -24,7 +24,7 @@ Position = tuple[int, int]
 """(segment number, byte offset within it): where the next frame begins."""
 
 
-class ReadFrame(msgspec.Struct, frozen=True):
+class ReadFrame(msgspec.Struct, frozen=True, gc=False):
     """One intact frame and the position behind it."""
 
     payload: bytes

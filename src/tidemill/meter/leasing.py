@@ -36,7 +36,17 @@ STORE_PATIENCE_S = 3.0
 class Purse:
     """A wallet and the state of its refilling."""
 
-    __slots__ = ("asked_at", "dry_until", "failure", "idle_since", "last_grant", "refill", "wallet")
+    __slots__ = (
+        "asked_at",
+        "dry_until",
+        "failure",
+        "idle_since",
+        "last_grant",
+        "let_go",
+        "low_until",
+        "refill",
+        "wallet",
+    )
 
     def __init__(self, now: float) -> None:
         self.wallet = Wallet()
@@ -45,6 +55,10 @@ class Purse:
         self.dry_until = 0.0
         self.failure: Unavailable | None = None
         self.last_grant = 0
+        self.low_until = 0.0
+        """Until then it is not refilled in the background."""
+        self.let_go = 0
+        """Nanos that it has given back as too little, and may have again."""
         self.idle_since = now
 
 
@@ -64,6 +78,8 @@ class Leasing:
         self._executor = executor
         self._clock = clock
         self._purses: dict[PurseId, Purse] = {}
+        self.shortages = 0
+        """Holds that found too little at hand, and asked the store for more."""
 
     def purse(self, purse_id: PurseId) -> Purse:
         """The purse of a tenant or budget, made empty at its first use."""
@@ -78,8 +94,8 @@ class Leasing:
         if not purse.wallet.hold(amount):
             return False
         low = purse.wallet.available < purse.last_grant * LOW_WATER
-        if low and purse.refill is None and self._clock() >= purse.dry_until:
-            self._start_refill(purse_id, purse, purse.last_grant)
+        if low and purse.refill is None and self._clock() >= max(purse.dry_until, purse.low_until):
+            self._start_refill(purse_id, purse, purse.last_grant, need=0)  # a slice: others need some, too
         return True
 
     async def hold(self, purse_id: PurseId, amount: int) -> bool:
@@ -88,6 +104,8 @@ class Leasing:
         Raises Unavailable when the wallet is empty and the store does not answer in time.
         """
         purse = self.purse(purse_id)
+        if purse.wallet.available < amount:
+            self.shortages += 1
         while not purse.wallet.hold(amount):
             if purse.refill is None:
                 if self._clock() < purse.dry_until:
@@ -139,6 +157,22 @@ class Leasing:
         for purse_id in purse_ids:
             self.settle(purse_id, hold, charge)
 
+    def let_go(self, purse_id: PurseId) -> None:
+        """A request was refused: give back, in the background, what is at hand, which is too little for it.
+
+        Else processes that each have a little of a tenant's money would all refuse what together they could pay for.
+        """
+        purse = self.purse(purse_id)
+        if not purse.wallet.holds and purse.wallet.available and purse.refill is None:
+            purse.let_go = purse.wallet.available
+            purse.dry_until = self._clock() + DRY_FOR_S  # others shall have it first
+            purse.refill = asyncio.create_task(self._give_back(purse_id, purse))
+
+    def free(self, purse_id: PurseId) -> int:
+        """What this process has, or has just had, of a purse."""
+        purse = self.purse(purse_id)
+        return purse.wallet.available + purse.let_go
+
     def refresh(self) -> None:
         """Forget refusals: a balance may have risen."""
         for purse in self._purses.values():
@@ -152,28 +186,41 @@ class Leasing:
             idle = wallet.holds == 0 and now - purse.idle_since > IDLE_FOR_S
             if purse.refill is not None or not (idle or all_of_it):
                 continue
-            surplus = wallet.take_back()
-            if surplus:
-                purse.last_grant = 0
-                try:
-                    await self._in_thread(return_lease_in, purse_id, surplus)
-                except Unavailable:
-                    wallet.grant(surplus)  # still ours as far as the store knows
+            await self._take_back(purse_id, purse)
             if isinstance(purse_id, BudgetPeriod) and not (wallet.holds or wallet.available or purse.refill):
                 del self._purses[purse_id]  # its day may be over; what was spent of it, the store learns from the log
 
-    def _start_refill(self, purse_id: PurseId, purse: Purse, missing: int) -> None:
-        purse.asked_at = self._clock()
-        purse.refill = asyncio.create_task(self._refill(purse_id, purse, missing))
-
-    async def _refill(self, purse_id: PurseId, purse: Purse, missing: int) -> None:
+    async def _give_back(self, purse_id: PurseId, purse: Purse) -> None:
         try:
-            granted = await self._in_thread(extend_lease_in, purse_id, missing)
+            await self._take_back(purse_id, purse)
+        finally:
+            purse.refill = None
+
+    async def _take_back(self, purse_id: PurseId, purse: Purse) -> None:
+        surplus = purse.wallet.take_back()
+        if surplus:
+            purse.last_grant = 0
+            try:
+                await self._in_thread(return_lease_in, purse_id, surplus)
+            except Unavailable:
+                purse.wallet.grant(surplus)  # still ours as far as the store knows
+
+    def _start_refill(self, purse_id: PurseId, purse: Purse, missing: int, *, need: int | None = None) -> None:
+        """Ask the store for `missing` nanos, of which `need` (all, unless said) must not be less."""
+        purse.asked_at = self._clock()
+        purse.refill = asyncio.create_task(self._refill(purse_id, purse, missing, missing if need is None else need))
+
+    async def _refill(self, purse_id: PurseId, purse: Purse, missing: int, need: int) -> None:
+        try:
+            granted = await self._in_thread(extend_lease_in, purse_id, need)
             if granted:
                 purse.wallet.grant(granted)
                 purse.last_grant = granted
-            if granted < missing:
+            purse.let_go = 0
+            if granted < need:
                 purse.dry_until = self._clock() + DRY_FOR_S
+            elif granted < missing:
+                purse.low_until = self._clock() + DRY_FOR_S
             purse.failure = None
         except Unavailable as failure:
             purse.failure = failure

@@ -28,6 +28,10 @@ _COUNTS_AT = 16
 _BODY_AT = 64
 LONGEST_US = 10 * 24 * 3600 * 1_000_000
 """A first token later than ten days after its request was not the engine's."""
+_PADDING = bytes(_BODY_AT - _COUNTS_AT - _COUNTS.size)
+_SLOT_WORDS = SLOT_BYTES // 8
+_COMPLETION_WORD = _COUNTS_AT // 8 + 2
+"""Of the words of a slot, the one that holds the completion tokens (native order, which is little endian here)."""
 _FREE = bytes(_STATE.size)
 MAX_OPENED = 832
 """Bytes of an opened record at the most; with its outcome it must fit into what the log reserves for it."""
@@ -60,6 +64,7 @@ class LiveTable:
             # A store into a hole of a sparse file on a full disk would kill the process with SIGBUS.
             os.posix_fallocate(fd, 0, slots * SLOT_BYTES)
             self._map = mmap.mmap(fd, slots * SLOT_BYTES)
+            self._words = memoryview(self._map).cast("Q")
         finally:
             os.close(fd)
         self._free = list(range(slots - 1, -1, -1))
@@ -78,8 +83,8 @@ class LiveTable:
             raise ValueError(f"an opened record has at most {MAX_OPENED} bytes, got {len(body)}")
         slot = self._free.pop()
         base = slot * SLOT_BYTES
-        self._map[base + _BODY_AT : base + _BODY_AT + len(body)] = body
-        self.count(slot, 0, 0, 0, 0, hold, False)
+        counts = _COUNTS.pack(0, 0, 0, 0, hold, 0)
+        self._map[base + _COUNTS_AT : base + _BODY_AT + len(body)] = counts + _PADDING + body
         self._map[base : base + _STATE.size] = _STATE.pack(1, len(body), zlib.crc32(body))  # last: now it counts
         return slot
 
@@ -92,6 +97,11 @@ class LiveTable:
         # zeros. A kill within the copy leaves each figure either as it was or as it is.
         self._map[at : at + _COUNTS.size] = _COUNTS.pack(prompt, cached, completion, first_token_us, hold, estimated)
 
+    def count_completion(self, slot: int, completion: int) -> None:
+        """Note the completion tokens that have passed so far, and nothing else, as nothing else has changed."""
+        # One aligned word: a kill leaves it either as it was or as it is.
+        self._words[slot * _SLOT_WORDS + _COMPLETION_WORD] = completion
+
     def close_slot(self, slot: int) -> None:
         """Free a slot, once its record is on disk (or when nothing was dispatched)."""
         base = slot * SLOT_BYTES
@@ -103,6 +113,7 @@ class LiveTable:
         self._map.flush()
 
     def close(self) -> None:
+        self._words.release()
         self._map.close()
 
 

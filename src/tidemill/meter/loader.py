@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,6 +60,13 @@ class Loader:
         self._meter_dir = meter_dir
         self._zone = zone
         self._positions: dict[str, Position] = {}
+        self.read: dict[str, int] = {}
+        """Records taken from the log of each gateway process that is alive, or not finished yet."""
+        self.stored = 0
+        """Records stored since the start, `recovered` among them."""
+        self.recovered = 0
+        self.complete_at = time.monotonic()
+        """On the monotonic clock: all that was settled by then is in the store."""
 
     def drain(self) -> Drained:
         """Store everything that is settled by now; finish and remove the logs of processes that are gone.
@@ -66,6 +74,7 @@ class Loader:
         Raises Unavailable when the store does not answer; nothing is lost then, and the next call goes on. A log that
         cannot be loaded stays as it is and does not hold up the others; its error is raised at the end.
         """
+        began = time.monotonic()
         records = recovered = closed = 0
         failure: Exception | None = None
         for directory in sorted(path for path in self._meter_dir.iterdir() if path.is_dir()):
@@ -74,7 +83,10 @@ class Loader:
                 with _owned(directory) as gone:
                     records += self._drain_log(directory)
                     if gone:
-                        recovered += self._finish(directory)
+                        finished = self._finish(directory)
+                        self.stored += finished
+                        self.recovered += finished
+                        recovered += finished
                         closed += 1
             except Unavailable:
                 raise
@@ -83,6 +95,7 @@ class Loader:
                 failure = failure or error
         if failure is not None:
             raise failure
+        self.complete_at = began
         return Drained(records + recovered, recovered, closed)
 
     def release_strays(self) -> int:
@@ -133,6 +146,8 @@ class Loader:
             fresh = self._store_and_charge(connection, worker_id, batch)
             _move_position(connection, worker_id, position)
         self._positions[worker_id] = position
+        self.read[worker_id] = self.read.get(worker_id, 0) + len(batch)
+        self.stored += fresh
         return fresh
 
     def _store_and_charge(self, connection: Connection, worker_id: str, batch: list[UsageRecord]) -> int:
@@ -159,6 +174,7 @@ class Loader:
             release_worker(connection, worker_id)
             connection.execute(delete(log_positions).where(log_positions.c.worker_id == worker_id))
         self._positions.pop(worker_id, None)
+        self.read.pop(worker_id, None)
         shutil.rmtree(directory)
         return recovered
 

@@ -7,17 +7,28 @@ fdatasync, so that one commit serves every request of that moment, and a slow di
 import asyncio
 import errno
 import os
+import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+import structlog
+
 from tidemill.errors import Unavailable
 from tidemill.meter.frames import END_OF_SEGMENT, HEADER, SEGMENT_BYTES, allocate_segment, frame, segment_numbers
+from tidemill.meter.histogram import Histogram, milliseconds
+
+log = structlog.get_logger()
 
 RECORD_RESERVE = 1024
 """Bytes kept free in the segments for each open request: what its settlement will need at the most."""
+
+COMMIT_BOUNDS = milliseconds(0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000)
+
+PACE_S = 0.001
+"""While records come in numbers, one commit begins this long after the last: it serves all that came meanwhile. A
+record that comes alone is committed at once."""
 
 SEGMENT_RETRY_S = 1.0
 """How long a disk without room for another segment is left alone."""
@@ -31,6 +42,12 @@ class LogFull(Unavailable):
 
 class NoSegment(OSError):
     """There is no next segment to write to. Nothing was written; it may go on once the disk has room."""
+
+
+Durable = Callable[[OSError | None], None]
+"""Called in the event loop once a record is on disk (None), or cannot be written."""
+
+Batch = list[tuple[bytes, Durable]]
 
 
 class UsageLog:
@@ -55,32 +72,45 @@ class UsageLog:
         self._offset = 0
         self._retry_at = 0.0
         self._reserved = 0
-        # A deque, as the two threads must never hold different ideas of which list an append has gone to.
-        self._pending: deque[tuple[bytes, asyncio.Future[None]]] = deque()
-        self._wake = threading.Semaphore(0)
-        self._thread_waits = True
-        self._closing = False
+        self._pending: Batch = []
+        self._due = False
+        """It is decided when what has gathered is handed to the thread."""
+        self._out = False
+        """The thread is at work on a batch."""
+        self._last = float("-inf")
+        self._crowd = 0
+        """Records of the last batch."""
+        self._batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self.commits = 0
         self.records = 0
+        self.commit_times = Histogram(COMMIT_BOUNDS)
         self.failure: OSError | None = None
         """The error after which this log takes nothing more."""
         self.on_commit: Callable[[], None] | None = None
         self._thread = threading.Thread(target=self._run, name="usage-log", daemon=True)
         self._thread.start()
 
-    def reserve(self) -> None:
-        """Promise room for one settlement. Raises LogFull when the disk has none left for it, or has failed."""
+    def refusal(self) -> LogFull | None:
+        """Why no further request can be metered now; None as long as one can."""
         if self.failure is not None:
-            raise LogFull(
+            return LogFull(
                 f"The usage log of the gateway cannot be written ({self.failure.strerror}), and what cannot be metered"
                 " is not accepted.",
                 hint="Try again in a moment; the gateway is being started anew.",
             )
         if self._reserved >= self._room():
-            raise LogFull(
+            return LogFull(
                 "The disk of the gateway is full, and what cannot be metered is not accepted.",
                 hint="Try again later; the operator must free disk space under the data directory.",
             )
+        return None
+
+    def reserve(self) -> None:
+        """Promise room for one settlement. Raises LogFull when the disk has none left for it, or has failed."""
+        if self.failure is not None or self._reserved >= self._room():
+            refusal = self.refusal()
+            if refusal is not None:
+                raise refusal
         self._reserved += 1
 
     def release(self) -> None:
@@ -90,16 +120,47 @@ class UsageLog:
     def append(self, payload: bytes) -> "asyncio.Future[None]":
         """Settle one reservation: the returned future is done when `payload` is on disk."""
         future: asyncio.Future[None] = self._loop.create_future()
-        self._pending.append((frame(payload), future))
-        if self._thread_waits:
-            self._thread_waits = False
-            self._wake.release()
+
+        def durable(failure: OSError | None) -> None:
+            if future.cancelled():
+                return
+            if failure is None:
+                future.set_result(None)
+            else:
+                future.set_exception(failure)
+
+        self.append_then(payload, durable)
         return future
+
+    def append_then(self, payload: bytes, durable: Durable) -> None:
+        """Settle one reservation; `durable` is called when that is decided."""
+        self._pending.append((frame(payload), durable))
+        if not self._due and not self._out:
+            self._hand_over_in_time()
+
+    def _hand_over_in_time(self) -> None:
+        """Hand over what has gathered: at once, or in a moment if records come in numbers."""
+        early = self._last + PACE_S - self._loop.time()
+        if early > 0.0 and self._crowd > 1:
+            self._due = True
+            self._loop.call_later(early, self._hand_over)
+        else:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Give the thread what has gathered. It has nothing else to write."""
+        self._due, self._out = False, True
+        self._last = self._loop.time()
+        batch, self._pending = self._pending, []
+        self._crowd = len(batch)
+        self._batches.put(batch)
 
     def close(self) -> None:
         """Write what is pending and stop. Call from the loop's thread, after the last append was awaited."""
-        self._closing = True
-        self._wake.release()
+        if self._pending:
+            self._batches.put(self._pending)
+            self._pending = []
+        self._batches.put(None)
         self._thread.join()
         os.close(self._fd)
         if self._next_fd is not None:
@@ -114,23 +175,24 @@ class UsageLog:
 
     def _run(self) -> None:
         while True:
-            self._wake.acquire(timeout=None if self._next_fd is not None else SEGMENT_RETRY_S)
-            while self._pending:
-                self._commit([self._pending.popleft() for _ in range(len(self._pending))])
-                self._keep_ready()  # also when there is no pause between commits
-            self._thread_waits = True
-            if self._pending:  # appended between the check and the flag
-                self._thread_waits = False
-                self._wake.release()
-            elif self._closing:
+            try:
+                batch = self._batches.get(timeout=None if self._next_fd is not None else SEGMENT_RETRY_S)
+            except queue.Empty:
+                batch = []
+            if batch is None:
                 return
+            if batch:
+                self._commit(batch)
+                batch = []  # the loop's thread, which made what hangs on it, frees it too
             self._keep_ready()
 
-    def _commit(self, batch: list[tuple[bytes, "asyncio.Future[None]"]]) -> None:
+    def _commit(self, batch: Batch) -> None:
         failure: OSError | None = self.failure
         if failure is None:
             try:
+                began = time.monotonic_ns()
                 self._write([data for data, _ in batch])
+                self.commit_times.note((time.monotonic_ns() - began) // 1000)
             except NoSegment as error:
                 failure = error
             except OSError as error:
@@ -140,6 +202,10 @@ class UsageLog:
         self._loop.call_soon_threadsafe(self._resolve, batch, failure)
 
     def _write(self, frames: list[bytes]) -> None:
+        data: bytes | bytearray = b"".join(frames)
+        if self._offset + len(data) + HEADER.size <= self._segment_bytes:
+            self._write_at_end(data)
+            return
         data = bytearray()
         for piece in frames:
             if self._offset + len(data) + len(piece) + HEADER.size > self._segment_bytes:
@@ -151,7 +217,7 @@ class UsageLog:
             data += piece
         self._write_at_end(data)
 
-    def _write_at_end(self, data: bytearray) -> None:
+    def _write_at_end(self, data: bytes | bytearray) -> None:
         view, offset = memoryview(data), self._offset
         while view:
             written = os.pwrite(self._fd, view, offset)
@@ -182,14 +248,16 @@ class UsageLog:
             self._next_fd = None  # reserve() refuses once the current segment is promised
             self._retry_at = time.monotonic() + SEGMENT_RETRY_S
 
-    def _resolve(self, batch: list[tuple[bytes, "asyncio.Future[None]"]], failure: OSError | None) -> None:
+    def _resolve(self, batch: Batch, failure: OSError | None) -> None:
         self._reserved -= len(batch)
-        for _, future in batch:
-            if future.cancelled():
-                continue
-            if failure is None:
-                future.set_result(None)
-            else:
-                future.set_exception(failure)
+        self._out = False
+        if self._pending:
+            self._crowd = max(self._crowd, len(self._pending))
+            self._hand_over_in_time()
+        for _, durable in batch:
+            try:
+                durable(failure)
+            except Exception:  # one request's trouble is not that of the others
+                log.exception("what follows a settled request has failed")
         if self.on_commit is not None:
             self.on_commit()

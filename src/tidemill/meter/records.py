@@ -12,7 +12,7 @@ from tidemill.ledger.usage import DELIVERED, Status, TokenUsage, UsageRecord
 from tidemill.store.clock import from_micros
 
 
-class Opened(msgspec.Struct, array_like=True, frozen=True):
+class Opened(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """A request that was admitted: all that recovery needs to finish its record without the process that began it."""
 
     request_id: str
@@ -29,7 +29,7 @@ class Opened(msgspec.Struct, array_like=True, frozen=True):
     tier: Tier = Tier.STANDARD
 
 
-class Settled(msgspec.Struct, array_like=True, frozen=True):
+class Settled(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """The outcome of an opened request. Together they are one `UsageRecord`."""
 
     opened: Opened
@@ -89,6 +89,9 @@ def settle(
     )
 
 
+_STATUSES = {status.value: status for status in Status}
+
+
 def to_record(settled: Settled) -> UsageRecord:
     """The ledger's view of a settled request."""
     opened = settled.opened
@@ -100,7 +103,7 @@ def to_record(settled: Settled) -> UsageRecord:
         replica=opened.replica,
         usage=TokenUsage(settled.prompt, settled.cached, settled.completion),
         estimated=settled.estimated,
-        status=Status(settled.status),
+        status=_STATUSES[settled.status],
         streamed=opened.streamed,
         price_id=opened.price_id,
         currency=opened.currency,

@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Row, func, insert, select, tuple_, update
+from sqlalchemy import Connection, Row, Select, func, insert, select, tuple_, update
 
 from tidemill.errors import BadInput, Conflict, NotFound, TidemillError
 from tidemill.store.clock import from_micros, to_micros
@@ -166,13 +166,39 @@ def find_batch(connection: Connection, *, tenant_id: str, batch_id: str) -> Batc
 
 def list_batches(connection: Connection, *, tenant_id: str, limit: int, after: str | None = None) -> list[Batch]:
     """A page of a tenant's batches, newest first, behind the batch `after`. Raises NotFound for that one."""
-    query = select(batches).where(batches.c.tenant_id == tenant_id)
-    if after is not None:
-        last = find_batch(connection, tenant_id=tenant_id, batch_id=after)
+    last = None if after is None else find_batch(connection, tenant_id=tenant_id, batch_id=after)
+    return _page(connection, select(batches).where(batches.c.tenant_id == tenant_id), last, limit)
+
+
+def _page(connection: Connection, query: Select[Any], behind: Batch | None, limit: int) -> list[Batch]:
+    if behind is not None:
         position = tuple_(batches.c.created_at, batches.c.batch_id)
-        query = query.where(position < (to_micros(last.created_at), last.batch_id))
+        query = query.where(position < (to_micros(behind.created_at), behind.batch_id))
     query = query.order_by(batches.c.created_at.desc(), batches.c.batch_id.desc()).limit(limit)
     return [_batch(row) for row in connection.execute(query)]
+
+
+def batches_of_all(
+    connection: Connection,
+    *,
+    tenant_id: str | None = None,
+    unfinished: bool = False,
+    limit: int,
+    behind: Batch | None = None,
+) -> list[Batch]:
+    """A page of the batches of all tenants, or of one, newest first, behind the batch `behind`."""
+    query = select(batches)
+    if tenant_id is not None:
+        query = query.where(batches.c.tenant_id == tenant_id)
+    if unfinished:
+        query = query.where(batches.c.status.in_(UNFINISHED))
+    return _page(connection, query, behind, limit)
+
+
+def any_batch(connection: Connection, batch_id: str) -> Batch | None:
+    """A batch of whichever tenant; None when there is none."""
+    row = connection.execute(select(batches).where(batches.c.batch_id == batch_id)).first()
+    return None if row is None else _batch(row)
 
 
 def ask_to_cancel(connection: Connection, *, tenant_id: str, batch_id: str, now: datetime) -> Batch:

@@ -104,7 +104,7 @@ class BlobStore:
         self.directory = directory
         for each in (directory, directory / "incoming", directory / "blobs", directory / "batches"):
             each.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.site = self._site()
+        self.site = site_of(self.directory)
 
     def path(self, file_id: str) -> Path:
         """Where the blob of a file lies."""
@@ -189,15 +189,17 @@ class BlobStore:
     def remove_batch_directory(self, batch_id: str) -> None:
         shutil.rmtree(self.batch_directory(batch_id), ignore_errors=True)
 
-    def _site(self) -> str:
-        path = self.directory / "site"
-        if not path.exists():
-            temporary = path.with_name(f".site-{secrets.token_hex(4)}")
-            temporary.write_text(f"site_{secrets.token_hex(8)}\n")
-            with contextlib.suppress(FileExistsError):  # another process was quicker: its name counts
-                os.link(temporary, path)
-            temporary.unlink()
-        return path.read_text().strip()
+
+def site_of(directory: Path) -> str:
+    """The name of a directory of files in the store, given at its first use."""
+    path = directory / "site"
+    if not path.exists():
+        temporary = path.with_name(f".site-{secrets.token_hex(4)}")
+        temporary.write_text(f"site_{secrets.token_hex(8)}\n")
+        with contextlib.suppress(FileExistsError):  # another process was quicker: its name counts
+            os.link(temporary, path)
+        temporary.unlink()
+    return path.read_text().strip()
 
 
 def sync_directory(directory: Path) -> None:

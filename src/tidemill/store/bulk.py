@@ -12,12 +12,17 @@ from sqlalchemy import Connection, Dialect, Table, insert
 from sqlalchemy.dialects import postgresql, sqlite
 
 
-def insert_rows(connection: Connection, table: Table, rows: list[dict[str, Any]]) -> None:
-    """Insert rows that each give a value, or None, for every column, in types that the drivers take directly."""
+def insert_rows(connection: Connection, table: Table, rows: list[tuple[Any, ...]]) -> None:
+    """Insert rows that each give a value, or None, for every column in the table's order, in types that the drivers
+    take directly.
+    """
     if not rows:
         return
     statement, order = _compiled(table, connection.dialect)
-    parameters: Any = [tuple(map(row.__getitem__, order)) for row in rows] if order else rows
+    names = tuple(column.name for column in table.columns)
+    parameters: Any = rows if order == names else [dict(zip(names, row, strict=True)) for row in rows]
+    if order is not None and order != names:
+        parameters = [tuple(map(row.__getitem__, order)) for row in parameters]
     connection.exec_driver_sql(statement, parameters)
 
 

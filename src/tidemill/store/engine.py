@@ -27,12 +27,16 @@ SQLITE_BUSY_TIMEOUT_S = 10
 """How long a writer waits for another process's transaction before it gives up."""
 
 
+class StoreUnavailable(Unavailable):
+    """The database does not answer. The message says why, with the names of hosts and files: for operators only."""
+
+
 class Store:
     """An open database. `read()` and `write()` give a connection inside one transaction.
 
     A reader sees one state of the database throughout, so that the parts of a report agree with each other.
     On SQLite a write transaction takes its lock at the start (BEGIN IMMEDIATE), so it never fails half-way for
-    having read first. Both raise Unavailable when the database does not answer.
+    having read first. Both raise StoreUnavailable when the database does not answer.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -64,7 +68,7 @@ def _answering() -> Iterator[None]:
         yield
     except (OperationalError, InterfaceError, NoConnectionFree) as error:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[-1].strip(" \t.?!")
-        raise Unavailable(
+        raise StoreUnavailable(
             f"The database does not answer: {reason}.", hint="Check that it runs and has room, then try again."
         ) from error
 

@@ -1,14 +1,15 @@
 """Leases: slices of a tenant's balance that a gateway process may spend without asking.
 
-Invariant, kept by every function here and by the loader: for each tenant, the sum of the leases is never more than
-the balance. So what all processes together promise is never more than there is.
+Invariant, kept by every function here, by the loader and by `store.devices`: for each tenant, the sum of the leases and
+of what meters of device time hold is never more than the balance. So what all processes together promise is never more
+than there is.
 """
 
 from sqlalchemy import Connection, case, delete, func, insert, select, union, update
 
 from tidemill.store.accounts import tenant_balance
 from tidemill.store.budgets import release_budgets
-from tidemill.store.schema import budget_leases, leases, slot_shares
+from tidemill.store.schema import budget_leases, device_meters, leases, slot_shares
 from tidemill.store.shares import release_slots
 
 
@@ -52,9 +53,12 @@ def release_worker(connection: Connection, worker_id: str) -> None:
 
 
 def leased(connection: Connection, tenant_id: str) -> int:
-    """The nanos of a tenant's balance that are out on leases."""
-    total = connection.execute(select(func.sum(leases.c.amount)).where(leases.c.tenant_id == tenant_id)).scalar()
-    return int(total or 0)
+    """The nanos of a tenant's balance that are promised: out on leases, or held by meters of device time."""
+    leasing = select(func.sum(leases.c.amount)).where(leases.c.tenant_id == tenant_id)
+    holding = select(func.sum(device_meters.c.hold)).where(
+        device_meters.c.tenant_id == tenant_id, device_meters.c.ended_at.is_(None)
+    )
+    return int(connection.execute(leasing).scalar() or 0) + int(connection.execute(holding).scalar() or 0)
 
 
 def leasing_workers(connection: Connection) -> set[str]:

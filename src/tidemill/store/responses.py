@@ -1,4 +1,4 @@
-"""Responses that tenants asked to be kept, for 30 days and within a bound for each tenant: the oldest go first."""
+"""Responses that are kept for their tenants, for a while and within a bound for each of them: the oldest go first."""
 
 import zlib
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from tidemill.store.bulk import dialect_insert
 from tidemill.store.schema import responses
 
 KEPT_S = 30 * 86_400
-"""As long as OpenAI keeps them."""
+"""As long as OpenAI keeps them; an operator may choose another time."""
 MAX_RESPONSES = 10_000
 """Responses of one tenant."""
 MAX_BYTES = 256 * 1024 * 1024
@@ -31,21 +31,24 @@ class KeptResponse(msgspec.Struct, frozen=True, kw_only=True):
     created_us: int
 
 
-def keep_responses(connection: Connection, kept: Sequence[KeptResponse]) -> None:
-    """Write responses down. May be repeated."""
+def keep_responses(connection: Connection, kept: Sequence[KeptResponse], *, keep_s: int = KEPT_S) -> None:
+    """Write responses down, to be kept for `keep_s` seconds. May be repeated."""
     if kept:
         connection.execute(
-            dialect_insert(connection, responses).on_conflict_do_nothing(), [_row(each) for each in kept]
+            dialect_insert(connection, responses).on_conflict_do_nothing(), [_row(each, keep_s) for each in kept]
         )
 
 
-def find_response(connection: Connection, *, tenant_id: str, response_id: str, now_us: int) -> KeptResponse | None:
-    """A tenant's response; None when there is none, or it is too old."""
+def find_response(
+    connection: Connection, *, tenant_id: str, response_id: str, now_us: int, keep_s: int = KEPT_S
+) -> KeptResponse | None:
+    """A tenant's response; None when there is none, or it is too old: by what it was told, or by now's rule."""
     found = connection.execute(
         select(responses).where(
             responses.c.response_id == response_id,
             responses.c.tenant_id == tenant_id,
             responses.c.expires_at > now_us,
+            responses.c.created_at > now_us - keep_s * 1_000_000,
         )
     ).one_or_none()
     return _kept(found) if found is not None else None
@@ -59,9 +62,14 @@ def delete_response(connection: Connection, *, tenant_id: str, response_id: str)
     return bool(done.rowcount)
 
 
-def prune_responses(connection: Connection, tenant_id: str, now_us: int) -> None:
-    """Forget what is too old, and what a tenant has beyond its bound, the oldest first."""
-    connection.execute(delete(responses).where(responses.c.expires_at <= now_us))
+def forget_old_responses(connection: Connection, now_us: int, *, keep_s: int = KEPT_S) -> int:
+    """Forget what is too old, by what it was told or by now's rule; gives their number."""
+    too_old = (responses.c.expires_at <= now_us) | (responses.c.created_at <= now_us - keep_s * 1_000_000)
+    return connection.execute(delete(responses).where(too_old)).rowcount
+
+
+def prune_responses(connection: Connection, tenant_id: str) -> None:
+    """Forget what a tenant has beyond its bound, the oldest first."""
     newest_first = (responses.c.created_at.desc(), responses.c.response_id)
     ranked = (
         select(
@@ -76,7 +84,7 @@ def prune_responses(connection: Connection, tenant_id: str, now_us: int) -> None
     connection.execute(delete(responses).where(responses.c.response_id.in_(too_many)))
 
 
-def _row(kept: KeptResponse) -> dict[str, object]:
+def _row(kept: KeptResponse, keep_s: int) -> dict[str, object]:
     shrunk_input, shrunk_response = zlib.compress(kept.input, 1), zlib.compress(kept.response, 1)
     return {
         "response_id": kept.response_id,
@@ -84,7 +92,7 @@ def _row(kept: KeptResponse) -> dict[str, object]:
         "previous_id": kept.previous_id,
         "bytes": len(shrunk_input) + len(shrunk_response),
         "created_at": kept.created_us,
-        "expires_at": kept.created_us + KEPT_S * 1_000_000,
+        "expires_at": kept.created_us + keep_s * 1_000_000,
         "input": shrunk_input,
         "response": shrunk_response,
     }

@@ -9,6 +9,7 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
+    Double,
     ForeignKey,
     Index,
     Integer,
@@ -315,3 +316,166 @@ responses = Table(
     Index(None, "expires_at"),
 )
 """Responses that tenants asked to be kept (`store.responses`): their input items and themselves, JSON under zlib."""
+
+device_prices = Table(
+    "device_prices",
+    metadata,
+    Column("price_id", String(32), primary_key=True),
+    Column("kind", String(64), nullable=False),
+    Column("currency", String(3), nullable=False),
+    Column("tier", String(16), nullable=False),
+    Column("hour", BigInteger, nullable=False),
+    Column("valid_from", BigInteger, nullable=False),
+    Index(None, "kind", "currency", "valid_from"),
+)
+"""Price versions of device time (`ledger.devices`): nanos per device and hour. Rows are added, never changed."""
+
+device_meters = Table(
+    "device_meters",
+    metadata,
+    Column("meter_id", String(32), primary_key=True),
+    Column("tenant_id", String(32), ForeignKey("tenants.tenant_id"), nullable=False, index=True),
+    Column("currency", String(3), nullable=False),
+    Column("kind", String(64), nullable=False),
+    Column("tier", String(16), nullable=False),
+    Column("price_id", String(32), nullable=False),
+    Column("hour", BigInteger, nullable=False),
+    Column("devices", Integer, nullable=False),
+    Column("started_at", BigInteger, nullable=False),
+    Column("billed_until", BigInteger, nullable=False),
+    Column("ended_at", BigInteger),
+    Column("hold", BigInteger, nullable=False),
+    Column("uncollected", BigInteger, nullable=False),
+    Column("job_id", String(32)),
+    Column("attempt", Integer),
+    Column("reservation_id", String(32)),
+    CheckConstraint("hold >= 0", name="hold_not_negative"),
+    Index(None, "job_id", "attempt"),
+    Index(None, "reservation_id"),
+)
+"""Devices of one kind that a tenant has or had: by an attempt at a job, or by a reservation.
+
+`billed_until` moves in the transaction that posts the charge; `hold` is kept of the balance, beside the leases, for
+what is not billed yet.
+"""
+
+device_usage = Table(
+    "device_usage",
+    metadata,
+    Column("meter_id", String(32), ForeignKey("device_meters.meter_id"), primary_key=True),
+    Column("month", String(7), primary_key=True),
+    Column("tenant_id", String(32), nullable=False),
+    Column("device_us", BigInteger, nullable=False),
+    Column("amount", BigInteger, nullable=False),
+    Column("uncollected", BigInteger, nullable=False),
+    Index(None, "tenant_id", "month"),
+)
+"""What each meter has counted and charged in each billing month: what invoices add up."""
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("job_id", String(32), primary_key=True),
+    Column("tenant_id", String(32), ForeignKey("tenants.tenant_id"), nullable=False),
+    Column("site", String(32), nullable=False),
+    Column("name", String(128), nullable=False),
+    Column("queue", String(128), nullable=False),
+    Column("spec", Text, nullable=False),
+    Column("preemptible", Boolean, nullable=False),
+    Column("reservation_id", String(32)),
+    Column("state", String(16), nullable=False),
+    Column("reason", String(512), nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("failures", Integer, nullable=False),
+    Column("losses", Integer, nullable=False),
+    Column("ran_us", BigInteger, nullable=False),
+    Column("exit_code", Integer),
+    Column("deadline_at", BigInteger),
+    Column("submitted_at", BigInteger, nullable=False),
+    Column("not_before", BigInteger),
+    Column("cancel_at", BigInteger),
+    Column("started_at", BigInteger),
+    Column("ended_at", BigInteger),
+    Index(None, "site", "state"),
+    Index(None, "tenant_id", "submitted_at"),
+    Index(None, "submitted_at"),
+)
+"""Jobs (`store.jobs`). `spec` is the wish as it was submitted, JSON; `site` the directory that has its files."""
+
+job_attempts = Table(
+    "job_attempts",
+    metadata,
+    Column("job_id", String(32), ForeignKey("jobs.job_id"), primary_key=True),
+    Column("attempt", Integer, primary_key=True),
+    Column("devices", Text, nullable=False),
+    Column("ranks", Integer, nullable=False),
+    Column("why", String(512), nullable=False),
+    Column("taken_at", BigInteger, nullable=False),
+    Column("started_at", BigInteger),
+    Column("ended_at", BigInteger),
+    Column("outcome", String(16)),
+    Column("exit_code", Integer),
+    Column("reason", String(512), nullable=False),
+)
+"""Each time that a job was started: on which devices (JSON), and how it ended."""
+
+queues = Table(
+    "queues",
+    metadata,
+    Column("name", String(128), primary_key=True),
+    Column("tenant_id", String(32), ForeignKey("tenants.tenant_id")),
+    Column("quota", Integer, nullable=False),
+    Column("borrow", Integer),
+    Column("weight", Integer, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+)
+"""Queues of jobs: devices of their own, and what they may borrow. A null `tenant_id` lets every tenant in."""
+
+reservations = Table(
+    "reservations",
+    metadata,
+    Column("reservation_id", String(32), primary_key=True),
+    Column("tenant_id", String(32), ForeignKey("tenants.tenant_id"), nullable=False, index=True),
+    Column("kind", String(64), nullable=False),
+    Column("devices", Integer, nullable=False),
+    Column("starts_at", BigInteger, nullable=False),
+    Column("ends_at", BigInteger, nullable=False),
+    Column("lend", Boolean, nullable=False),
+    Column("price_id", String(32), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("reason", String(512), nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Index(None, "state", "ends_at"),
+)
+"""Devices that are kept for a tenant from one instant to another, and billed for that time, used or not."""
+
+demand_bins = Table(
+    "demand_bins",
+    metadata,
+    Column("model", String(128), primary_key=True),
+    Column("bin", Integer, primary_key=True),
+    Column("arrivals", BigInteger, nullable=False),
+    Column("work", BigInteger, nullable=False),
+    Index(None, "bin"),
+)
+"""Interactive demand by five minutes (`store.demand`): sums over `usage_records`, which it can be made from again.
+`bin` counts five minutes since 1970; `work` is in tokens of prefill."""
+
+model_measures = Table(
+    "model_measures",
+    metadata,
+    Column("model", String(128), primary_key=True),
+    Column("measure", String(32), primary_key=True),
+    Column("value", Double, nullable=False),
+    Column("measured_at", BigInteger, nullable=False),
+)
+"""What the tide has measured of a model on this installation's devices: `startup_s`, `capacity`."""
+
+drained = Table(
+    "drained",
+    metadata,
+    Column("name", String(160), primary_key=True),
+    Column("why", String(512), nullable=False),
+    Column("at", BigInteger, nullable=False),
+)
+"""Nodes (`NODE`) and devices (`NODE/INDEX`) that the operator has taken out of the fleet."""

@@ -16,6 +16,7 @@ from tidemill.ledger.usage import LINE_PREFIX, Status, TokenUsage, UsageRecord
 from tidemill.store.accounts import post
 from tidemill.store.bulk import insert_rows
 from tidemill.store.clock import from_micros, to_micros
+from tidemill.store.devices import device_sums
 from tidemill.store.ids import new_id
 from tidemill.store.schema import usage_records
 
@@ -46,7 +47,7 @@ def store_records(connection: Connection, records: Iterable[UsageRecord], *, zon
     known = known_requests(connection, list(unique))
     fresh = [record for request_id, record in unique.items() if request_id not in known]
     fresh += _replacing(connection, [unique[request_id] for request_id in known])
-    rows: list[dict[str, Any]] = []
+    rows: list[tuple[Any, ...]] = []
     charges: list[Transaction] = []
     for batch in charge_batches(fresh, zone).values():
         transaction = usage_charge(new_id("txn"), batch, memo=f"{len(batch)} requests")
@@ -155,13 +156,17 @@ class DeviceUse(msgspec.Struct, frozen=True):
     currency: str
     charge: Nanos
     device_ns: int
+    uncached: int = 0
+    """Tokens of prompts that had to be computed."""
+    cached: int = 0
+    completion: int = 0
 
 
 def device_use(connection: Connection, *, start: datetime, end: datetime) -> list[DeviceUse]:
-    """Charges and device time of the records that finished in [start, end), by tenant, model and currency.
+    """Charges, device time and tokens of the records that finished in [start, end), by tenant, model and currency.
 
-    Revenue belongs to the model that was asked for, device time to the one that served: a fallback earns for the
-    other, and its machines bear the cost.
+    Revenue belongs to the model that was asked for, device time and tokens to the one that served: a fallback earns
+    for the other, and its machines, or who bills for its tokens, bear the cost.
     """
     columns = usage_records.c
     rows = connection.execute(
@@ -172,23 +177,50 @@ def device_use(connection: Connection, *, start: datetime, end: datetime) -> lis
             columns.currency,
             func.sum(columns.charge_input + columns.charge_cached + columns.charge_output).label("charge"),
             func.sum(columns.device_ns).label("device_ns"),
+            func.sum(columns.prompt_tokens - columns.cached_tokens).label("uncached"),
+            func.sum(columns.cached_tokens).label("cached"),
+            func.sum(columns.completion_tokens).label("completion"),
         )
         .where(columns.finished_at >= to_micros(start), columns.finished_at < to_micros(end))
         .group_by(columns.tenant_id, columns.model, columns.replica, columns.currency)
     )
     charges: dict[tuple[str, str, str], int] = {}
-    device_ns: dict[tuple[str, str, str], int] = {}
+    worked: dict[tuple[str, str, str], list[int]] = {}
     for row in rows:
         asked = (row.tenant_id, row.model, row.currency)
         served = (row.tenant_id, _model_of(row.replica) or row.model, row.currency)
         charges[asked] = charges.get(asked, 0) + int(row.charge)
-        device_ns[served] = device_ns.get(served, 0) + int(row.device_ns)
-    return [DeviceUse(*key, Nanos(charges.get(key, 0)), device_ns.get(key, 0)) for key in sorted(charges | device_ns)]
+        work = (row.device_ns, row.uncached, row.cached, row.completion)
+        worked[served] = [sum(each) for each in zip(worked.get(served, _NO_WORK), map(int, work), strict=True)]
+    return [
+        DeviceUse(*key, Nanos(charges.get(key, 0)), *worked.get(key, _NO_WORK))
+        for key in sorted(charges.keys() | worked.keys())
+    ]
+
+
+_NO_WORK = [0, 0, 0, 0]
 
 
 def _model_of(replica: str) -> str:
     """The model that a replica runs: `NAME/INDEX`, and `#LIFE` where that is known."""
     return replica.partition("#")[0].rpartition("/")[0]
+
+
+def batch_charge(connection: Connection, batch_id: str) -> Nanos:
+    """What the lines of a batch have cost until now: the charges of the requests `BATCH_LINE`."""
+    total = connection.execute(
+        select(
+            func.coalesce(
+                func.sum(usage_records.c.charge_input + usage_records.c.charge_cached + usage_records.c.charge_output),
+                0,
+            )
+        ).where(
+            # The range is for the index; the order of a locale may have others within it.
+            usage_records.c.request_id.between(f"{batch_id}_0", f"{batch_id}_99999999"),
+            usage_records.c.request_id.startswith(f"{batch_id}_", autoescape=True),
+        )
+    ).scalar_one()
+    return Nanos(int(total))
 
 
 def month_usage(connection: Connection, *, tenant_id: str, currency: str, period: Period) -> MonthUsage:
@@ -227,35 +259,38 @@ def month_usage(connection: Connection, *, tenant_id: str, currency: str, period
         requests=whole[0],
         uncollected=Nanos(int(whole[1] or 0)),
         sums=tuple(sums),
+        devices=tuple(device_sums(connection, tenant_id=tenant_id, month=period.month)),
     )
 
 
-def _row(record: UsageRecord, transaction_id: str | None) -> dict[str, Any]:
-    return {
-        "request_id": record.request_id,
-        "tenant_id": record.tenant_id,
-        "key_id": record.key_id,
-        "model": record.model,
-        "replica": record.replica,
-        "prompt_tokens": record.usage.prompt,
-        "cached_tokens": record.usage.cached,
-        "completion_tokens": record.usage.completion,
-        "estimated": record.estimated,
-        "status": record.status.value,
-        "streamed": record.streamed,
-        "price_id": record.price_id,
-        "currency": record.currency,
-        "charge_input": record.charge_input,
-        "charge_cached": record.charge_cached,
-        "charge_output": record.charge_output,
-        "uncollected": record.uncollected,
-        "hold": record.hold,
-        "started_at": to_micros(record.started_at),
-        "first_token_at": None if record.first_token_at is None else to_micros(record.first_token_at),
-        "finished_at": to_micros(record.finished_at),
-        "device_ns": record.device_ns,
-        "transaction_id": transaction_id,
-    }
+def _row(record: UsageRecord, transaction_id: str | None) -> tuple[Any, ...]:
+    """In the order of the table's columns."""
+    usage, first_token_at = record.usage, record.first_token_at
+    return (
+        record.request_id,
+        record.tenant_id,
+        record.key_id,
+        record.model,
+        record.replica,
+        usage.prompt,
+        usage.cached,
+        usage.completion,
+        record.estimated,
+        record.status.value,
+        record.streamed,
+        record.price_id,
+        record.currency,
+        record.charge_input,
+        record.charge_cached,
+        record.charge_output,
+        record.uncollected,
+        record.hold,
+        to_micros(record.started_at),
+        None if first_token_at is None else to_micros(first_token_at),
+        to_micros(record.finished_at),
+        record.device_ns,
+        transaction_id,
+    )
 
 
 def _record(row: Row[Any]) -> UsageRecord:

@@ -100,14 +100,14 @@ def in_order_of_leaving(draft: Draft, replicas: Sequence[ReplicaView], model: Mo
     last: list[ReplicaView] = []
     nodes: set[str] = set()
     for replica in reversed(ordered):
-        here = nodes_of(draft, replica.devices)
+        here = _nodes_of(draft, replica.devices)
         if len(last) < model.min_replicas and replica.phase is Phase.READY and not here & nodes:
             last.append(replica)
             nodes |= here
     return [each for each in ordered if each not in last] + last[::-1]
 
 
-def nodes_of(draft: Draft, devices: Iterable[str]) -> frozenset[str]:
+def _nodes_of(draft: Draft, devices: Iterable[str]) -> frozenset[str]:
     views = (draft.board.device.get(device) for device in devices)
     return frozenset(view.node for view in views if view is not None)
 
@@ -152,7 +152,7 @@ def serve_people(draft: Draft, serving: Serving) -> None:
         need = serving.needs[model.name]
         here = [each for each in serving.mine[model.name] if f"replica {each.id}" not in draft.board.gone]
         have = len(here) + _take_back(draft, serving, model, here, need.count - len(here))
-        on[model.name] = nodes_of(draft, (device for each in serving.mine[model.name] for device in each.devices))
+        on[model.name] = _nodes_of(draft, (device for each in serving.mine[model.name] for device in each.devices))
         for rank in range(have, need.count):
             order = (
                 rank >= model.min_replicas,
@@ -184,7 +184,7 @@ def serve_people(draft: Draft, serving: Serving) -> None:
         if grant is None:
             refused[model.name] += 1
             continue
-        on[model.name] |= nodes_of(draft, grant.devices)
+        on[model.name] |= _nodes_of(draft, grant.devices)
         if draft.give(grant, work, f"{model.name} needs {need.count} replicas: {need.why}"):
             draft.start_replicas.append(StartReplica(model.name, grant.devices, need.why))
             started[model.name] += 1
@@ -199,19 +199,19 @@ def _take_back(draft: Draft, serving: Serving, model: ModelView, here: Sequence[
     those beside the ones that are `here`. Returns how many."""
     if not draft.rules.turn or missing <= 0:
         return 0
-    need, taken = serving.needs[model.name], 0
+    need = serving.needs[model.name]
     usable = [
         each
         for each in serving.lent[model.name]
         if f"replica {each.id}" not in draft.board.gone
         and all(draft.board.zone[device] == ORDINARY for device in each.devices)  # a tenant lends to batches only
     ]
-    nodes = nodes_of(draft, (device for each in here for device in each.devices))
-    for count in range(len(here), len(here) + min(len(usable), missing)):
-        beside = [bool(nodes & nodes_of(draft, each.devices)) for each in usable]
-        replica = usable.pop(beside.index(False) if count < model.min_replicas and False in beside else 0)
-        nodes |= nodes_of(draft, replica.devices)
-        taken += 1
+    nodes = _nodes_of(draft, (device for each in here for device in each.devices))
+    taken = min(len(usable), missing)
+    for rank in range(len(here), len(here) + taken):
+        beside = [bool(nodes & _nodes_of(draft, each.devices)) for each in usable]
+        replica = usable.pop(beside.index(False) if rank < model.min_replicas and False in beside else 0)
+        nodes |= _nodes_of(draft, replica.devices)
         serving.lent[model.name].remove(replica)
         serving.mine[model.name].append(replica)
         draft.board.withdraw(f"replica {replica.id}")

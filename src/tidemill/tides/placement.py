@@ -108,10 +108,11 @@ def _of_kind(board: Board, layers: Sequence[Pool], claim: Claim, kind: str, apar
             by_node.setdefault(node, []).extend(sorted(devices, key=board.order.__getitem__))
             if depth == 0:
                 now[node] = len(devices)
+    if apart and sum(len(devices) for devices in by_node.values()) < claim.count:
+        return None
     chosen = _one_node(board, by_node, now, claim.count)
     if chosen is None and claim.spread:
-        missing = claim.count > sum(len(devices) for devices in by_node.values())
-        return None if missing else _few_nodes(board, by_node, claim.count)
+        return _few_nodes(board, by_node, claim.count)
     if chosen is None and claim.count > board.largest.get(kind, 0):
         return _whole_nodes(board, by_node, now, kind, claim.count)
     return chosen

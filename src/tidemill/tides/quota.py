@@ -91,6 +91,10 @@ def presses(job: JobView, now: float, rules: Rules) -> bool:
     if laxity is None:
         return False
     left = job.remaining_s or 0.0
+    if job.remaining_s is not None and job.phase is JobPhase.RUNNING:
+        # What was left when it began: else its deadline would press no longer once it has run for a while, and it would
+        # be preempted until it presses again.
+        left += max(now - job.started_at, 0.0)
     return -rules.hopeless_share * left - rules.margin_s <= laxity < rules.urgent_s + rules.urgent_share * left
 
 
@@ -112,7 +116,8 @@ def behind(job: JobView, other: JobView, rules: Rules) -> bool:
 
 
 def gives_way(victim: JobView, to: JobView, queues: Queues, now: float, rules: Rules) -> bool:
-    """Whether a running job may be preempted for one that waits."""
+    """Whether a running job may be preempted for one that waits. A quota is got back at once, but from a job that would
+    soon be done, and miss its deadline: that is waited for as long as any job that has just begun."""
     if not victim.preemptible or victim.reservation is not None:
         return False
     held = len(victim.on) or victim.devices
@@ -128,7 +133,8 @@ def gives_way(victim: JobView, to: JobView, queues: Queues, now: float, rules: R
     if not theirs.borrowing:
         return False
     if own.owns(to.devices):
-        return True
+        nearly = victim.remaining_s is not None and victim.remaining_s <= rules.min_run_s
+        return not (nearly and presses(victim, now, rules)) or presses(to, now, rules)
     if presses(victim, now, rules) or not settled:
         return False
     if pressing or (overtook and own.weight_used() < theirs.weight_used()):

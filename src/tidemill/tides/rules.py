@@ -34,8 +34,8 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     """What a preemption costs a job beside unsaved work: to checkpoint, and to get back to where it was."""
 
     # Deadlines
-    urgent_s: float = 600.0
-    urgent_share: float = 0.25
+    urgent_s: float = 1800.0
+    urgent_share: float = 0.67
     """A deadline presses when what could be waited is less than `urgent_s` and this share of what is left to run."""
     hopeless_share: float = 0.1
     """A deadline that is missed by more than this share of what is left to run presses no longer."""

@@ -51,6 +51,12 @@ class ReplicaLoad(msgspec.Struct, frozen=True, kw_only=True):
     kv_used: float = 0.0
     """Tokens in the cache now."""
     kv_per_interactive: float = 2048.0
+    prompt: float = 0.0
+    """Tokens of an interactive request's prompt; 0: not known."""
+    answer: float = 0.0
+    """Tokens of its answer."""
+    filler_prefill: float = 0.0
+    """Tokens of prefill that a filler request takes for each token that it decodes: its prompt by its answer."""
     limit: float = 1.0
     """What experience allows, see `adapted`."""
     since_fall_s: float = math.inf
@@ -65,7 +71,7 @@ class SlackRules(msgspec.Struct, frozen=True, kw_only=True):
     """How near to the objective filler requests may bring a replica."""
 
     margin: float = 0.8
-    """Share of the objective that may be used with filler requests in."""
+    """Share of the objective that a step may take with filler requests in, where the prompts to come are not known."""
     near: float = 0.7
     """Up to this share of the objective, the limit rises."""
     spare: float = 0.2
@@ -77,8 +83,10 @@ class SlackRules(msgspec.Struct, frozen=True, kw_only=True):
     """What remains of the limit when the objective is near."""
     back_off: float = 0.75
     """What remains of it when only the spare is used up."""
-    settle_s: float = 10.0
-    """It falls again only after so long."""
+    settle_s: float = 30.0
+    """It falls again only after so long: what was measured before it fell is in the averages for a while."""
+    burst: float = 2.0
+    """Interactive prompts are expected to come at their rate and so many standard deviations more."""
     most: int = 256
     """Filler requests in a replica that doesn't say how many it can work on."""
     unknown_slots: int = 8
@@ -116,13 +124,17 @@ def _by_cache(load: ReplicaLoad, kept: float) -> int:
 
 
 def _by_steps(load: ReplicaLoad, objective: Objective, rules: SlackRules) -> int:
-    """So many that a step, with all of them decoding, stays within the objective per token."""
+    """So many that a step, with all of them decoding and the prompts of a burst between, stays within the objective
+    per token. An answer feels the mean step over the time that it takes: so long a burst counts."""
     if load.steps is None:
         return 1 << 30
     others = load.kv_used - load.filler * load.kv_per_filler
     alone = load.steps.seconds(0, load.interactive, max(others, 0.0))
-    each = load.steps.batch + load.steps.kv * load.kv_per_filler
-    left = objective.tpot_s * rules.margin - alone
+    each = load.steps.batch + load.steps.kv * load.kv_per_filler + load.steps.prefill * load.filler_prefill
+    over_s = max(load.answer * objective.tpot_s, 0.1)
+    coming = load.arrivals + rules.burst * math.sqrt(load.arrivals / over_s)
+    prefill = min(load.steps.prefill * coming * load.prompt, 1.0)  # share of the time
+    left = objective.tpot_s * (1 - prefill if load.prompt > 0 else rules.margin) - alone
     if left <= 0:
         return 0
     return math.floor(left / each) if each > 0 else 1 << 30

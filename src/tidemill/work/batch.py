@@ -16,7 +16,9 @@ import structlog
 
 from tidemill.errors import Unavailable
 from tidemill.store.batches import Batch, BatchStatus
+from tidemill.tides.state import BacklogView
 from tidemill.work.attempt import BROKE, LONGEST_WAIT_S, Again, Call, Done, Lost, Send, judge, judge_lost, refused
+from tidemill.work.backlog import backlogs
 from tidemill.work.hand import BatchInHand
 from tidemill.work.lifecycle import Lifecycle
 from tidemill.work.lines import decode_line
@@ -78,6 +80,8 @@ class BatchRunner:
         self._wake = asyncio.Event()
         self._look_again = asyncio.Event()
         self._sweep_orphans_at = 0.0
+        self._unheld: list[Batch] = []
+        """Batches that are validated and wait until there is room for them in hand."""
         self._full = False
         """The disk has refused a result: no line is begun until it is recorded."""
 
@@ -115,12 +119,28 @@ class BatchRunner:
                 log.warning("a batch is left as it is on disk", batch=hand.batch.batch_id, reason=str(error))
             hand.close()
 
+    def cut_off(self) -> None:
+        """Have `close` wait no longer for lines in flight."""
+        for hand in self._hands.values():
+            for task in hand.running.values():
+                task.cancel()
+
+    def wake(self) -> None:
+        """The slack has changed: look for lines to begin."""
+        self._wake.set()
+
+    def backlogs(self) -> list[BacklogView]:
+        """The work that is left, by model, the most urgent first."""
+        return backlogs(self._hands.values(), self._unheld)
+
     # What is to be done
 
     async def _look(self) -> None:
         """Find new batches, cancelled and expired ones; tell the store how far the others are."""
         loop = asyncio.get_running_loop()
-        for batch in await asyncio.to_thread(self._lifecycle.open):
+        found = await asyncio.to_thread(self._lifecycle.open)
+        self._unheld = [batch for batch in found if batch.batch_id not in self._hands]
+        for batch in found:
             hand = self._hands.get(batch.batch_id)
             if hand is None:
                 rests = batch.batch_id in self._busy or self._held.get(batch.batch_id, 0.0) > loop.time()

@@ -2,11 +2,13 @@
 
 import asyncio
 import heapq
+import math
 import os
 from collections import deque
 from datetime import datetime
 
 from tidemill.store.batches import Batch, BatchStatus, Counts
+from tidemill.tides.order import LineView, order
 from tidemill.work.attempt import SUSPECT_AFTER, Done, Tries
 from tidemill.work.lines import Index, decode_line
 from tidemill.work.results import Entry, Failure, Results, entry_id
@@ -43,8 +45,8 @@ class BatchInHand:
         self._later: dict[str, list[tuple[float, int]]] = {model: [] for model in index.models}
         self._suspects: dict[str, list[tuple[float, int]]] = {model: [] for model in index.models}
         """Lines that were lost with their engine, more than once: each is tried alone."""
-        for place, number in enumerate(index.numbers):
-            if number not in results.done:
+        for place in in_order(index, batch.expires_at.timestamp()):
+            if index.numbers[place] not in results.done:
                 self._waiting[index.model(place)].append(place)
 
     @property
@@ -60,6 +62,11 @@ class BatchInHand:
         if self.closing_since:
             return True
         return not any(any(lines.values()) for lines in (self._waiting, self._later, self._suspects))
+
+    def left(self, model: str) -> int:
+        """Lines of a model that have no result yet."""
+        waiting = sum(len(lines[model]) for lines in (self._waiting, self._later, self._suspects) if model in lines)
+        return waiting + sum(1 for place in self.running if self.index.model(place) == model)
 
     def close_as(self, outcome: BatchStatus, now: float) -> None:
         """Begin no more lines: the batch is cancelled, or its time is over."""
@@ -120,3 +127,12 @@ class BatchInHand:
     def close(self) -> None:
         self.results.close()
         os.close(self._input_fd)
+
+
+def in_order(index: Index, deadline: float) -> list[int]:
+    """The places of a batch's lines in the order to send them: as they come in the file, but those whose prompts begin
+    alike one after the other, so that an engine computes the beginning once."""
+    if not any(index.beginnings):
+        return list(range(len(index)))
+    lines = [LineView(0.0, deadline, str(each) if each else "") for each in index.beginnings]
+    return order(lines, 0.0, math.inf)

@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import BinaryIO
+from zlib import crc32
 
 import msgspec
 
@@ -18,6 +19,11 @@ MAX_ERRORS = 1000
 """Errors that a batch lists one by one; of what is beyond only the number is said."""
 MAX_CUSTOM_ID = 512
 BOM = b"\xef\xbb\xbf"
+BEGINNING = 512
+"""Bytes of a prompt that lines have in common when they are sent one after the other: some hundred tokens, which an
+engine's cache then gives."""
+_PROMPTS = (b'"messages"', b'"prompt"', b'"input"')
+"""What comes before the prompt in a line's body."""
 
 
 class InvalidInput(Exception):
@@ -57,9 +63,16 @@ class Index:
         self.lengths = array("I")
         self.model_numbers = array("I")
         self.models: list[str] = []
+        self.beginnings = array("I")
+        """Equal for lines whose prompts begin alike; 0: with no other's."""
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+    @property
+    def mean_length(self) -> int:
+        """Bytes of a line, on average."""
+        return sum(self.lengths) // max(len(self.lengths), 1)
 
     def rename(self, names: Mapping[str, str]) -> None:
         """Call the models by their own names, where they were asked for by an alias."""
@@ -96,6 +109,15 @@ def read_index(path: Path, endpoint: str, rules: LineRules, models: Collection[s
     """
     with path.open("rb") as file:
         return _Reading(endpoint, rules, models).read(file)
+
+
+def beginning_of(text: bytes) -> int:
+    """A hash of how a line's prompt begins; 0 for one that is too short to have a beginning worth sharing."""
+    for name in _PROMPTS:
+        at = text.find(name)
+        if at >= 0:
+            return crc32(text[at : at + BEGINNING]) if len(text) - at >= 2 * BEGINNING else 0
+    return 0
 
 
 class _Reading:
@@ -150,6 +172,7 @@ class _Reading:
         index.offsets.append(offset)
         index.lengths.append(len(text))
         index.model_numbers.append(known)
+        index.beginnings.append(beginning_of(text))
 
     def _check(self, text: bytes) -> str:
         """The line's model. Raises _Wrong."""

@@ -24,3 +24,16 @@ class ConfiguredSlack:
         if self.waiting.get(model, 0) > 0:
             return 0
         return self.parallel.get(model, 1)  # a model that is gone: its lines shall fail, not wait
+
+
+class TideSlack(ConfiguredSlack):
+    """As many as the tide says, for the models that it says something of (`app.tide`); else the configured number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allowed: dict[str, int] = {}
+        """By model."""
+
+    def slots(self, model: str) -> int:
+        allowed = self.allowed.get(model)
+        return super().slots(model) if allowed is None else allowed

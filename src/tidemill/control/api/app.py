@@ -11,7 +11,23 @@ from litestar.openapi.spec import Components, Schema, SecurityScheme
 from msgspec import Struct
 
 from tidemill import __version__
-from tidemill.control.api import credits, invoices, keys, limits, margin, models, operations, tenants, usage
+from tidemill.control.api import (
+    batches,
+    credits,
+    fleet,
+    invoices,
+    jobs,
+    keys,
+    limits,
+    margin,
+    metrics,
+    models,
+    operations,
+    reservations,
+    rolls,
+    tenants,
+    usage,
+)
 from tidemill.control.api.auth import bearer_guard
 from tidemill.control.api.errors import ERROR_HANDLERS
 from tidemill.control.api.schemas import Answer, Body
@@ -35,8 +51,30 @@ HANDLERS = [
     usage.get_usage,
     invoices.get_invoice,
     invoices.get_invoice_text,
+    batches.list_batches,
+    batches.show_batch,
+    batches.cancel_batch,
     models.list_models,
     models.list_prices,
+    rolls.roll_model,
+    rolls.list_rolls,
+    jobs.list_jobs,
+    jobs.submit_job,
+    jobs.show_job,
+    jobs.cancel_job,
+    jobs.job_logs,
+    jobs.job_artifacts,
+    jobs.job_artifact,
+    reservations.list_queues,
+    reservations.set_queue,
+    reservations.remove_queue,
+    reservations.list_reservations,
+    reservations.create_reservation,
+    reservations.cancel_reservation,
+    fleet.get_fleet,
+    fleet.get_fleet_why,
+    fleet.drain_fleet,
+    fleet.undrain_fleet,
     margin.get_margin,
     operations.reconcile,
     operations.reconcile_text,
@@ -69,8 +107,14 @@ def create_app(platform: Platform, admin_token_digest: str) -> Litestar:
         dependencies={"platform": Provide(provide, sync_to_thread=False)},
         security=[{"admin_token": []}],
     )
+    figures = Router(
+        "/",
+        route_handlers=[metrics.get_metrics],
+        guards=[metrics.metrics_guard(platform, bearer_guard(admin_token_digest))],
+        dependencies={"platform": Provide(provide, sync_to_thread=False)},
+    )
     app = Litestar(
-        [index, healthz, api],
+        [index, healthz, figures, api],
         exception_handlers=ERROR_HANDLERS,
         openapi_config=OpenAPIConfig(
             title="Tidemill admin API",

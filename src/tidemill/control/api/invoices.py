@@ -43,6 +43,19 @@ class InvoiceLine(Answer):
     amount: Amount
 
 
+class InvoiceDeviceLine(Answer):
+    """Device time of one kind in one tier at one price version: the exact sum of its rentals."""
+
+    kind: str
+    tier: Literal["standard", "preemptible", "reserved"]
+    price_id: str
+    price_from: Instant
+    device_seconds: Annotated[str, Meta(description="Exact to the microsecond.")]
+    price_per_hour: Amount
+    meters: Annotated[int, Meta(description="How many attempts at jobs, or reservations, it is of.")]
+    amount: Amount
+
+
 class InvoiceBalance(Answer):
     """The prepaid balance in the month: opening + granted - used = closing."""
 
@@ -65,7 +78,10 @@ class Invoice(Answer):
     """A tenant's bill for a month. The lines add up to `subtotal` exactly, and so do the usage records."""
 
     number: str
-    status: Annotated[Literal["draft", "final"], Meta(description="A draft while the month is not over.")]
+    status: Annotated[
+        Literal["draft", "final"],
+        Meta(description="A draft while the month, or the counting of its device time, is not over."),
+    ]
     issuer: str
     tenant: InvoiceTenant
     currency: Currency
@@ -73,6 +89,7 @@ class Invoice(Answer):
     as_of: Instant
     requests: int
     lines: list[InvoiceLine]
+    device_lines: list[InvoiceDeviceLine]
     subtotal: Amount
     rounding: Annotated[str, Meta(description="What rounding to the currency's minor unit has added.")]
     total: Amount
@@ -84,11 +101,11 @@ class Invoice(Answer):
 
 
 TenantParam = Annotated[str, QueryParameter(description="A tenant's name, or its id.")]
-MonthParam = Annotated[str, QueryParameter(description="A billing month such as 2026-11.")]
+MonthParam = Annotated[str | None, QueryParameter(description="A billing month such as 2026-11; else the current.")]
 
 
 @get("/invoices", responses=FAILURES)
-async def get_invoice(platform: Running, tenant: TenantParam, month: MonthParam) -> Invoice:
+async def get_invoice(platform: Running, tenant: TenantParam, month: MonthParam = None) -> Invoice:
     """A tenant's invoice of a month; a draft while the month is not over."""
     now = datetime.now(UTC)
     found = await read_drained(
@@ -101,7 +118,7 @@ async def get_invoice(platform: Running, tenant: TenantParam, month: MonthParam)
 
 
 @get("/invoices/text", media_type=MediaType.TEXT, responses=FAILURES)
-async def get_invoice_text(platform: Running, tenant: TenantParam, month: MonthParam) -> str:
+async def get_invoice_text(platform: Running, tenant: TenantParam, month: MonthParam = None) -> str:
     """The same as a page of plain text, 78 columns wide."""
     now = datetime.now(UTC)
     return await read_drained(

@@ -14,12 +14,13 @@ from tidemill.control.margin import margin
 
 
 class MarginSums(Answer):
-    """Revenue and cost. `cost` is `busy_cost` + `idle_cost`, what the replicas cost in the time, to the nano."""
+    """Revenue and cost. `cost` is `busy_cost` + `idle_cost`, what the replicas cost in the time, + `upstream_cost`."""
 
     revenue: Amount
     cost: Amount
     busy_cost: Annotated[str, Meta(description="The device time that requests used, at what it costs.")]
     idle_cost: Annotated[str, Meta(description="The device time that nobody used, in proportion to that used.")]
+    upstream_cost: Annotated[str, Meta(description="What upstreams bill for tokens, by `[models.NAME.cost]`.")]
     gross_margin: Amount
     ratio: Annotated[float | None, Meta(description="Gross margin per revenue; null without revenue.")]
 
@@ -29,7 +30,7 @@ class TenantMargin(MarginSums):
 
     tenant: Annotated[str, Meta(description="The tenant's name.")]
     device_seconds: float
-    contribution: Annotated[str, Meta(description="Revenue less the cost of the device time used.")]
+    contribution: Annotated[str, Meta(description="Revenue less the cost of the device time used, and of tokens.")]
 
 
 class ModelMargin(MarginSums):

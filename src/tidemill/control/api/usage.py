@@ -1,6 +1,6 @@
 """/api/v1/usage"""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from litestar import get
 from litestar.params import QueryParameter
@@ -49,6 +49,37 @@ class UsageRecord(Answer):
     device_ns: Annotated[int, Meta(description="Its fair share of its replica's busy time, nanoseconds.")]
 
 
+class DeviceUse(Answer):
+    """Device time of jobs and reservations by kind of device, tier and price version."""
+
+    kind: Annotated[str, Meta(examples=["h800-sxm", "cpu"])]
+    tier: Literal["standard", "preemptible", "reserved"]
+    price_id: str
+    device_seconds: Annotated[str, Meta(description="Exact to the microsecond.", examples=["7200", "0.25"])]
+    meters: Annotated[int, Meta(description="How many attempts at jobs, or reservations, it is of.")]
+    charge: Amount
+    uncollected: Annotated[str, Meta(description="What it was worth beyond hold and balance; not charged.")]
+
+
+class DeviceRecord(Answer):
+    """One rental: an attempt at a job, or a reservation."""
+
+    meter_id: str
+    job_id: str | None
+    attempt: int | None
+    reservation_id: str | None
+    kind: str
+    tier: Literal["standard", "preemptible", "reserved"]
+    devices: int
+    price_id: str
+    started_at: Instant
+    ended_at: Annotated[str | None, Meta(description="ISO 8601, UTC; null while it lasts.")]
+    device_seconds: str
+    charge: Amount
+    uncollected: Amount
+    currency: Currency
+
+
 class UsageStatement(UsageSums, omit_defaults=True):
     """A tenant's usage in a month or in all, and its balance of now."""
 
@@ -58,7 +89,11 @@ class UsageStatement(UsageSums, omit_defaults=True):
     month: Annotated[str | None, Meta(description="null: from the beginning.", examples=["2026-11"])]
     zone: Annotated[str, Meta(description="The time zone whose midnights bound the month.")]
     balance: Amount
-    models: Annotated[dict[str, UsageSums], Meta(description="The same sums by model.")]
+    models: Annotated[dict[str, UsageSums], Meta(description="The same sums by model, without device time.")]
+    devices: Annotated[list[DeviceUse], Meta(description="Device time; its charges are in `charge`, too.")]
+    device_records: Annotated[
+        list[DeviceRecord] | None, Meta(description="With the first page of records: the rentals behind `devices`.")
+    ] = None
     records: Annotated[list[UsageRecord] | None, Meta(description="When asked for: oldest first.")] = None
     next: Annotated[str | None, Meta(description="`after` of the next page of records; missing at the end.")] = None
 

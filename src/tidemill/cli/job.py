@@ -1,0 +1,373 @@
+"""`tidemill job`"""
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter
+
+from tidemill.cli.locate import running, source
+from tidemill.cli.output import complain, grouped, moment, print_json, print_table, print_text, split_list
+from tidemill.cli.place import HERE, Place
+from tidemill.errors import BadInput, Conflict, NotFound
+
+app = App(name="job")
+
+LOOK_EVERY_S = 0.5
+OVER = ("succeeded", "failed", "cancelled", "expired")
+
+
+@app.command
+def submit(
+    *command: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    tenant: str,
+    devices: int = 1,
+    kind: str = "",
+    gang: bool = True,
+    ranks: str | None = None,
+    preemptible: bool = True,
+    queue: str | None = None,
+    reservation: str | None = None,
+    priority: int = 0,
+    deadline: str | None = None,
+    estimate: str | None = None,
+    checkpoint_signal: str = "TERM",
+    grace: str | None = None,
+    retries: int = 0,
+    name: str | None = None,
+    env: tuple[str, ...] = (),
+    workdir: Path | None = None,
+    wait: Annotated[bool, Parameter(negative="")] = False,
+    place: Place = HERE,
+) -> int:
+    """Have a command run on devices, as soon as there is room for it. Write it behind --.
+
+    Parameters
+    ----------
+    command
+        The command, behind --; no shell: for one, write -- sh -c "...".
+    tenant
+        The tenant's name or id.
+    devices
+        How many devices it takes.
+    kind
+        Kinds of devices that it runs on, with commas, the best first; any that has a price when left out.
+    gang
+        All its devices at once, or none; without, it runs on as many as there are.
+    ranks
+        One process for each node or device. [default: node for a gang, else device]
+    preemptible
+        It may be asked to checkpoint and go when something more urgent comes; cheaper.
+    queue
+        The queue that it waits in. [default: the tenant's own]
+    reservation
+        Run it on what the tenant has reserved.
+    priority
+        Higher first, within its queue.
+    deadline
+        When it has to be done: 6h, 2026-12-01 or 2026-12-01T12:00.
+    estimate
+        How long it takes on all its devices, such as 2h; helps to plan.
+    checkpoint_signal
+        How it is asked to checkpoint: TERM, INT, HUP, QUIT, USR1 or USR2.
+    grace
+        What it gets for that, such as 60s; then it is killed.
+    retries
+        How often it is tried again after it has failed.
+    name
+        To tell it from others. [default: the program's name]
+    env
+        Variables for it, NAME=VALUE; may be given several times.
+    workdir
+        Where it runs, on the node. [default: a directory of its own]
+    wait
+        Return when it is over; exit code 0 only if it has succeeded.
+    """
+    client = running(place)
+    made = client.submit_job(
+        tenant=tenant,
+        command=list(command),
+        devices=devices,
+        kinds=split_list(kind),
+        gang=gang,
+        ranks=ranks,
+        preemptible=preemptible,
+        queue=queue,
+        reservation=reservation,
+        priority=priority,
+        deadline=deadline,
+        estimate=estimate,
+        checkpoint_signal=checkpoint_signal,
+        grace=grace,
+        retries=retries,
+        name=name,
+        env=dict(_variable(each) for each in env),
+        workdir=None if workdir is None else str(workdir.absolute()),
+    )
+    if wait:
+        return _wait(place, made["id"])
+    if place.json:
+        print_json(made)
+    else:
+        print_text(f"{made['id']} waits in the queue {made['queue']}. Look at it with: tidemill job show {made['id']}")
+    return 0
+
+
+@app.command(name="list")
+def list_(
+    *,
+    tenant: str | None = None,
+    state: str | None = None,
+    unfinished: Annotated[bool, Parameter(negative="")] = False,
+    limit: int = 100,
+    place: Place = HERE,
+) -> None:
+    """List jobs, newest first.
+
+    Parameters
+    ----------
+    tenant
+        Only this tenant's.
+    state
+        Only in this state: queued, starting, running, preempting, succeeded, failed, cancelled or expired.
+    unfinished
+        Only those that are not over.
+    limit
+        At most so many.
+    """
+    found = source(place).jobs(tenant, state=state, unfinished=unfinished, limit=limit)
+    if place.json:
+        print_json(found)
+        return
+    print_table(
+        [
+            ("Job", "left"),
+            ("Name", "left"),
+            ("Tenant", "left"),
+            ("Queue", "left"),
+            ("State", "left"),
+            ("Devices", "right"),
+            ("Attempts", "right"),
+            ("Submitted (UTC)", "left"),
+            ("", "left"),
+        ],
+        [
+            (
+                job["id"],
+                job["name"],
+                job["tenant"],
+                job["queue"],
+                job["state"],
+                str(job["devices"]),
+                str(job["attempts"]),
+                moment(job["submitted_at"]),
+                job["reason"],
+            )
+            for job in found["jobs"]
+        ],
+    )
+
+
+@app.command
+def show(job: str, /, *, place: Place = HERE) -> None:
+    """One job, each attempt at it, and what it has cost until now.
+
+    Parameters
+    ----------
+    job
+        Its id or name.
+    """
+    found = source(place).job(job)
+    if place.json:
+        print_json(found)
+        return
+    _print_job(found)
+
+
+@app.command
+def logs(
+    job: str,
+    /,
+    *,
+    follow: Annotated[bool, Parameter(name=["--follow", "-f"], negative="")] = False,
+    attempt: int | None = None,
+    rank: int = 0,
+    place: Place = HERE,
+) -> None:
+    """What a job has said.
+
+    Parameters
+    ----------
+    job
+        Its id or name.
+    follow
+        Go on until it is over, through all of its attempts.
+    attempt
+        Which attempt; they count from 1. [default: the last]
+    rank
+        Which of its processes; they count from 0.
+    """
+    if place.json and follow:
+        raise BadInput("--json prints one document; it does not go with --follow.")
+    client = running(place)
+    text, cursor, number = "", "", attempt
+    while True:
+        try:
+            piece = client.job_logs(job, number, rank, cursor)
+        except NotFound:
+            if not follow or client.job(job)["state"] in OVER:
+                raise
+            time.sleep(LOOK_EVERY_S)
+            continue
+        number = piece["attempt"]
+        if place.json:
+            text += piece["text"]
+        else:
+            sys.stdout.write(piece["text"])
+            sys.stdout.flush()
+        at_end = not piece["text"] and piece["next"] == cursor
+        cursor = piece["next"]
+        if not at_end:
+            continue
+        if not follow:
+            break
+        if piece["ended"]:
+            now = client.job(job)
+            if attempt is not None or now["state"] in OVER:
+                break
+            if now["attempts"] > number:
+                number, cursor = number + 1, ""
+                continue
+        time.sleep(LOOK_EVERY_S)
+    if place.json:
+        print_json({"job": job, "attempt": number, "rank": rank, "text": text})
+
+
+@app.command
+def wait(job: str, /, *, place: Place = HERE) -> int:
+    """Return when a job is over: exit code 0 if it has succeeded, else 1.
+
+    Parameters
+    ----------
+    job
+        Its id or name.
+    """
+    return _wait(place, job)
+
+
+@app.command
+def cancel(job: str, /, *, place: Place = HERE) -> None:
+    """Cancel a job. One that runs gets its signal and its grace.
+
+    Parameters
+    ----------
+    job
+        Its id or name.
+    """
+    asked = running(place).cancel_job(job)
+    if place.json:
+        print_json(asked)
+    elif asked["state"] == "cancelled":
+        print_text(f"{asked['id']} is cancelled.")
+    else:
+        print_text(f"{asked['id']} is asked to go; it has {asked['grace_seconds']:g} s.")
+
+
+@app.command
+def artifacts(job: str, path: str | None = None, /, *, to: Path | None = None, place: Place = HERE) -> None:
+    """List what a job has made for its owner, or download one of it.
+
+    Parameters
+    ----------
+    job
+        Its id or name.
+    path
+        The artefact to be downloaded, as listed.
+    to
+        Where to put it. [default: its own name, here]
+    """
+    client = running(place)
+    if path is None:
+        found = client.job_artifacts(job)
+        if place.json:
+            print_json(found)
+            return
+        print_table(
+            [("Artefact", "left"), ("Bytes", "right"), ("Modified (UTC)", "left")],
+            [(each["path"], grouped(each["bytes"]), moment(each["modified_at"])) for each in found["artifacts"]],
+        )
+        return
+    target = to or Path(Path(path).name)
+    if target.is_dir():
+        target /= Path(path).name
+    if target.exists():
+        raise Conflict(f"{target} exists already.", hint="Choose another name with --to.")
+    size = client.download_artifact(job, path, target)
+    if place.json:
+        print_json({"path": str(target), "bytes": size})
+    else:
+        print_text(f"{target}: {grouped(size)} bytes")
+
+
+def _wait(place: Place, job: str) -> int:
+    client = running(place)
+    while (found := client.job(job))["state"] not in OVER:
+        time.sleep(LOOK_EVERY_S)
+    if place.json:
+        print_json(found)
+    elif found["state"] != "succeeded":
+        complain(f"{found['id']}: {found['state']}. {found['reason']}")
+    else:
+        print_text(f"{found['id']} has succeeded.")
+    return 0 if found["state"] == "succeeded" else 1
+
+
+def _print_job(job: dict[str, Any]) -> None:
+    kinds = f" of {', '.join(job['kinds'])}" if job["kinds"] else ""
+    how = "preemptible" if job["preemptible"] else "not preemptible"
+    lines = [
+        f"{job['id']}  {job['name']}  of {job['tenant']}, in the queue {job['queue']}",
+        f"  {' '.join(job['command'])}",
+        f"  {job['state']}" + (f": {job['reason']}" if job["reason"] else ""),
+        f"  {job['devices']} devices{kinds}, {'a gang' if job['gang'] else 'as many as there are'}, {how}",
+        f"  submitted {moment(job['submitted_at'])}"
+        + (f", ended {moment(job['ended_at'])}" if job["ended_at"] else "")
+        + (f", deadline {moment(job['deadline_at'])}" if job["deadline_at"] else "")
+        + " UTC",
+        f"  {grouped(job['device_seconds'])} device-seconds, {grouped(job['charge'])} {job['currency']}",
+        "",
+    ]
+    print_text("\n".join(lines))
+    print_table(
+        [
+            ("Attempt", "right"),
+            ("Devices", "left"),
+            ("Started (UTC)", "left"),
+            ("Ended", "left"),
+            ("Outcome", "left"),
+            ("Seconds", "right"),
+            (f"Charge {job['currency']}", "right"),
+            ("", "left"),
+        ],
+        [
+            (
+                str(each["attempt"]),
+                ", ".join(each["devices"]),
+                moment(each["started_at"]),
+                moment(each["ended_at"]),
+                each["outcome"] or "runs",
+                grouped(each["device_seconds"]),
+                grouped(each["charge"]),
+                each["reason"] or each["why"],
+            )
+            for each in job["history"]
+        ],
+    )
+
+
+def _variable(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise BadInput(f"--env: {text[:80]!r} is not NAME=VALUE.")
+    return name, value

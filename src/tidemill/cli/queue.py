@@ -1,0 +1,81 @@
+"""`tidemill queue`"""
+
+from cyclopts import App
+
+from tidemill.cli.locate import running, source
+from tidemill.cli.output import print_json, print_table, print_text
+from tidemill.cli.place import HERE, Place
+
+app = App(name="queue")
+
+
+@app.command(name="set")
+def set_(
+    name: str,
+    /,
+    *,
+    tenant: str | None = None,
+    quota: int = 0,
+    borrow: int | None = None,
+    weight: int = 1,
+    place: Place = HERE,
+) -> None:
+    """Make a queue of jobs, or change it. A tenant's own queue has the tenant's name.
+
+    Parameters
+    ----------
+    name
+        The queue's name.
+    tenant
+        Only this tenant's jobs; anybody's when left out.
+    quota
+        Devices of its own: others may borrow them, and give them back when they are wanted.
+    borrow
+        Devices beyond its quota, of what others leave. [default: as many as there are]
+    weight
+        Its share of what is to be borrowed, relative to the others'.
+    """
+    made = running(place).set_queue(name=name, tenant=tenant, quota=quota, borrow=borrow, weight=weight)
+    if place.json:
+        print_json(made)
+        return
+    borrows = "as much as others leave" if made["borrow"] is None else f"at most {made['borrow']}"
+    print_text(f"{made['name']} has {made['quota']} devices and borrows {borrows}.")
+
+
+@app.command(name="list")
+def list_(*, place: Place = HERE) -> None:
+    """List the queues that were set."""
+    found = source(place).queues()
+    if place.json:
+        print_json(found)
+        return
+    print_table(
+        [("Queue", "left"), ("Tenant", "left"), ("Quota", "right"), ("Borrows", "right"), ("Weight", "right")],
+        [
+            (
+                each["name"],
+                each["tenant"] or "all",
+                str(each["quota"]),
+                "what is left" if each["borrow"] is None else str(each["borrow"]),
+                str(each["weight"]),
+            )
+            for each in found["queues"]
+        ],
+    )
+
+
+@app.command
+def remove(name: str, /, *, place: Place = HERE) -> None:
+    """Remove a queue that has no unfinished jobs.
+
+    Parameters
+    ----------
+    name
+        The queue's name.
+    """
+    removed = running(place).remove_queue(name)
+    if place.json:
+        print_json(removed)
+    else:
+        print_text(f"The queue {removed['name']} is removed.")

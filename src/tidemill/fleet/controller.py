@@ -1,0 +1,360 @@
+"""The loop that turns plans into deeds: it looks at the fleet, has `tides.plan` decide, and carries that out.
+
+It remembers nothing that a plan needs beside what is under way: a plan is made from what is there, so a deed that
+failed is simply asked for again, later each time. One deed that fails stops no other, and nothing stops the loop.
+Durations are of the monotonic clock; a wall clock that jumps moves what is displayed, and deadlines, which are of it.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from typing import Protocol
+
+import msgspec
+import structlog
+
+from tidemill.fleet.backend import Device, Node
+from tidemill.tides.plan import plan
+from tidemill.tides.rules import RULES, Rules
+from tidemill.tides.state import (
+    BacklogView,
+    DeviceView,
+    JobView,
+    ModelView,
+    Phase,
+    Plan,
+    Promise,
+    QueueView,
+    ReplicaView,
+    ReservationView,
+    Snapshot,
+    WaitNote,
+)
+
+INTERVAL_S = 1.0
+LIVING = (Phase.STARTING, Phase.WARMING, Phase.READY)
+SOON_S = 0.1
+"""After an event (a request that waits for a model at zero, a job that came or ended) the next plan comes so soon."""
+RETRY_S = (1.0, 5.0, 15.0, 60.0)
+"""Waits after a deed that failed; each failure in turn takes the next."""
+
+log = structlog.get_logger()
+
+
+class JobBook(Protocol):
+    """Jobs, as the loop sees them (`work`)."""
+
+    def views(self) -> Sequence[JobView]:
+        """Queued and running jobs, from memory; cheap."""
+        ...
+
+    def queues(self) -> Sequence[QueueView]: ...
+    def reservations(self) -> Sequence[ReservationView]: ...
+    def start(self, job_id: str, devices: Sequence[Device], why: str) -> None:
+        """Returns at once; what becomes of it is seen in `views`."""
+        ...
+
+    def preempt(self, job_id: str, why: str) -> None:
+        """Likewise."""
+        ...
+
+    def on_change(self, changed: Callable[[], None]) -> None:
+        """Have `changed` called when a job came, ended, or gave its devices back."""
+        ...
+
+
+class NoJobs:
+    """A fleet without jobs."""
+
+    def views(self) -> Sequence[JobView]:
+        return ()
+
+    def queues(self) -> Sequence[QueueView]:
+        return ()
+
+    def reservations(self) -> Sequence[ReservationView]:
+        return ()
+
+    def start(self, job_id: str, devices: Sequence[Device], why: str) -> None:
+        raise LookupError(job_id)
+
+    def preempt(self, job_id: str, why: str) -> None:
+        raise LookupError(job_id)
+
+    def on_change(self, changed: Callable[[], None]) -> None:
+        return None
+
+
+class Replicas(Protocol):
+    """Replicas, as the loop has them started and stopped (`fleet.replicas.ReplicaSet`)."""
+
+    def views(self) -> Sequence[ReplicaView]: ...
+    def start(
+        self, model: str, devices: Sequence[Device], *, batch_only: bool = False, beside: bool = False, why: str = ""
+    ) -> str:
+        """Start a replica; returns at once, and it is in `views`. Gives its name.
+
+        `beside`: it shares its devices with another one, and gets only what that leaves (`Launch.idle_class`).
+        """
+        ...
+
+    def stop(self, name: str, why: str) -> object:
+        """Drain a replica and end it; returns at once."""
+        ...
+
+    def turn(self, name: str, *, batch_only: bool, why: str) -> None:
+        """Lend a replica to batches, or take it back."""
+        ...
+
+
+class Sight(Protocol):
+    """What of the fleet neither replicas nor jobs know."""
+
+    def nodes(self) -> Sequence[Node]: ...
+    def drained(self) -> Mapping[str, str]:
+        """Nodes and devices that the operator has taken out, and why."""
+        ...
+
+    def models(self, now: float) -> Sequence[ModelView]:
+        """The models that are planned for. `now`: monotonic seconds."""
+        ...
+
+    def backlogs(self) -> Sequence[BacklogView]: ...
+    def beside(self) -> Collection[str]:
+        """Models whose lines are worked on by a replica beside each ordinary one, on what that leaves (docs/fleet.md),
+        and that have lines now."""
+        ...
+
+    def learn_startup(self, model: str, seconds: float) -> None:
+        """A replica of the model took so long from its start until it was ready."""
+        ...
+
+
+class Sighting(msgspec.Struct, frozen=True):
+    """The last plan, and what it was made from."""
+
+    snapshot: Snapshot
+    plan: Plan
+    failures: tuple[WaitNote, ...] = ()
+    """Deeds that have failed and will be tried again."""
+
+
+class Failing(msgspec.Struct):
+    """A deed that keeps failing."""
+
+    reason: str
+    times: int = 0
+    until: float = 0.0
+    """Monotonic: not tried before."""
+
+
+class Controller:
+    """Plans and acts, every `interval_s` seconds and soon after an event."""
+
+    def __init__(
+        self,
+        sight: Sight,
+        replicas: Replicas,
+        jobs: JobBook,
+        *,
+        rules: Rules = RULES,
+        interval_s: float = INTERVAL_S,
+    ) -> None:
+        self._sight = sight
+        self._replicas = replicas
+        self._jobs = jobs
+        self._rules = rules
+        self._interval_s = interval_s
+        self._event = asyncio.Event()
+        self._promises: tuple[Promise, ...] = ()
+        self._reserved: dict[str, str] = {}
+        """The reservation that a device belongs to."""
+        self._failing: dict[str, Failing] = {}
+        """By deed: `model NAME`, `replica ID`, `job ID`."""
+        self._young: dict[str, float] = {}
+        """Replicas that are not ready yet, and since when they were seen, monotonic."""
+        self.last: Sighting | None = None
+        jobs.on_change(self.poke)
+
+    def poke(self) -> None:
+        """Something has happened: plan soon."""
+        self._event.set()
+
+    async def run(self) -> None:
+        """Plan and act until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            began = loop.time()
+            self._event.clear()
+            try:
+                self.step()
+            except Exception:
+                log.exception("the fleet could not be planned; what runs goes on")
+            await self._pause(began)
+
+    async def _pause(self, began: float) -> None:
+        try:
+            async with asyncio.timeout_at(began + self._interval_s):
+                await self._event.wait()
+        except TimeoutError:
+            return
+        await asyncio.sleep(max(began + SOON_S - asyncio.get_running_loop().time(), 0.0))
+
+    def step(self) -> Plan:
+        """One plan, carried out: every deed is begun, none is waited for."""
+        now = time.monotonic()
+        self._watch_starts(self._replicas.views(), now)
+        snapshot = self.look(now)
+        decided = plan(_planned(snapshot), self._rules)
+        self._promises = decided.promises
+        self._mark(decided, snapshot)
+        devices = {device.id: device for node in self._sight.nodes() for device in node.devices}
+        replicas, jobs = self._replicas, self._jobs
+        act: Callable[[], object]
+        for turned in decided.turn_replicas:
+            act = partial(replicas.turn, turned.replica, batch_only=turned.batch_only, why=turned.why)
+            self._do(f"replica {turned.replica}", now, act)
+        for going in decided.stop_replicas:
+            self._do(f"replica {going.replica}", now, partial(replicas.stop, going.replica, going.why))
+        self._keep_beside(snapshot, decided, devices, now)
+        for start in decided.start_replicas:
+            place = [devices[each] for each in start.devices]
+            act = partial(replicas.start, start.model, place, batch_only=start.batch_only, why=start.why)
+            self._do(f"model {start.model}", now, act)
+        for preempted in decided.preempt_jobs:
+            self._do(f"job {preempted.job}", now, partial(jobs.preempt, preempted.job, preempted.why))
+        for job in decided.start_jobs:
+            place = [devices[each] for each in job.devices]
+            self._do(f"job {job.job}", now, partial(jobs.start, job.job, place, job.why))
+        self._forget(now)
+        self.last = Sighting(snapshot, decided, tuple(self._failures(now)))
+        return decided
+
+    def look(self, now: float) -> Snapshot:
+        """The fleet as it is. `now`: monotonic seconds."""
+        drained = self._sight.drained()
+        devices = tuple(
+            DeviceView(
+                id=device.id,
+                node=device.node,
+                kind=device.kind,
+                up=node.up and device.id not in drained and node.name not in drained,
+                reserved_by=self._reserved.get(device.id),
+            )
+            for node in self._sight.nodes()
+            for device in node.devices
+        )
+        return Snapshot(
+            now=time.time(),
+            devices=devices,
+            models=tuple(self._sight.models(now)),
+            # Those beside others hold no devices, and plans need not know of them.
+            replicas=tuple(view for view in self._replicas.views() if view.phase is not Phase.GONE and not view.beside),
+            jobs=tuple(self._jobs.views()),
+            queues=tuple(self._jobs.queues()),
+            reservations=tuple(self._jobs.reservations()),
+            backlogs=tuple(self._sight.backlogs()),
+            promises=self._promises,
+        )
+
+    def _mark(self, decided: Plan, snapshot: Snapshot) -> None:
+        """Note whose the devices of reservations are. It need not outlive a restart: the plan then says it again."""
+        lasting = {each.id for each in snapshot.reservations}
+        anew = {each.reservation for each in decided.reserve}
+        self._reserved = {
+            device: name for device, name in self._reserved.items() if name in lasting and name not in anew
+        }
+        for each in decided.reserve:
+            self._reserved |= dict.fromkeys(each.devices, each.reservation)
+
+    # Beside
+
+    def _keep_beside(self, snapshot: Snapshot, decided: Plan, devices: Mapping[str, Device], now: float) -> None:
+        """Where a model's lines are worked on beside its requests: a replica for them on the devices of each ordinary
+        one, as long as there are lines."""
+        going = {each.replica for each in decided.stop_replicas}
+        hosts = {
+            view.devices: view
+            for view in snapshot.replicas
+            if not view.batch_only and view.phase is Phase.READY and view.id not in going
+        }
+        wanted = self._sight.beside()
+        served = set()
+        for view in self._replicas.views():
+            if not view.beside:
+                continue
+            host = hosts.get(view.devices)
+            if view.phase not in LIVING:
+                served.add(view.devices)  # until it is gone no second one starts there
+            elif host is not None and host.model == view.model and view.model in wanted:
+                served.add(view.devices)
+            else:
+                why = "the replica that it was beside goes" if host is None else "no lines are left"
+                self._do(f"replica {view.id}", now, partial(self._replicas.stop, view.id, why))
+        for place, host in hosts.items():
+            if host.model in wanted and place not in served:
+                self._do(f"lines beside {host.id}", now, partial(self._start_beside, host, place, devices))
+
+    def _start_beside(self, host: ReplicaView, place: Sequence[str], devices: Mapping[str, Device]) -> None:
+        found = [devices[each] for each in place]
+        why = f"lines of batches, on what {host.id} leaves"
+        self._replicas.start(host.model, found, batch_only=True, beside=True, why=why)
+
+    def _watch_starts(self, views: Sequence[ReplicaView], now: float) -> None:
+        """Learn how long replicas take until they are ready."""
+        young: dict[str, float] = {}
+        for view in views:
+            if view.phase in (Phase.STARTING, Phase.WARMING):
+                young[view.id] = self._young.get(view.id, now)
+            elif view.phase is Phase.READY and view.id in self._young and not view.batch_only:
+                self._sight.learn_startup(view.model, now - self._young[view.id])
+        self._young = young
+
+    # Deeds
+
+    def _do(self, deed: str, now: float, act: Callable[[], object]) -> None:
+        """Do it; one that fails is done again when the plan asks for it after a while."""
+        failing = self._failing.get(deed)
+        if failing is not None and now < failing.until:
+            return
+        try:
+            act()
+        except Exception as error:
+            failing = self._failing.setdefault(deed, Failing(""))
+            wait_s = RETRY_S[min(failing.times, len(RETRY_S) - 1)]
+            failing.times += 1
+            failing.until = now + wait_s
+            failing.reason = str(error) or type(error).__name__
+            log.warning("what the plan wants cannot be done", what=deed, reason=failing.reason, retry_in_s=wait_s)
+        else:
+            self._failing.pop(deed, None)
+
+    def _failures(self, now: float) -> Sequence[WaitNote]:
+        return [
+            WaitNote(
+                deed,
+                f"{failing.reason} This failed {failing.times} times, and is tried again in "
+                f"{max(failing.until - now, 0.0):.0f} s.",
+            )
+            for deed, failing in self._failing.items()
+        ]
+
+    def _forget(self, now: float) -> None:
+        """What has not been tried again long after it could have been is no longer wanted."""
+        for deed, failing in list(self._failing.items()):
+            if now > failing.until + RETRY_S[-1]:
+                del self._failing[deed]
+
+
+def _planned(snapshot: Snapshot) -> Snapshot:
+    """What of a fleet is a matter of planning: not the replicas that share their slots with whatever else is there."""
+    shared = {view.model for view in snapshot.replicas if view.shared}
+    if not shared:
+        return snapshot
+    return msgspec.structs.replace(
+        snapshot,
+        models=tuple(view for view in snapshot.models if view.name not in shared),
+        replicas=tuple(view for view in snapshot.replicas if view.model not in shared),
+        backlogs=tuple(view for view in snapshot.backlogs if view.model not in shared),
+    )

@@ -1,0 +1,35 @@
+"""Where replicas go when nobody plans: those that a configuration wants at all times, on the first devices that fit.
+
+With the tide running, `tides.plan` decides instead.
+"""
+
+from collections.abc import Collection, Sequence
+
+from tidemill.fleet.backend import Device, Node
+from tidemill.fleet.recipe import Recipe
+
+
+def share_of_slots(recipe: Recipe, index: int, nodes: Sequence[Node]) -> tuple[Device, ...]:
+    """The CPU slots of a replica that does not say how many it wants: its part, when all that may be share a node."""
+    for node in nodes:
+        slots = [device for device in node.devices if device.kind == "cpu"]
+        if node.up and slots:
+            size = max(1, len(slots) // max(recipe.max_replicas, 1))
+            first = index * size % len(slots)
+            return tuple(slots[first : first + size])
+    return ()
+
+
+def first_fit(
+    recipe: Recipe, nodes: Sequence[Node], taken: Collection[str], apart: Collection[str] = ()
+) -> tuple[Device, ...] | None:
+    """Free devices for one replica: all of one kind and node, the best kind first, and nodes other than those named
+    `apart` where there is a choice; None when there are not enough."""
+    assert recipe.devices is not None
+    kinds = recipe.kinds or tuple(dict.fromkeys(device.kind for node in nodes for device in node.devices))
+    for kind in kinds:
+        for node in sorted(nodes, key=lambda each: each.name in apart):
+            free = [device for device in node.devices if device.kind == kind and device.id not in taken]
+            if node.up and len(free) >= recipe.devices:
+                return tuple(free[: recipe.devices])
+    return None

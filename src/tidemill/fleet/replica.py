@@ -1,0 +1,335 @@
+"""One replica: an engine's process, life after life, from its start to its end, and why it is where it is.
+
+starting -> warming -> ready -> draining -> gone
+    ^---------'----------' (it has died, hangs or does not start: again, after growing waits)
+"""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from tidemill.engines.capabilities import template_lacks
+from tidemill.engines.prometheus import counter_sum
+from tidemill.fleet.backend import Backend, CannotStart, Device, Ended, Launch, Process
+from tidemill.fleet.recipe import Recipe, Version
+from tidemill.tides.state import Phase, ReplicaView
+
+RESTART_AFTER_S = (0.2, 1.0, 5.0, 15.0, 60.0)
+"""Waits before an engine that keeps dying is started again."""
+STEADY_AFTER_S = 60.0
+"""An engine that lived this long starts anew with the shortest wait."""
+HEALTH_EVERY_S = 2.0
+POLL_S = 0.05
+"""How often one that starts is asked whether it is ready, in its first seconds."""
+SLOW_POLL_S = 0.5
+STOP_GRACE_S = 5.0
+BESIDE_PATIENCE = 30.0
+"""One that gets what another leaves may be silent for so many times longer."""
+SETTLE_S = 0.5
+"""A replica that drains is idle when it was so for this long after the gateways have heard of it."""
+NOWHERE = "http://127.0.0.1:1/v1"
+"""The address of a replica that has none yet."""
+
+log = structlog.get_logger()
+
+Get = Callable[[str, bytes, float], Awaitable[bytes | None]]
+"""GET a page: base URL, path, time limit in seconds; None when it is not answered with 200 in time."""
+
+
+class Transition(msgspec.Struct, frozen=True):
+    """A step in a replica's life."""
+
+    at: float
+    """Unix time, seconds."""
+    replica: str
+    phase: Phase
+    why: str
+
+
+class Use(msgspec.Struct, frozen=True):
+    """What the gateways have in flight at a replica."""
+
+    people: int = 0
+    filler: int = 0
+
+
+class Replica:
+    """An engine that serves a model on certain devices."""
+
+    def __init__(
+        self,
+        index: int,
+        recipe: Recipe,
+        *,
+        backend: Backend,
+        get: Get,
+        logs: Path,
+        note: Callable[["Replica", Transition], None],
+        batch_only: bool = False,
+        beside: bool = False,
+        version: Version | None = None,
+    ) -> None:
+        self.name = f"{recipe.model}/{index}"
+        self.index = index
+        self.model = recipe.model
+        self.recipe = recipe
+        self.version = version or recipe.version
+        self.devices: tuple[Device, ...] = ()
+        self.batch_only = batch_only
+        self.beside = beside
+        """It runs in the idle class, on devices that another one holds."""
+        self.phase = Phase.STARTING
+        self.since = time.time()
+        self.why = "the platform starts"
+        self.surge = False
+        """It takes another one's place soon: until then it holds its devices, and counts for nothing else."""
+        self.use = Use()
+        self.life = ""
+        self.base_url = NOWHERE
+        self.starts = 0
+        self.failures = 0
+        """Lives in a row that have ended before they were steady."""
+        self.last_failure = ""
+        """Why the last of them has."""
+        self.lacks: tuple[str, ...] = ()
+        """See `gateway.routing.ModelSpec.lacks`."""
+        self.ready_after_s: float | None = None
+        """What the last start took, seconds."""
+        self._backend = backend
+        self._get = get
+        self._log = logs / f"engine-{self.name.replace('/', '-')}.log"
+        self._note = note
+        self._process: Process | None = None
+        self._starting: asyncio.Task[Sequence[Process]] | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._ending: asyncio.Task[None] | None = None
+
+    @property
+    def ready(self) -> bool:
+        return self.phase is Phase.READY
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None else None
+
+    @property
+    def root(self) -> str:
+        """Where its engine listens, without the path of its API."""
+        return self.base_url.removesuffix("/v1")
+
+    @property
+    def stuck(self) -> bool:
+        """It does not start, for a reason that waiting will hardly change."""
+        return not self.ready and (self.starts > 2 or self.failures > 2)
+
+    def view(self) -> ReplicaView:
+        return ReplicaView(
+            id=self.name,
+            model=self.model,
+            devices=tuple(device.id for device in self.devices),
+            phase=Phase.DRAINING if self.surge else self.phase,
+            in_flight=self.use.people,
+            filler=self.use.filler,
+            since=self.since,
+            batch_only=self.batch_only,
+            version=self.version.name,
+            beside=self.beside,
+            shared=self.recipe.shares,
+        )
+
+    def begin(self, devices: Sequence[Device], why: str, *, after: "asyncio.Task[None] | None" = None) -> None:
+        """Start it on these devices and keep it alive; when `after` is done, which has them until then."""
+        self.devices = tuple(devices)
+        self.move(Phase.STARTING, why)
+        self._task = asyncio.create_task(self._keep_alive(after))
+
+    def move(self, phase: Phase, why: str) -> None:
+        """Note where it is now, and why."""
+        if phase is not self.phase:
+            self.since = time.time()
+        self.phase, self.why = phase, why
+        self._note(self, Transition(time.time(), self.name, phase, why))
+
+    def end(self, why: str, *, last_words: Callable[["Replica"], Awaitable[None]] | None = None) -> asyncio.Task[None]:
+        """Drain it and then end it; returns at once. `last_words` is called when it is idle, before its end."""
+        if self._ending is None:
+            was_ready = self.ready
+            self._ending = asyncio.create_task(self._end(why, was_ready, last_words))
+            self.move(Phase.DRAINING, why)
+        return self._ending
+
+    async def close(self) -> None:
+        """End it now: the platform stops."""
+        if self._ending is not None:
+            self._ending.cancel()
+            await asyncio.gather(self._ending, return_exceptions=True)
+        await self._stop_process()
+
+    def lost(self, why: str) -> None:
+        """Its node is gone, and it with it."""
+        if self._task is not None and self._task is not asyncio.current_task():
+            self._task.cancel()
+        if self.phase is not Phase.GONE:
+            log.error("a replica is lost", replica=self.name, reason=why)
+            self.move(Phase.GONE, why)
+
+    # One life after the other
+
+    async def _keep_alive(self, after: "asyncio.Task[None] | None") -> None:
+        if after is not None:
+            await asyncio.wait([after])
+        loop = asyncio.get_running_loop()
+        while True:
+            began = loop.time()
+            why = await self._one_life()
+            if why is None or self._ending is not None:
+                return  # its node is lost, or it was to end anyway
+            if loop.time() - began > STEADY_AFTER_S:
+                self.failures = 0
+            wait = RESTART_AFTER_S[min(self.failures, len(RESTART_AFTER_S) - 1)]
+            self.failures += 1
+            self.last_failure = why
+            log.warning("engine ended", replica=self.name, life=self.life, reason=why, restart_in_s=wait)
+            self.move(Phase.STARTING, f"{why}; it is started again in {wait:g} s")
+            await asyncio.sleep(wait)
+
+    async def _one_life(self) -> str | None:
+        """Why it has ended; None when it is gone with its node."""
+        self.starts += 1
+        self.life = secrets.token_hex(4)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        try:
+            command = self.recipe.command(self.version, self.devices)
+            launch = self._launch(command.argv, dict(command.env))
+            # Shielded, so that a process that is being started while this task is ended is not lost sight of.
+            self._starting = asyncio.create_task(_start(self._backend, launch))
+            (process,) = await asyncio.shield(self._starting)
+        except CannotStart as error:
+            return str(error).rstrip(".")
+        except OSError as error:
+            return f"it cannot be started: {error.strerror}"
+        self._process = process
+        host = f"[{process.host}]" if ":" in process.host else process.host
+        self.base_url = f"http://{host}:{process.port}/v1"
+        self.move(Phase.WARMING, "it loads its weights")
+        watch = asyncio.create_task(self._watch(process, began))
+        try:
+            ended = await process.wait()
+        finally:
+            watch.cancel()
+        if ended.code is None:
+            self.lost(ended.why or "its node is lost")
+            return None
+        verdict = watch.result() if watch.done() and not watch.cancelled() else None
+        return verdict or _how(ended)
+
+    def _launch(self, argv: tuple[str, ...], env: dict[str, str]) -> Launch:
+        pinned = self.recipe.devices is not None or any(device.kind != "cpu" for device in self.devices)
+        return Launch(
+            name=self.name,
+            argv=argv,
+            env=env,
+            devices=self.devices if pinned else (),
+            node=self.devices[0].node if self.devices else "",
+            log=self._log,
+            idle_class=self.beside,
+            stop_signal=self.recipe.control.drain_signal,
+            orphan_grace_s=1.0,  # its requests went through gateways that die as well
+        )
+
+    async def _watch(self, process: Process, began: float) -> str:
+        """Say when it is ready, and kill it when it hangs. Returns why it was killed."""
+        loop = asyncio.get_running_loop()
+        health = self.recipe.control.ready.encode()
+        while await self._get(self.root, health, HEALTH_EVERY_S) is None:
+            if loop.time() - began > self.recipe.start_s:
+                process.kill()
+                return f"it was not ready within {self.recipe.start_s:g} s"
+            await asyncio.sleep(POLL_S if loop.time() - began < 15.0 else SLOW_POLL_S)
+        if self.recipe.engine == "llamacpp":
+            self.lacks = template_lacks(await self._get(self.root, b"/props", HEALTH_EVERY_S) or b"")
+        self.ready_after_s = loop.time() - began
+        if self._ending is None:
+            self.move(Phase.READY, f"it was ready {self.ready_after_s:.1f} s after its start")
+        log.info("engine ready", replica=self.name, life=self.life, pid=process.pid)
+        answered = loop.time()
+        patience_s = self.recipe.health_s * (BESIDE_PATIENCE if self.beside else 1)
+        while True:
+            await asyncio.sleep(HEALTH_EVERY_S)
+            if await self._get(self.root, health, HEALTH_EVERY_S) is not None:
+                answered = loop.time()
+            elif loop.time() - answered > patience_s:
+                log.error("engine hangs; it is killed and started again", replica=self.name, pid=process.pid)
+                process.kill()
+                return f"it hung: no answer for {patience_s:g} s"
+
+    # Its end
+
+    async def _end(self, why: str, was_ready: bool, last_words: Callable[["Replica"], Awaitable[None]] | None) -> None:
+        if was_ready:
+            idle = await self._until_idle()
+            if not idle:
+                log.warning("a replica is ended with requests in flight", replica=self.name, use=self.use)
+                why = f"{why}; requests that had not ended in {self.recipe.drain_s:g} s were cut off"
+            if last_words is not None:
+                try:
+                    await last_words(self)
+                except Exception:
+                    log.exception("a replica's last figures are lost", replica=self.name)
+        await self._stop_process()
+        if self.phase is not Phase.GONE:  # its node may have been lost meanwhile
+            self.move(Phase.GONE, why)
+
+    async def _stop_process(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self._starting is not None:
+            with suppress(CannotStart, OSError):
+                (self._process,) = await self._starting
+        if self._process is not None:
+            await self._process.stop(STOP_GRACE_S)
+
+    async def _until_idle(self) -> bool:
+        """Wait until nothing is in flight here, at most as long as it may drain; whether that came."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self.recipe.drain_s
+        idle_since: float | None = None
+        while loop.time() < until:
+            if await self._busy():
+                idle_since = None
+            elif idle_since is None:
+                idle_since = loop.time()
+            elif loop.time() - idle_since >= SETTLE_S:
+                return True
+            await asyncio.sleep(0.1)
+        return False
+
+    async def _busy(self) -> bool:
+        if self.use != Use():
+            return True
+        if self._process is None or self._process.pid is None:
+            return False
+        control = self.recipe.control
+        page = await self._get(self.root, control.metrics.encode(), HEALTH_EVERY_S)
+        if page is None:
+            return True  # one that is too busy to say so, until its time is up
+        text = page.decode(errors="replace")
+        return any(counter_sum(text, name) for name in (control.running, control.waiting) if name)
+
+
+async def _start(backend: Backend, launch: Launch) -> Sequence[Process]:
+    return await backend.start([launch])
+
+
+def _how(ended: Ended) -> str:
+    if ended.why == "exited":
+        return f"its process ended with code {ended.code}"
+    return f"its process was {ended.why}"

@@ -1,0 +1,179 @@
+"""A wish for a job, checked against the rules and what the store knows, and entered."""
+
+import re
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import PurePosixPath
+
+import msgspec
+from sqlalchemy import Connection
+
+from tidemill.errors import BadInput, NotFound
+from tidemill.ledger.devices import MAX_DEVICES, DeviceTier
+from tidemill.store.device_prices import current_device_prices
+from tidemill.store.jobs import Job, JobSpec, create_job, new_job_id
+from tidemill.store.queues import find_queue, list_queues
+from tidemill.store.reservations import OPEN, list_reservations
+from tidemill.store.tenants import Tenant, check_name, nearest_hint
+
+MAX_WORDS = 1_000
+MAX_COMMAND = 64 * 1024
+"""Bytes of a command, and of its environment."""
+MAX_ENV = 200
+MAX_PRIORITY = 100
+MAX_RETRIES = 100
+MAX_KINDS = 20
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
+_SIGNALS = frozenset("TERM INT HUP QUIT USR1 USR2".split())
+
+
+class JobLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """The rules of jobs, from the configuration."""
+
+    site: str
+    """The directory that has the jobs' files."""
+    tenant_open: int = 100
+    grace_s: float = 60.0
+    max_grace_s: float = 600.0
+
+
+class JobWish(msgspec.Struct, frozen=True, kw_only=True):
+    """What somebody wants to have run."""
+
+    argv: tuple[str, ...]
+    name: str | None = None
+    devices: int = 1
+    kinds: tuple[str, ...] = ()
+    gang: bool = True
+    per_device: bool | None = None
+    """None: as `gang` says; one process for each node of a gang, one for each device of what is none."""
+    preemptible: bool = True
+    queue: str | None = None
+    reservation: str | None = None
+    priority: int = 0
+    deadline_at: datetime | None = None
+    estimate_s: float | None = None
+    signal: str = "TERM"
+    grace_s: float | None = None
+    retries: int = 0
+    env: Mapping[str, str] = {}
+    workdir: str | None = None
+
+
+def submit(connection: Connection, wish: JobWish, owner: Tenant, limits: JobLimits, *, now: datetime) -> Job:
+    """Enter a job. Raises BadInput, NotFound, TooManyJobs."""
+    _check_command(wish)
+    _check_numbers(wish)
+    grace_s = limits.grace_s if wish.grace_s is None else wish.grace_s
+    if not 0 <= grace_s <= limits.max_grace_s:
+        raise BadInput(f"grace: is from 0 to {limits.max_grace_s:g} seconds.", param="grace")
+    reservation_id, kinds = _kinds(connection, wish, owner, now)
+    job = Job(
+        job_id=new_job_id(),
+        tenant_id=owner.tenant_id,
+        site=limits.site,
+        name=check_name("job", wish.name if wish.name is not None else PurePosixPath(wish.argv[0]).name or "job"),
+        queue=_queue(connection, wish, owner),
+        spec=JobSpec(
+            argv=wish.argv,
+            env=dict(wish.env),
+            workdir=wish.workdir,
+            devices=wish.devices,
+            kinds=kinds,
+            gang=wish.gang,
+            per_device=not wish.gang if wish.per_device is None else wish.per_device,
+            priority=wish.priority,
+            estimate_s=wish.estimate_s,
+            grace_s=grace_s,
+            signal=wish.signal,
+            retries=wish.retries,
+        ),
+        preemptible=wish.preemptible,
+        reservation_id=reservation_id,
+        deadline_at=wish.deadline_at,
+        submitted_at=now,
+    )
+    create_job(connection, job, max_open=limits.tenant_open)
+    return job
+
+
+def _check_command(wish: JobWish) -> None:
+    if not wish.argv or not wish.argv[0]:
+        raise BadInput("There is no command to run.", hint="Write it behind --.", param="command")
+    size = sum(len(word.encode()) + 1 for word in wish.argv)
+    if len(wish.argv) > MAX_WORDS or size > MAX_COMMAND:
+        raise BadInput(f"command: is at most {MAX_WORDS} words and {MAX_COMMAND // 1024} KiB long.", param="command")
+    size = sum(len(name) + len(value.encode()) + 2 for name, value in wish.env.items())
+    if len(wish.env) > MAX_ENV or size > MAX_COMMAND:
+        raise BadInput(f"env: is at most {MAX_ENV} variables and {MAX_COMMAND // 1024} KiB.", param="env")
+    for name in wish.env:
+        if not _ENV_NAME.fullmatch(name) or name.startswith("TIDEMILL_"):
+            raise BadInput(
+                f"env: {name[:80]!r} can't be set.",
+                hint="A name has letters, digits and _, and does not begin with TIDEMILL_.",
+                param="env",
+            )
+    if any("\0" in text for text in (*wish.argv, *wish.env.values(), wish.workdir or "")):
+        raise BadInput("A command, variable or directory has no NUL characters.", param="command")
+    if wish.workdir is not None and (not wish.workdir.startswith("/") or len(wish.workdir) > 1000):
+        raise BadInput("workdir: is an absolute path on the node.", param="workdir")
+
+
+def _check_numbers(wish: JobWish) -> None:
+    for param, value, low, high in (
+        ("devices", wish.devices, 1, MAX_DEVICES),
+        ("priority", wish.priority, -MAX_PRIORITY, MAX_PRIORITY),
+        ("retries", wish.retries, 0, MAX_RETRIES),
+    ):
+        if not low <= value <= high:
+            raise BadInput(f"{param}: is from {low:,} to {high:,}, got {value:,}.", param=param)
+    if wish.estimate_s is not None and wish.estimate_s <= 0:
+        raise BadInput("estimate: is more than zero.", param="estimate")
+    if wish.signal not in _SIGNALS:
+        hint = nearest_hint(wish.signal, sorted(_SIGNALS)) or f"Choose one of: {', '.join(sorted(_SIGNALS))}."
+        raise BadInput(f"checkpoint_signal: {wish.signal[:20]!r} is not one.", hint=hint, param="checkpoint_signal")
+
+
+def _kinds(connection: Connection, wish: JobWish, owner: Tenant, now: datetime) -> tuple[str | None, tuple[str, ...]]:
+    """The reservation, if any, and the kinds of devices."""
+    if len(wish.kinds) > MAX_KINDS:
+        raise BadInput(f"kind: at most {MAX_KINDS} are named.", param="kind")
+    if wish.reservation is not None:
+        # A tenant may be asking, so another tenant's reservation is one that is not there, also in the hint.
+        own = {each.reservation_id: each for each in list_reservations(connection, tenant_id=owner.tenant_id)}
+        found = own.get(wish.reservation)
+        if found is None:
+            usable = [each.reservation_id for each in own.values() if each.state in OPEN]
+            text = f"There is no reservation {wish.reservation[:80]!r} for {owner.name}."
+            raise NotFound(text, hint=nearest_hint(wish.reservation, usable), param="reservation")
+        if found.state not in OPEN:
+            raise BadInput(f"The reservation {found.reservation_id} is over: {found.state}.", param="reservation")
+        if wish.devices > found.devices:
+            raise BadInput(f"devices: the reservation has {found.devices}, not {wish.devices}.", param="devices")
+        return found.reservation_id, (found.kind,)
+    tier = DeviceTier.PREEMPTIBLE if wish.preemptible else DeviceTier.STANDARD
+    prices = current_device_prices(connection, now)
+    priced = sorted({kind for kind, currency, each in prices if currency == owner.currency and each is tier})
+    if not priced:
+        raise BadInput(
+            f"No kind of device has a price in {owner.currency}.",
+            hint=f"The operator adds [device_prices.KIND.{owner.currency}] to the configuration.",
+            param="kind",
+        )
+    for kind in wish.kinds:
+        if kind not in priced:
+            hint = nearest_hint(kind, priced) or f"There are: {', '.join(priced)}."
+            raise BadInput(f"kind: {kind[:64]!r} has no price in {owner.currency}.", hint=hint, param="kind")
+    return None, tuple(dict.fromkeys(wish.kinds))
+
+
+def _queue(connection: Connection, wish: JobWish, owner: Tenant) -> str:
+    name = wish.queue if wish.queue is not None else owner.name
+    queue = find_queue(connection, name)
+    if queue is None and name == owner.name:
+        return name
+    if queue is None or queue.tenant_id not in (None, owner.tenant_id):
+        usable = [each.name for each in list_queues(connection) if each.tenant_id in (None, owner.tenant_id)]
+        hint = nearest_hint(name, usable) or f"There are: {', '.join([owner.name, *usable])}."
+        raise BadInput(f"There is no queue {name[:80]!r} for {owner.name}.", hint=hint, param="queue")
+    return queue.name

@@ -1,0 +1,40 @@
+"""The time of day, from a clock that jumps: one jump must not expire a deadline or end a reservation.
+
+Durations are measured by the monotonic clock everywhere. This is for instants that people have named.
+"""
+
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+FOLLOWED_S = 2.0
+"""A step of the wall clock up to this size is followed at once: that is how clocks are kept right."""
+BELIEVED_AFTER_S = 600.0
+"""A larger one is believed when the wall clock has stood by it for so long."""
+
+
+class SteadyClock:
+    """The wall clock, carried on by the monotonic one where that contradicts it."""
+
+    def __init__(self, wall: Callable[[], float] = time.time, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._wall = wall
+        self._monotonic = monotonic
+        self._offset = wall() - monotonic()
+        self._doubt: tuple[float, float] | None = None
+        """Since when (monotonic) the wall clock has had another offset, and which."""
+
+    def seconds(self) -> float:
+        """Unix time."""
+        steady = self._monotonic()
+        offset = self._wall() - steady
+        if abs(offset - self._offset) <= FOLLOWED_S:
+            self._offset, self._doubt = offset, None
+        elif self._doubt is None or abs(offset - self._doubt[1]) > FOLLOWED_S:
+            self._doubt = steady, offset
+        elif steady - self._doubt[0] >= BELIEVED_AFTER_S:
+            self._offset, self._doubt = offset, None
+        return steady + self._offset
+
+    def now(self) -> datetime:
+        """The same, aware UTC."""
+        return datetime.fromtimestamp(self.seconds(), UTC)

@@ -1,0 +1,109 @@
+"""Replica sets for tests: real processes that are started like vLLM, on this machine or on one that can be lost."""
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from tidemill.app.asking import get
+from tidemill.engines import vllm
+from tidemill.engines.launch import Command, EngineLaunch
+from tidemill.fleet.backend import Device, Launch, Node
+from tidemill.fleet.local import LocalBackend
+from tidemill.fleet.recipe import Recipe, Version
+from tidemill.fleet.replica import Replica
+from tidemill.fleet.replicas import ReplicaSet
+
+PROGRAM = (sys.executable, str(Path(__file__).parents[1] / "support/vllm_like.py"))
+
+
+def weights(path: Path, name: str = "v1", **behaviour: Any) -> Version:
+    """A version of the weights; see `support.vllm_like` for how it may behave."""
+    (path / name).mkdir(exist_ok=True)
+    (path / name / "behaviour.json").write_text(json.dumps(behaviour))
+    return Version(name, str(path / name))
+
+
+def recipe(version: Version, **changes: Any) -> Recipe:
+    """A model that takes one device for each replica."""
+
+    def command(version: Version, devices: Sequence[Device]) -> Command:
+        return vllm.command(EngineLaunch(model=version.path, served_name="m"), PROGRAM)
+
+    return Recipe(
+        **{
+            "model": "m",
+            "engine": "vllm",
+            "command": command,
+            "control": vllm.CONTROL,
+            "version": version,
+            "devices": 1,
+            "health_s": 2.5,
+            **changes,
+        }
+    )
+
+
+def slots(count: int, node: str = "local") -> tuple[Device, ...]:
+    return tuple(Device(f"{node}/{index}", node, index, "h20") for index in range(count))
+
+
+@asynccontextmanager
+async def replica_set(path: Path, *recipes: Recipe, devices: int = 2, **options: Any) -> AsyncIterator[ReplicaSet]:
+    backend = options.pop("backend", None) or LocalBackend(slots(devices), owner=f"fleet-{path.name}")
+    found = ReplicaSet(
+        backend,
+        {each.model: each for each in recipes},
+        get=get,
+        logs=path,
+        **{"changed": lambda: None, **options},
+    )
+    await found.open()
+    try:
+        yield found
+    finally:
+        await found.close()
+
+
+async def until(true: Any, within_s: float = 20.0) -> None:
+    async with asyncio.timeout(within_s):
+        while not true():
+            await asyncio.sleep(0.02)
+
+
+async def ready(found: ReplicaSet, *names: str) -> list[Replica]:
+    """Wait until these are ready; all of the model `m` when none are named."""
+
+    def all_ready() -> bool:
+        wanted = [found.replicas.get(name) for name in names] if names else found.of("m")
+        return bool(wanted) and all(each is not None and each.ready for each in wanted)
+
+    await until(all_ready)
+    return [found.replicas[name] for name in names] if names else found.of("m")
+
+
+class FarBackend(LocalBackend):
+    """Several nodes, all of them this machine, which can be lost like those of a cluster."""
+
+    def __init__(self, *nodes: str, owner: str) -> None:
+        super().__init__([device for node in nodes for device in slots(2, node)], owner=owner)
+        self.lost: dict[str, str] = {}
+        self.names = nodes
+
+    async def nodes(self) -> Sequence[Node]:
+        return [
+            Node(
+                name,
+                "127.0.0.1",
+                tuple(device for device in self.devices if device.node == name),
+                name not in self.lost,
+                self.lost.get(name, ""),
+            )
+            for name in self.names
+        ]
+
+    def _check(self, launch: Launch) -> None:
+        """All nodes are here."""

@@ -1,0 +1,73 @@
+"""The tide's memory: a past without gaps from bins that have some, and measures that outlive a restart."""
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from ledger.values import record
+from tidemill.fleet.history import History, pasts_of
+from tidemill.ledger.usage import TokenUsage
+from tidemill.store.demand import BIN_S, UP, Bin
+from tidemill.store.engine import Store, open_store, store_url
+from tidemill.store.migrate import migrate
+from tidemill.store.tenants import create_tenant
+from tidemill.store.usage import store_records
+
+
+def fresh(path: Path) -> Store:
+    store = open_store(store_url(None, path))
+    migrate(store)
+    return store
+
+
+def test_what_is_not_known_is_not_nothing() -> None:
+    bins = {"m": [Bin(10, 1, 300), Bin(14, 2, 600)], UP: [Bin(11, 0, 0), Bin(12, 0, 0)], "other": [Bin(12, 1, 3)]}
+    past = pasts_of(bins, 15)["m"]
+    assert past.values == (1.0, 0.0, 0.0, None, 2.0), "in bin 13 the platform was down"
+    assert past.end == 15 * BIN_S
+    assert pasts_of(bins, 14)["m"].values == (1.0, 0.0, 0.0, None), "the bin that is not over is left out"
+    assert pasts_of({}, 15) == {} == pasts_of({"m": [Bin(15, 1, 1)]}, 15)
+
+
+async def test_the_first_start_has_a_past(tmp_path: Path) -> None:
+    """Two days of one busy hour each: the same hour is expected to be busy again."""
+    store = fresh(tmp_path)
+    now = datetime.now(UTC)
+    with store.write() as connection:
+        tenant = create_tenant(connection, name="acme", currency="CNY", now=now)
+        made = []
+        for day in (1, 2, 3):
+            for minute in range(0, 60, 5):
+                at = now - timedelta(days=day) + timedelta(minutes=minute - 20)
+                made.append(
+                    replace(
+                        record(f"req_{day}_{minute}", tenant_id=tenant.tenant_id, usage=TokenUsage(30_000, 0, 0)),
+                        model="m",
+                        started_at=at,
+                        finished_at=at + timedelta(seconds=1),
+                    )
+                )
+        store_records(connection, made, zone="UTC")
+    history = History(store)
+    await history.open(["m", "quiet"])
+    assert history.demand("m", 600.0).high >= history.demand("m", 600.0).expected > 20, "100 tokens a second then"
+    assert history.demand("quiet", 600.0).high == 0.0
+    assert history.demand("unheard of", 600.0).high == 0.0
+    store.close()
+
+
+async def test_measures_outlive_a_restart(tmp_path: Path) -> None:
+    store = fresh(tmp_path)
+    history = History(store)
+    await history.open(["m"])
+    assert history.measures == {}
+    history.measure("m", "capacity", 100.0)
+    history.measure("m", "startup_s", 12.5)
+    history._refresh()
+    history.measure("m", "capacity", 100.5)  # hardly another figure: not worth a write
+    assert history._unkept == {}
+    later = History(store)
+    await later.open(["m"])
+    assert later.measures == {"m": {"capacity": 100.0, "startup_s": 12.5}}
+    store.close()

@@ -1,0 +1,42 @@
+"""The idle class between sessions: what is started there leaves a contended core to whoever else wants it."""
+
+import asyncio
+import os
+import sys
+import time
+from pathlib import Path
+
+from tidemill.fleet.backend import Device, Launch
+from tidemill.fleet.local import LocalBackend
+
+SPIN = """
+import sys, time
+began, until = time.process_time(), time.monotonic() + float(sys.argv[1])
+while time.monotonic() < until:
+    pass
+print(time.process_time() - began, flush=True)
+"""
+
+
+async def test_a_process_of_the_idle_class_gets_what_another_session_leaves(tmp_path: Path) -> None:
+    core = min(os.sched_getaffinity(0))
+    device = Device("local/0", "local", core, "cpu")
+    backend = LocalBackend((device,), owner=f"test-{os.getpid()}-{time.monotonic_ns()}")
+    await backend.open()
+    try:
+        launches = [
+            Launch(
+                name=name,
+                argv=(sys.executable, "-c", SPIN, "3"),
+                devices=(device,),
+                log=tmp_path / name,
+                idle_class=name == "idle",
+            )
+            for name in ("idle", "people")
+        ]
+        started = await backend.start(launches)
+        await asyncio.gather(*(process.wait() for process in started))
+        used = {name: float((tmp_path / name).read_text().split()[-1]) for name in ("idle", "people")}
+        assert used["people"] > 5 * used["idle"], used
+    finally:
+        await backend.close()
