@@ -9,6 +9,7 @@ platform.stop()
 import contextlib
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -209,10 +210,12 @@ def start_platform(
 
 
 def free_port() -> int:
-    """A port on loopback that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port on loopback that is free, and none that the kernel gives to whoever connects meanwhile."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def wait_until(true: Callable[[], bool], within_s: float = 10.0, every_s: float = 0.05) -> None:
