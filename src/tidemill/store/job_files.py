@@ -1,9 +1,9 @@
 """The files of jobs: logs of each attempt, checkpoints, artefacts. All of it blocks on the disk.
 
 DIR/site                                the directory's name in the store
-DIR/<job>/work/                         where it runs, unless it was given another directory
-DIR/<job>/checkpoints/                  TIDEMILL_CHECKPOINT_DIR, the same for all attempts
-DIR/<job>/artifacts/                    TIDEMILL_ARTIFACT_DIR, what its owner can download
+DIR/<job>/work                          where it runs, unless it was given another directory
+DIR/<job>/checkpoints                   TIDEMILL_CHECKPOINT_DIR, the same for all attempts
+DIR/<job>/artifacts                     TIDEMILL_ARTIFACT_DIR, what its owner can download
 DIR/<job>/attempts/<n>/rank-<r>.log     what its processes said, and `.1`, what was before that (see `fleet.shim`)
 DIR/<job>/attempts/<n>/rank-<r>.end     how they ended, written by their shims
 DIR/<job>/attempts/<n>/pids             which processes they were, to be looked for after a kill
