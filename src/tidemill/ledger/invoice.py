@@ -9,6 +9,7 @@ its own, by kind of device, tier and price version (`ledger.devices`). `invoice_
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from enum import StrEnum
+from typing import TypeVar
 
 import msgspec
 
@@ -20,6 +21,8 @@ from tidemill.ledger.posting import Transaction, tenant_account
 from tidemill.ledger.pricing import Price, PriceVersion, Tier
 from tidemill.ledger.statement import check_record
 from tidemill.ledger.usage import UsageRecord
+
+Priced = TypeVar("Priced", PriceVersion, DevicePrice)
 
 
 class TokenKind(StrEnum):
@@ -335,12 +338,18 @@ def _component(record: UsageRecord, kind: TokenKind) -> tuple[int, Nanos]:
             return record.usage.completion, record.charge_output
 
 
-def _line(row: LineSum, prices: Mapping[str, PriceVersion], currency: str) -> InvoiceLine:
-    version = prices.get(row.price_id)
+def _version(price_id: str, sold: str, prices: Mapping[str, Priced], currency: str) -> Priced:
+    """The price version that `sold`, a model or a kind of device, was charged at. Raises LedgerError."""
+    version = prices.get(price_id)
     if version is None:
-        raise LedgerError(f"the price {row.price_id} of {row.model} is missing; pass every version that was used")
+        raise LedgerError(f"the price {price_id} of {sold} is missing; pass every version that was used")
     if version.currency != currency:
-        raise LedgerError(f"the price {row.price_id} is in {version.currency}, the invoice in {currency}")
+        raise LedgerError(f"the price {price_id} is in {version.currency}, the invoice in {currency}")
+    return version
+
+
+def _line(row: LineSum, prices: Mapping[str, PriceVersion], currency: str) -> InvoiceLine:
+    version = _version(row.price_id, row.model, prices, currency)
     return InvoiceLine(
         model=row.model,
         price_id=row.price_id,
@@ -355,11 +364,7 @@ def _line(row: LineSum, prices: Mapping[str, PriceVersion], currency: str) -> In
 
 
 def _device_line(row: DeviceSum, prices: Mapping[str, DevicePrice], currency: str) -> DeviceLine:
-    version = prices.get(row.price_id)
-    if version is None:
-        raise LedgerError(f"the price {row.price_id} of {row.kind} is missing; pass every version that was used")
-    if version.currency != currency:
-        raise LedgerError(f"the price {row.price_id} is in {version.currency}, the invoice in {currency}")
+    version = _version(row.price_id, row.kind, prices, currency)
     return DeviceLine(
         kind=row.kind,
         tier=row.tier,
