@@ -311,10 +311,10 @@ class RayBackend:
         raise CannotStart(f"{launch.name} cannot be started: {why}.")
 
     def _resources(self, launch: Launch, node_id: str) -> dict[str, float]:
-        """What Ray shall set aside for a process: its devices; a process of no device takes nothing that counts."""
-        if not launch.devices:
-            return {"CPU": 0.001}
-        if launch.idle_class:  # it takes only what the holder of these cores leaves
+        """What Ray shall set aside for a process: its devices. One of no device, or of the idle class, which gets only
+        what the holder of its cores leaves, takes nothing that counts.
+        """
+        if not launch.devices or launch.idle_class:
             return {"CPU": 0.001}
         return {device_resource(self._ray_nodes[node_id]): float(len(launch.devices))}
 
