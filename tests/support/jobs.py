@@ -4,6 +4,7 @@ import asyncio
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -166,4 +167,17 @@ def spawned(job_id: str) -> list[int]:
                 continue
             if mark in environment and state != b"Z":
                 found.append(int(entry.name))
+    return found
+
+
+def shims(parent: int) -> list[int]:
+    """The shims of a process (see `fleet.shim`), which look after its replicas and jobs."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                above = int((entry / "stat").read_bytes().rpartition(b")")[2].split()[1])
+                if above == parent and any(word.endswith(b"shim.py") for word in words):
+                    found.append(int(entry.name))
     return found

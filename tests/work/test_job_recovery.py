@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from support.jobs import WITHIN_S, Jobs, spawned
+from support.jobs import WITHIN_S, Jobs, shims, spawned
 from tidemill.fleet.backend import Ended
 from tidemill.store.jobs import JobState, Outcome
 from tidemill.work.job_recovery import Recovery, read_end
@@ -46,12 +46,8 @@ class Life:
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
-    def shims(self) -> list[int]:
-        out = subprocess.run(["ps", "-o", "pid=", "--ppid", str(self.process.pid)], capture_output=True, text=True)
-        return [int(word) for word in out.stdout.split()]
-
     def kill(self, *, everything: bool) -> None:
-        victims = [self.process.pid, *(self.shims() + spawned(self.job) if everything else [])]
+        victims = [self.process.pid, *(shims(self.process.pid) + spawned(self.job) if everything else [])]
         for pid in victims:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -122,7 +118,7 @@ async def test_after_a_kill_of_everything_it_counts_to_its_last_reading(tmp_path
 async def test_a_shim_that_is_killed_takes_its_job_along(tmp_path: Path, lives: list[Life]) -> None:
     life = Life(tmp_path, *SAVES)
     lives.append(life)
-    (shim,) = life.shims()
+    (shim,) = shims(life.process.pid)
     os.kill(shim, signal.SIGKILL)
     life.wait_for("up", attempt=2)  # that platform starts all that waits
     first, *_ = life.jobs.attempts(life.job)
