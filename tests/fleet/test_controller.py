@@ -4,11 +4,13 @@ import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import msgspec
 import pytest
 
 from tidemill.fleet import controller as controller_module
 from tidemill.fleet.backend import CannotStart, Device, Node
 from tidemill.fleet.controller import Controller
+from tidemill.fleet.steady import SteadyClock
 from tidemill.tides.state import (
     BacklogView,
     Demand,
@@ -122,21 +124,13 @@ class _Jobs:
 
     def start(self, job_id: str, devices: Sequence[Device], why: str) -> None:
         self._world.deed(f"job {job_id}")
-        self._world.jobs[job_id] = JobView(
-            id=job_id,
-            tenant="t",
-            queue="q",
-            devices=len(devices),
-            phase=JobPhase.RUNNING,
-            on=tuple(each.id for each in devices),
+        self._world.jobs[job_id] = msgspec.structs.replace(
+            self._world.jobs[job_id], phase=JobPhase.RUNNING, on=tuple(each.id for each in devices)
         )
 
     def preempt(self, job_id: str, why: str) -> None:
         self._world.deed(f"preempt {job_id}")
-        job = self._world.jobs[job_id]
-        self._world.jobs[job_id] = JobView(
-            id=job_id, tenant="t", queue="q", devices=job.devices, phase=JobPhase.STOPPING, on=job.on
-        )
+        self._world.jobs[job_id] = msgspec.structs.replace(self._world.jobs[job_id], phase=JobPhase.STOPPING)
 
     def on_change(self, changed: Callable[[], None]) -> None:
         self._world.changed = changed
@@ -350,3 +344,30 @@ async def test_an_event_is_planned_for_soon() -> None:
         while not world.done:
             await asyncio.sleep(0.01)
     running.cancel()
+
+
+def test_a_wall_clock_that_jumps_takes_nothing_from_anyone() -> None:
+    world = World(devices=2)
+    wall, steady = [1_000_000.0], [50.0]
+    clock = SteadyClock(lambda: wall[0], lambda: steady[0])
+    world.controller = Controller(world, _Replicas(world), _Jobs(world), clock=clock)
+    tomorrow = wall[0] + 86_400.0
+    world.rented = (ReservationView(id="r", tenant="t", devices=2, start=tomorrow, end=tomorrow + 86_400.0),)
+    world.jobs = {name: queued(name) for name in ("one", "two")}
+
+    def pass_seconds(seconds: int) -> None:
+        for _ in range(seconds):
+            world.controller.step()
+            wall[0] += 1.0
+            steady[0] += 1.0
+
+    pass_seconds(3)
+    assert sorted(world.done) == ["job one", "job two"]
+    for jump in (90_000.0, -2 * 90_000.0, 90_000.0):
+        wall[0] += jump
+        pass_seconds(5)
+    assert sorted(world.done) == ["job one", "job two"]
+    wall[0] += 90_000.0
+    steady[0] += 90_000.0
+    pass_seconds(3)
+    assert sorted(world.done)[2:] == ["preempt one", "preempt two"], "it has really become tomorrow"

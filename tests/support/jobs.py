@@ -11,6 +11,7 @@ from typing import Any
 
 from tidemill.fleet.backend import Device
 from tidemill.fleet.local import LocalBackend
+from tidemill.fleet.steady import SteadyClock
 from tidemill.ledger.devices import DeviceTier
 from tidemill.ledger.money import Nanos, parse_amount
 from tidemill.ledger.posting import credit_grant
@@ -25,7 +26,6 @@ from tidemill.store.leases import leased
 from tidemill.store.migrate import migrate
 from tidemill.store.tenants import Tenant, create_tenant, list_tenants
 from tidemill.work.job_book import JobBook
-from tidemill.work.steady import SteadyClock
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_classifier.py"
 WITHIN_S = 30.0

@@ -2,7 +2,8 @@
 
 It remembers nothing that a plan needs beside what is under way: a plan is made from what is there, so a deed that
 failed is simply asked for again, later each time. One deed that fails stops no other, and nothing stops the loop.
-Durations are of the monotonic clock; a wall clock that jumps moves what is displayed, and deadlines, which are of it.
+Durations are of the monotonic clock, and instants that people have named (deadlines, reservations) of the steady one:
+a wall clock that jumps starts and stops nothing.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ import msgspec
 import structlog
 
 from tidemill.fleet.backend import Device, Node
+from tidemill.fleet.steady import STEADY, SteadyClock
 from tidemill.tides.plan import plan
 from tidemill.tides.rules import RULES, Rules
 from tidemill.tides.state import (
@@ -160,12 +162,14 @@ class Controller:
         *,
         rules: Rules = RULES,
         interval_s: float = INTERVAL_S,
+        clock: SteadyClock = STEADY,
     ) -> None:
         self._sight = sight
         self._replicas = replicas
         self._jobs = jobs
         self._rules = rules
         self._interval_s = interval_s
+        self._clock = clock
         self._event = asyncio.Event()
         self._promises: tuple[Promise, ...] = ()
         self._reserved: dict[str, str] = {}
@@ -246,7 +250,7 @@ class Controller:
             for device in node.devices
         )
         return Snapshot(
-            now=time.time(),
+            now=self._clock.seconds(),
             devices=devices,
             models=tuple(self._sight.models(now)),
             # Those beside others hold no devices, and plans need not know of them.

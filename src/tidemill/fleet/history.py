@@ -5,14 +5,13 @@ Demand is read off the usage records, so there is a past from the first start on
 """
 
 import asyncio
-import time
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
 from functools import partial
 
 import structlog
 
 from tidemill.errors import TidemillError
+from tidemill.fleet.steady import STEADY
 from tidemill.store.demand import (
     BIN_S,
     Bin,
@@ -90,7 +89,7 @@ class History:
             self._unkept[model, name] = value
 
     def _refresh(self) -> None:
-        now = time.time()
+        now = STEADY.seconds()
         current = bin_of(now)
         with self._store.write() as connection:
             newest = last_bin(connection)
@@ -99,7 +98,7 @@ class History:
             mark_bin(connection, current)
             drop_bins(connection, bin_of(now - KEEP_S))
             unkept, self._unkept = self._unkept, {}
-            keep_measures(connection, unkept, datetime.now(UTC))
+            keep_measures(connection, unkept, STEADY.now())
             bins = read_bins(connection, bin_of(now - KEEP_S))
         self._kept |= unkept
         pasts = pasts_of(bins, current)

@@ -6,7 +6,6 @@ starting -> warming -> ready -> draining -> gone
 
 import asyncio
 import secrets
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ from tidemill.engines.capabilities import template_lacks
 from tidemill.engines.prometheus import counter_sum
 from tidemill.fleet.backend import Backend, CannotStart, Device, Ended, Launch, Process
 from tidemill.fleet.recipe import Recipe, Version
+from tidemill.fleet.steady import STEADY
 from tidemill.tides.state import Phase, ReplicaView
 
 RESTART_AFTER_S = (0.2, 1.0, 5.0, 15.0, 60.0)
@@ -85,7 +85,7 @@ class Replica:
         self.beside = beside
         """It runs in the idle class, on devices that another one holds."""
         self.phase = Phase.STARTING
-        self.since = time.time()
+        self.since = STEADY.seconds()
         self.why = "the platform starts"
         self.surge = False
         """It takes another one's place soon: until then it holds its devices, and counts for nothing else."""
@@ -152,9 +152,9 @@ class Replica:
     def move(self, phase: Phase, why: str) -> None:
         """Note where it is now, and why."""
         if phase is not self.phase:
-            self.since = time.time()
+            self.since = STEADY.seconds()
         self.phase, self.why = phase, why
-        self._note(self, Transition(time.time(), self.name, phase, why))
+        self._note(self, Transition(STEADY.seconds(), self.name, phase, why))
 
     def end(self, why: str, *, last_words: Callable[["Replica"], Awaitable[None]] | None = None) -> asyncio.Task[None]:
         """Drain it and then end it; returns at once. `last_words` is called when it is idle, before its end."""

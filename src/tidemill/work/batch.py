@@ -6,7 +6,6 @@ recorded of a line, and when it is run again, is written down in docs/batch.md.
 
 import asyncio
 import contextlib
-import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
@@ -15,6 +14,7 @@ import msgspec
 import structlog
 
 from tidemill.errors import Unavailable
+from tidemill.fleet.steady import STEADY
 from tidemill.store.batches import Batch, BatchStatus
 from tidemill.tides.state import BacklogView
 from tidemill.work.attempt import BROKE, LONGEST_WAIT_S, Again, Call, Done, Lost, Send, judge, judge_lost, refused
@@ -149,7 +149,7 @@ class BatchRunner:
             elif batch.status is BatchStatus.CANCELLING:
                 hand.close_as(BatchStatus.CANCELLED, loop.time())
         for hand in list(self._hands.values()):
-            if hand.batch.expires_at.timestamp() <= time.time():
+            if hand.batch.expires_at.timestamp() <= STEADY.seconds():
                 hand.close_as(BatchStatus.EXPIRED, loop.time())
             if hand.closing_since and loop.time() - hand.closing_since > FINISH_S:
                 for task in hand.running.values():
@@ -281,7 +281,7 @@ class BatchRunner:
         """There is room for one more batch in hand. One that is to end at once always has it."""
         if batch.outcome is not None or batch.status is BatchStatus.CANCELLING:
             return True
-        if batch.expires_at.timestamp() <= time.time():
+        if batch.expires_at.timestamp() <= STEADY.seconds():
             return True
         alike = sum(hand.batch.model == batch.model for hand in self._hands.values())
         return len(self._hands) < MAX_HANDS and alike < HANDS_PER_MODEL

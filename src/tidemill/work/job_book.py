@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import msgspec
@@ -18,6 +18,7 @@ import structlog
 
 from tidemill.errors import TidemillError
 from tidemill.fleet.backend import Backend, Device
+from tidemill.fleet.steady import STEADY, SteadyClock
 from tidemill.store.device_prices import current_device_prices
 from tidemill.store.devices import InsufficientBalance
 from tidemill.store.engine import Store
@@ -41,7 +42,6 @@ from tidemill.work.job_ledger import Ending, JobLedger, NoPrice
 from tidemill.work.job_recovery import KILLED, Recovery
 from tidemill.work.job_run import Cause, JobRun, RunEnd, ranks_of
 from tidemill.work.reservation_book import ReservationBook
-from tidemill.work.steady import SteadyClock
 from tidemill.work.store_threads import StoreThreads
 
 LOOK_EVERY_S = 1.0
@@ -62,13 +62,13 @@ class JobBook:
         zone: str = "UTC",
         keep_s: float = 30 * 86_400.0,
         tick_s: float | None = None,
-        clock: SteadyClock | None = None,
+        clock: SteadyClock = STEADY,
     ) -> None:
         self._store = store
         self._backend = backend
         self._files = files
         self._keep_s = keep_s
-        self._clock = clock or SteadyClock()
+        self._clock = clock
         self._ledger = JobLedger(store, zone) if tick_s is None else JobLedger(store, zone, tick_s=tick_s)
         self._threads = StoreThreads(4, "jobs")
         self._hands: dict[str, JobInHand] = {}
@@ -278,7 +278,7 @@ class JobBook:
                 hand.note_checkpoint(saved_at)
         if time.monotonic() >= self._next_sweep:
             self._next_sweep = time.monotonic() + SWEEP_EVERY_S
-            before = datetime.now(UTC) - timedelta(seconds=self._keep_s)
+            before = self._clock.now() - timedelta(seconds=self._keep_s)
             await self._threads.do(self._ledger.sweep, self._files, before)
 
     # An attempt

@@ -5,12 +5,13 @@ Everything here blocks on the disk and the store, and may be repeated after a ki
 
 import os
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import msgspec
 import structlog
 
+from tidemill.fleet.steady import STEADY
 from tidemill.store.batches import (
     Batch,
     BatchStatus,
@@ -80,7 +81,7 @@ class Lifecycle:
         if new:
             model = index.models[0] if len(index.models) == 1 else None
             with self._store.write() as connection:
-                started = start_batch(connection, batch.batch_id, total=len(index), model=model, now=datetime.now(UTC))
+                started = start_batch(connection, batch.batch_id, total=len(index), model=model, now=STEADY.now())
             batch = msgspec.structs.replace(batch, total=len(index), model=model)
             if not started:  # cancelled meanwhile: the next look finds it so
                 os.close(input_fd)
@@ -111,7 +112,7 @@ class Lifecycle:
         """Remove files whose time is over and what killed processes have left; `orphans`: blobs without a row too."""
         while True:
             with self._store.write() as connection:
-                expired = delete_expired(connection, site=self._blobs.site, now=datetime.now(UTC))
+                expired = delete_expired(connection, site=self._blobs.site, now=STEADY.now())
             self._blobs.remove(expired)
             if not expired:
                 break
@@ -129,7 +130,7 @@ class Lifecycle:
 
     def _fail(self, batch: Batch, errors: list[LineError]) -> None:
         with self._store.write() as connection:
-            failed = fail_batch(connection, batch.batch_id, errors, datetime.now(UTC))
+            failed = fail_batch(connection, batch.batch_id, errors, STEADY.now())
         directory = self._blobs.batch_directory(batch.batch_id)
         if failed:
             self._blobs.remove_batch_directory(batch.batch_id)
@@ -142,13 +143,13 @@ class Lifecycle:
     def _seal(self, batch: Batch, outcome: BatchStatus, counts: Counts) -> None:
         """Write down what the batch becomes; from here on it is not worked on any more."""
         with self._store.write() as connection:
-            sealed = seal_batch(connection, batch, outcome, counts, datetime.now(UTC))
+            sealed = seal_batch(connection, batch, outcome, counts, STEADY.now())
         assert sealed.outcome is not None
         self._finish(sealed, sealed.outcome, sealed.counts)
 
     def _finish(self, batch: Batch, outcome: BatchStatus, counts: Counts) -> None:
         """Make the results files of the tenant, and the batch's state final."""
-        now = datetime.now(UTC)
+        now = STEADY.now()
         directory = self._blobs.batch_directory(batch.batch_id)
         output_id, error_id = _output_ids(batch)
         output = self._adopt(batch, directory / OUTPUT, output_id, f"{batch.batch_id}_output.jsonl", now)

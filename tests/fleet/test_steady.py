@@ -1,6 +1,6 @@
 """A clock that jumps is not believed at once, and one that is set right is."""
 
-from tidemill.work.steady import BELIEVED_AFTER_S, SteadyClock
+from tidemill.fleet.steady import BELIEVED_AFTER_S, SteadyClock
 
 
 class Times:

@@ -38,3 +38,7 @@ class SteadyClock:
     def now(self) -> datetime:
         """The same, aware UTC."""
         return datetime.fromtimestamp(self.seconds(), UTC)
+
+
+STEADY = SteadyClock()
+"""The one of this process: instants of plans, replicas, jobs and reservations are all of it, and can be compared."""
