@@ -1,5 +1,6 @@
 """The tide of one platform: what gateways report becomes what plans are made from, and room for lines."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from tidemill.app.fleet import Fleet
 from tidemill.app.fleet_config import ObjectiveConfig
 from tidemill.app.tide import BESIDE_LINGER_S, BESIDE_WORK, Tide
 from tidemill.errors import NotFound
-from tidemill.fleet import replica as replica_module
 from tidemill.fleet.backend import Device, Node
 from tidemill.fleet.controller import NoJobs
 from tidemill.fleet.history import History
@@ -91,7 +91,7 @@ async def world(tmp_path: Path, request: pytest.FixtureRequest) -> Any:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """What time.monotonic says; the test sets it."""
-    now = [replica_module.time.monotonic()]
+    now = [time.monotonic()]
     monkeypatch.setattr("tidemill.app.tide.time.monotonic", lambda: now[0])
     yield now
 

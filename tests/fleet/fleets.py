@@ -10,7 +10,7 @@ from typing import Any
 
 from tidemill.app.asking import get
 from tidemill.engines import vllm
-from tidemill.engines.launch import Command, EngineLaunch
+from tidemill.engines.launch import Command, EngineLaunch, MultiNode
 from tidemill.fleet.backend import Device, Launch, Node
 from tidemill.fleet.local import LocalBackend
 from tidemill.fleet.recipe import Recipe, Version
@@ -28,10 +28,12 @@ def weights(path: Path, name: str = "v1", **behaviour: Any) -> Version:
 
 
 def recipe(version: Version, **changes: Any) -> Recipe:
-    """A model that takes one device for each replica."""
+    """A model that takes one device for each replica; with more, over several nodes where one is too small."""
 
-    def command(version: Version, devices: Sequence[Device]) -> Command:
-        return vllm.command(EngineLaunch(model=version.path, served_name="m"), PROGRAM)
+    def command(version: Version, devices: Sequence[Device], part: MultiNode | None) -> Command:
+        return vllm.command(
+            EngineLaunch(model=version.path, served_name="m", tp=changes.get("devices", 1), multi_node=part), PROGRAM
+        )
 
     return Recipe(
         **{
@@ -41,6 +43,7 @@ def recipe(version: Version, **changes: Any) -> Recipe:
             "control": vllm.CONTROL,
             "version": version,
             "devices": 1,
+            "spans": True,
             "health_s": 2.5,
             **changes,
         }

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fleet.fleets import ready, recipe, replica_set, until, weights
 from fleet.processes import gone, launch, pid_in, python, said, shell
 from support.platform import wait_until
 from support.ray_cluster import Cluster
@@ -16,6 +17,7 @@ from tidemill.errors import Unavailable
 from tidemill.fleet.backend import CannotStart, Device
 from tidemill.fleet.ray import RayBackend, devices_of, unique_names
 from tidemill.fleet.ray_words import RayNode
+from tidemill.tides.state import Phase
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -173,6 +175,25 @@ async def test_a_node_that_is_lost_ends_what_ran_there_and_nothing_else(cluster:
         with pytest.raises(CannotStart, match="the node 'south' is lost"):
             await ray.start([launch(tmp_path, shell("true"), devices=on("south"))])
         assert (await kept.stop(1.0)).why == "stopped"
+
+
+async def test_a_replica_over_two_nodes_of_which_one_is_lost(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.nodes["south"] = cluster.add("south")
+    ray = RayBackend(cluster.address, log_fd=lambda: os.open(tmp_path / "bridge.log", os.O_WRONLY | os.O_CREAT))
+    spread = recipe(weights(tmp_path), devices=4, min_replicas=0)
+    async with replica_set(tmp_path, spread, backend=ray) as found:
+        await until(lambda: {node.name for node in found.nodes if node.devices} >= {"east", "south"})
+        found.start("m", ["east/0", "east/1", "south/0", "south/1"])
+        (replica,) = await ready(found)
+        head, other = replica._processes
+        assert (head.launch.node, other.launch.node) == ("east", "south")
+        assert "'--node-rank': '1'" in (tmp_path / "engine-m-0.1.log").read_text()
+        await asyncio.to_thread(cluster.lose, "south")
+        await until(lambda: replica.phase is Phase.GONE, 60.0)
+        assert (await head.wait()).code == -signal.SIGKILL
+        assert (await other.wait()).code is None
+        (again,) = await ray.start([launch(tmp_path, shell("exit 0"), devices=on("east", 0, 1))])
+        assert (await again.wait()).code == 0, "the devices of the node that is left are free"
 
 
 def test_devices_by_what_ray_knows_of_a_node() -> None:

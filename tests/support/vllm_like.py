@@ -7,10 +7,13 @@ folder; `behaviour.json` in it says how this "version" behaves:
     fails       a text: it says this and ends with code 1 instead of listening
     word        the text of each token
     interval_ms between tokens
+
+With --nnodes the ranks meet as the real one's do (see `meet`).
 """
 
 import json
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -42,6 +45,31 @@ def read_line(words: list[str]) -> tuple[str, dict[str, str]]:
     return words[1], found
 
 
+def meet(options: dict[str, str]) -> None:
+    """Over several nodes: the head serves once all others have joined it, and these serve nothing and wait for ever.
+
+    As with the real one, nobody notices when another one dies: whatever they do together then hangs.
+    """
+    others = int(options.get("--nnodes", "1")) - 1
+    if others <= 0:
+        return
+    where = options["--master-addr"], int(options["--master-port"])
+    if options["--node-rank"] == "0":
+        with socket.create_server(where) as server:
+            for _ in range(others):
+                server.accept()
+        return
+    assert "--headless" in options
+    while True:
+        try:
+            socket.create_connection(where).close()
+            break
+        except ConnectionRefusedError:
+            time.sleep(0.05)
+    while True:
+        time.sleep(60.0)
+
+
 def main() -> None:
     model, options = read_line(sys.argv[1:])
     behaviour = {}
@@ -52,6 +80,7 @@ def main() -> None:
     if "fails" in behaviour:
         print(behaviour["fails"])
         sys.exit(1)
+    meet(options)
     argv = [sys.executable, str(MOCK), "--host", options["--host"], "--port", options["--port"]]
     argv += ["--chunk-interval-ms", str(behaviour.get("interval_ms", 0.0)), "--token", behaviour.get("word", "tide ")]
     os.execv(sys.executable, argv)

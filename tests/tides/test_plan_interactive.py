@@ -9,7 +9,7 @@ from tests.tides.fleets import NOW, carried_out, devices, fleets, job, model, re
 
 from tidemill.tides.plan import plan
 from tidemill.tides.rules import Rules
-from tidemill.tides.state import BacklogView, Demand, JobPhase, Phase, ReplicaView, Snapshot
+from tidemill.tides.state import BacklogView, Demand, DeviceView, JobPhase, ModelView, Phase, ReplicaView, Snapshot
 
 FOUR = devices(4)
 IDS = [view.id for view in FOUR]
@@ -147,8 +147,29 @@ def test_a_replica_of_several_devices_is_on_one_node_and_of_the_best_kind() -> N
     assert plan(snapshot(fleet, models=[tight])).start_replicas[0].devices == ("n1/0", "n1/1"), "whole nodes stay whole"
     too_large = model(devices=7, kinds=("h100",))
     assert not plan(snapshot(fleet, models=[too_large])).start_replicas
-    whole = model(devices=8)
-    assert len(plan(snapshot(devices(4, 4, 4), models=[whole])).start_replicas[0].devices) == 8
+
+
+def nodes_of_first(fleet: tuple[DeviceView, ...], wanted: ModelView) -> list[str]:
+    decided = plan(snapshot(fleet, models=[wanted]))
+    return [device.partition("/")[0] for device in decided.start_replicas[0].devices] if decided.start_replicas else []
+
+
+def test_a_replica_larger_than_any_node_is_in_equal_parts_on_as_few_as_can_be() -> None:
+    large = model(devices=8, spans=True)
+    assert nodes_of_first(devices(4, 4, 4), large) == ["n0"] * 4 + ["n1"] * 4
+    assert nodes_of_first(devices(3, 4, 4), large) == ["n1"] * 4 + ["n2"] * 4, "not 3 and 5"
+    assert nodes_of_first(devices(4, 3, 3), large) == [], "two nodes with 4 are wanted"
+    assert nodes_of_first(devices(4, 4), model(devices=6, spans=True)) == ["n0"] * 3 + ["n1"] * 3
+    assert nodes_of_first(devices(4, 4, 4), model(devices=8)) == [], "not every engine can"
+    assert nodes_of_first(devices(8, 4, 4), large) == ["n0"] * 8, "where one node is large enough, it is on one"
+
+
+def test_whole_nodes_are_cleared_for_a_replica_that_needs_several() -> None:
+    fleet = devices(2, 2, 2)
+    jobs = [job("a", 1, ["n0/0"]), job("b", 1, ["n1/1"]), job("c", 2, ["n2/0", "n2/1"])]
+    large = model(devices=4, spans=True)
+    decided = plan(snapshot(fleet, models=[large], jobs=jobs))
+    assert sorted(each.job for each in decided.preempt_jobs) == ["a", "b"], "the two nodes where least is lost"
 
 
 def test_the_minimum_of_each_model_goes_before_more_of_another() -> None:

@@ -1,7 +1,6 @@
 """Small questions to engines, by the gateway's own client: is it well, what has it counted."""
 
 import asyncio
-import socket
 
 from tidemill.gateway.upstream import Address, EngineLost, Pool
 
@@ -33,11 +32,3 @@ async def fetch(base_url: str, path: bytes, timeout_s: float, api_key: str | Non
                 connection.abort()
     except (EngineLost, TimeoutError):
         return None
-
-
-def free_port() -> int:
-    """A port on loopback that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

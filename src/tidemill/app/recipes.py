@@ -9,7 +9,7 @@ import msgspec
 
 from tidemill.app.config import Config, ModelConfig
 from tidemill.app.fleet_config import GPU_ENGINES, OWN_ENGINES, FleetConfig
-from tidemill.engines.launch import Command, EngineLaunch
+from tidemill.engines.launch import Command, EngineLaunch, MultiNode
 from tidemill.engines.llamacpp_child import LlamaCppLaunch
 from tidemill.engines.own import CONTROLS, LAUNCHERS, PROGRAMS
 from tidemill.errors import ConfigError
@@ -40,6 +40,7 @@ def recipe_of(name: str, model: ModelConfig, fleet: FleetConfig, config_dir: Pat
         version=Version(model.version, weights_of(name, model, model.path, config_dir)),
         devices=devices_of(model),
         kinds=tuple(canonical(kind) for kind in model.kinds),
+        spans=model.engine in GPU_ENGINES,
         min_replicas=low,
         max_replicas=high,
         start_s=fleet.start_seconds,
@@ -61,7 +62,7 @@ def command_of(name: str, model: ModelConfig) -> MakeCommand:
         return llamacpp_command(name, model)
     make = gpu_command(name, model)
     try:
-        make(Version(path=name), ())
+        make(Version(path=name), (), None)
     except ConfigError as error:
         raise ConfigError(f"models.{name}.launch.{error.message}", hint=error.hint) from error
     return make
@@ -71,7 +72,7 @@ def gpu_command(name: str, model: ModelConfig) -> MakeCommand:
     """vLLM's or SGLang's own server (`engines.vllm`, `engines.sglang`)."""
     keys = model.launch
 
-    def command(version: Version, devices: Sequence[Device]) -> Command:
+    def command(version: Version, devices: Sequence[Device], part: MultiNode | None) -> Command:
         launch = EngineLaunch(
             model=version.path,
             served_name=model.upstream_model or name,
@@ -90,6 +91,7 @@ def gpu_command(name: str, model: ModelConfig) -> MakeCommand:
             prefill_chunk=keys.prefill_chunk,
             trust_remote_code=keys.trust_remote_code,
             revision=keys.revision,
+            multi_node=part,
             extra_args=keys.extra_args,
         )
         made = LAUNCHERS[model.engine].command(launch, keys.command or PROGRAMS[model.engine])
@@ -101,7 +103,7 @@ def gpu_command(name: str, model: ModelConfig) -> MakeCommand:
 def llamacpp_command(name: str, model: ModelConfig) -> MakeCommand:
     """The child process that runs llama.cpp (`engines.llamacpp_child`)."""
 
-    def command(version: Version, devices: Sequence[Device]) -> Command:
+    def command(version: Version, devices: Sequence[Device], part: MultiNode | None) -> Command:
         launch = LlamaCppLaunch(
             path=version.path,
             alias=name,

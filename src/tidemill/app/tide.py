@@ -229,6 +229,7 @@ class Tide:
             name=model.name,
             devices=devices,
             kinds=kinds,
+            spans=recipe.spans,
             min_replicas=low,
             max_replicas=high,
             objective=model.objective,

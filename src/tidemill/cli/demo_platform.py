@@ -32,7 +32,7 @@ class DemoPlatform:
     """`tidemill up` in `directory`, with `config` as its configuration. A context manager: it is stopped at the end."""
 
     def __init__(self, directory: Path, config: str, progress: Progress) -> None:
-        from tidemill.app.asking import free_port
+        from tidemill.fleet.ranks import free_port
 
         self.data = directory / "data"
         self.port, self.control_port = free_port(), free_port()

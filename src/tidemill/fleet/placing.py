@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 
 from tidemill.fleet.backend import Device, Node
 from tidemill.fleet.recipe import Recipe
+from tidemill.tides.placement import equal_parts
 
 
 def share_of_slots(recipe: Recipe, index: int, nodes: Sequence[Node]) -> tuple[Device, ...]:
@@ -23,13 +24,20 @@ def share_of_slots(recipe: Recipe, index: int, nodes: Sequence[Node]) -> tuple[D
 def first_fit(
     recipe: Recipe, nodes: Sequence[Node], taken: Collection[str], apart: Collection[str] = ()
 ) -> tuple[Device, ...] | None:
-    """Free devices for one replica: all of one kind and node, the best kind first, and nodes other than those named
-    `apart` where there is a choice; None when there are not enough."""
+    """Free devices for one replica: all of one kind and node, or of one that spans nodes in equal parts of several, the
+    best kind first, and nodes other than those named `apart` where there is a choice; None when there are not enough.
+    """
     assert recipe.devices is not None
     kinds = recipe.kinds or tuple(dict.fromkeys(device.kind for node in nodes for device in node.devices))
     for kind in kinds:
-        for node in sorted(nodes, key=lambda each: each.name in apart):
-            free = [device for device in node.devices if device.kind == kind and device.id not in taken]
-            if node.up and len(free) >= recipe.devices:
-                return tuple(free[: recipe.devices])
+        up = sorted((node for node in nodes if node.up), key=lambda each: each.name in apart)
+        of_kind = [[device for device in node.devices if device.kind == kind] for node in up]
+        largest = max(map(len, of_kind), default=0)
+        parts, size = 1, recipe.devices
+        if recipe.spans and 0 < largest < size:
+            parts, size = equal_parts(size, largest)
+        free = [[device for device in devices if device.id not in taken] for devices in of_kind]
+        fitting = [devices[:size] for devices in free if len(devices) >= size]
+        if len(fitting) >= parts:
+            return tuple(device for devices in fitting[:parts] for device in devices)
     return None

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from tidemill.engines.launch import Command, Control
+from tidemill.engines.launch import Command, Control, MultiNode
 from tidemill.fleet.backend import Device
 
 
@@ -18,8 +18,9 @@ class Version(msgspec.Struct, frozen=True):
     """A file, a directory, or a name on a hub: what the engine takes for its weights."""
 
 
-# `{port}` and `{host}` in the command are filled in where it runs (`fleet.backend.Launch`).
-MakeCommand = Callable[[Version, Sequence[Device]], Command]
+# `{port}` and `{host}` in the command are filled in where it runs (`fleet.backend.Launch`). The devices are those of
+# one process; the last argument says which one that is, of a replica over several nodes.
+MakeCommand = Callable[[Version, Sequence[Device], MultiNode | None], Command]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +35,12 @@ class Recipe:
     version: Version = field(default_factory=Version)
     """What the configuration says; a roll may have put another in its place (`ReplicaSet.version`)."""
     devices: int | None = None
-    """That a replica takes; None: its share of the CPU slots, `max_replicas` to a node, without being pinned."""
+    """That a replica takes, of one that `spans` in equal parts of several nodes where one is too small; None: its share
+    of the CPU slots, `max_replicas` to a node, without being pinned."""
     kinds: tuple[str, ...] = ()
     """The best first; empty: any."""
+    spans: bool = False
+    """Its engine can work over several nodes, as one process on each."""
     min_replicas: int = 1
     max_replicas: int = 1
     start_s: float = 1800.0

@@ -14,8 +14,10 @@ import msgspec
 import structlog
 
 from tidemill.engines.capabilities import template_lacks
+from tidemill.engines.launch import MultiNode
 from tidemill.engines.prometheus import counter_sum
 from tidemill.fleet.backend import Backend, CannotStart, Device, Ended, Launch, Process
+from tidemill.fleet.ranks import by_node, free_port, host_of
 from tidemill.fleet.recipe import Recipe, Version
 from tidemill.fleet.steady import STEADY
 from tidemill.tides.state import Phase, ReplicaView
@@ -105,10 +107,12 @@ class Replica:
         self._get = get
         self._log = logs / f"engine-{self.name.replace('/', '-')}.log"
         self._note = note
-        self._process: Process | None = None
+        self._processes: Sequence[Process] = ()
+        """One; of a replica over several nodes one on each, of which the first is spoken to."""
         self._starting: asyncio.Task[Sequence[Process]] | None = None
         self._task: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
+        self._burying: asyncio.Task[None] | None = None
 
     @property
     def ready(self) -> bool:
@@ -116,7 +120,7 @@ class Replica:
 
     @property
     def pid(self) -> int | None:
-        return self._process.pid if self._process is not None else None
+        return self._processes[0].pid if self._processes else None
 
     @property
     def root(self) -> str:
@@ -172,11 +176,24 @@ class Replica:
         await self._stop_process()
 
     def lost(self, why: str) -> None:
-        """Its node is gone, and it with it."""
+        """A node of it is gone, and it with that. What is left on others is ended before their devices are free."""
         if self._task is not None and self._task is not asyncio.current_task():
             self._task.cancel()
+        if self.phase is Phase.GONE or self._burying is not None:
+            return
+        log.error("a replica is lost", replica=self.name, reason=why)
+        if len(by_node(self.devices)) > 1:
+            self.move(Phase.DRAINING, why)
+            self._burying = asyncio.create_task(self._bury(why))
+        else:
+            self.move(Phase.GONE, why)
+
+    async def _bury(self, why: str) -> None:
+        if self._starting is not None:
+            with suppress(CannotStart, OSError):
+                self._processes = await self._starting
+        await self._kill_all()
         if self.phase is not Phase.GONE:
-            log.error("a replica is lost", replica=self.name, reason=why)
             self.move(Phase.GONE, why)
 
     # One life after the other
@@ -206,22 +223,21 @@ class Replica:
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:
-            command = self.recipe.command(self.version, self.devices)
-            launch = self._launch(command.argv, dict(command.env))
+            launches = await self._launches()
             # Shielded, so that a process that is being started while this task is ended is not lost sight of.
-            self._starting = asyncio.create_task(_start(self._backend, launch))
-            (process,) = await asyncio.shield(self._starting)
+            self._starting = asyncio.create_task(_start(self._backend, launches))
+            self._processes = await asyncio.shield(self._starting)
         except CannotStart as error:
             return str(error).rstrip(".")
         except OSError as error:
             return f"it cannot be started: {error.strerror}"
-        self._process = process
+        process = self._processes[0]
         host = f"[{process.host}]" if ":" in process.host else process.host
         self.base_url = f"http://{host}:{process.port}/v1"
         self.move(Phase.WARMING, "it loads its weights")
         watch = asyncio.create_task(self._watch(process, began))
         try:
-            ended = await process.wait()
+            ended = await self._first_end()
         finally:
             watch.cancel()
         if ended.code is None:
@@ -230,19 +246,50 @@ class Replica:
         verdict = watch.result() if watch.done() and not watch.cancelled() else None
         return verdict or _how(ended)
 
-    def _launch(self, argv: tuple[str, ...], env: dict[str, str]) -> Launch:
-        pinned = self.recipe.devices is not None or any(device.kind != "cpu" for device in self.devices)
+    async def _launches(self) -> list[Launch]:
+        """One for each node that it is on."""
+        parts = by_node(self.devices)
+        if len(parts) <= 1:
+            return [self._launch(self.devices, None)]
+        master = host_of(self.devices[0], await self._backend.nodes())
+        port = free_port()
+        ranks = (MultiNode(len(parts), rank, master, port) for rank in range(len(parts)))
+        return [self._launch(devices, part) for devices, part in zip(parts, ranks, strict=True)]
+
+    def _launch(self, devices: tuple[Device, ...], part: MultiNode | None) -> Launch:
+        command = self.recipe.command(self.version, devices, part)
+        pinned = self.recipe.devices is not None or any(device.kind != "cpu" for device in devices)
+        rank = part.rank if part is not None else 0
         return Launch(
-            name=self.name,
-            argv=argv,
-            env=env,
-            devices=self.devices if pinned else (),
-            node=self.devices[0].node if self.devices else "",
-            log=self._log,
+            name=self.name if not rank else f"{self.name}.{rank}",
+            argv=command.argv,
+            env=dict(command.env),
+            devices=devices if pinned else (),
+            node=devices[0].node if devices else "",
+            log=self._log if not rank else self._log.with_name(f"{self._log.stem}.{rank}.log"),
             idle_class=self.beside,
             stop_signal=self.recipe.control.drain_signal,
             orphan_grace_s=1.0,  # its requests went through gateways that die as well
         )
+
+    async def _first_end(self) -> Ended:
+        """How it ended; of several processes the first takes the others with it, as none can work without all."""
+        if len(self._processes) == 1:
+            return await self._processes[0].wait()
+        waits = [asyncio.ensure_future(process.wait()) for process in self._processes]
+        try:
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        first = [wait.result() for wait in done]
+        # An engine may die of its node's loss before that is known.
+        return min([*first, *await self._kill_all()], key=lambda ended: ended.code is not None)
+
+    async def _kill_all(self) -> Sequence[Ended]:
+        for process in self._processes:
+            process.kill()
+        return await asyncio.gather(*(process.wait() for process in self._processes))
 
     async def _watch(self, process: Process, began: float) -> str:
         """Say when it is ready, and kill it when it hangs. Returns why it was killed."""
@@ -293,9 +340,8 @@ class Replica:
             await asyncio.gather(self._task, return_exceptions=True)
         if self._starting is not None:
             with suppress(CannotStart, OSError):
-                (self._process,) = await self._starting
-        if self._process is not None:
-            await self._process.stop(STOP_GRACE_S)
+                self._processes = await self._starting
+        await asyncio.gather(*(process.stop(STOP_GRACE_S) for process in self._processes))
 
     async def _until_idle(self) -> bool:
         """Wait until nothing is in flight here, at most as long as it may drain; whether that came."""
@@ -315,7 +361,7 @@ class Replica:
     async def _busy(self) -> bool:
         if self.use != Use():
             return True
-        if self._process is None or self._process.pid is None:
+        if self.pid is None:
             return False
         control = self.recipe.control
         page = await self._get(self.root, control.metrics.encode(), HEALTH_EVERY_S)
@@ -325,8 +371,8 @@ class Replica:
         return any(counter_sum(text, name) for name in (control.running, control.waiting) if name)
 
 
-async def _start(backend: Backend, launch: Launch) -> Sequence[Process]:
-    return await backend.start([launch])
+async def _start(backend: Backend, launches: Sequence[Launch]) -> Sequence[Process]:
+    return await backend.start(launches)
 
 
 def _how(ended: Ended) -> str:

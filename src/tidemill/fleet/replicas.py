@@ -219,7 +219,7 @@ class ReplicaSet:
         down = {node.name: node.why or "it does not answer" for node in self._nodes if not node.up}
         known = {node.name for node in self._nodes}
         for replica in list(self._replicas.values()):
-            for device in replica.devices[:1]:
+            for device in replica.devices:
                 if device.node in down or device.node not in known:
                     replica.lost(f"node {device.node} is lost: {down.get(device.node, 'it has left')}")
         self.keep_minimum()
@@ -259,7 +259,8 @@ class ReplicaSet:
             replica.begin(devices, "the model always has it" if replica.starts == 0 else "it is placed anew")
             return
         kinds = " or ".join(recipe.kinds) or "one kind"
-        why = f"there are no {recipe.devices or 1} free devices of {kinds} on one node"
+        where = "in equal parts on nodes" if recipe.spans else "on one node"
+        why = f"there are no {recipe.devices or 1} free devices of {kinds} {where}"
         if replica.why != why:
             log.warning("a replica finds no devices", replica=replica.name, reason=why)
             replica.failures = 3  # `stuck`: nobody shall wait for it

@@ -33,7 +33,8 @@ def keep_deadlines(draft: Draft, serving: Serving) -> None:
         for _ in range(missing):
             work = f"batches of {model.name}"
             zones = lendable(draft)
-            grant = place(draft.board, Claim(work, model.devices, model.kinds, zones=zones, kept=False, may=may))
+            claim = Claim(work, model.devices, model.kinds, spans=model.spans, zones=zones, kept=False, may=may)
+            grant = place(draft.board, claim)
             if grant is None:
                 draft.wait(work, f"devices for {missing} replicas: {why}; nobody gives way to them")
                 break
@@ -63,7 +64,8 @@ def fill(draft: Draft, serving: Serving) -> None:
         if total >= model.max_replicas or not _worth(model, need, have + 1, rules.batch_worth, rules.batch_gain):
             continue
         # What waits for a gang to come together may be used until then, what is coming is not waited for.
-        held = Claim(f"batches of {name}", model.devices, model.kinds, zones=lendable(draft), held=True)
+        zones = lendable(draft)
+        held = Claim(f"batches of {name}", model.devices, model.kinds, spans=model.spans, zones=zones, held=True)
         grant = place(board, held)
         if grant is None:
             continue

@@ -133,8 +133,9 @@ class _View:
             if actual is None:
                 continue
             guess = self._at(target, target - step)
-            if guess > 0 or actual > 0:
-                errors.append((actual - guess) / max(guess, 0.05 * actual))
+            scale = max(guess, 0.05 * actual)
+            if scale > 0:
+                errors.append((actual - guess) / scale)
         if not errors:
             return outlook.spread
         found = max(quantile(errors, outlook.quantile), 0.0)

@@ -180,7 +180,7 @@ def serve_people(draft: Draft, serving: Serving) -> None:
         work, need = f"model {model.name}", serving.needs[model.name]
         # One node's loss shall not take all of a minimum; what is beyond it is packed, so that gangs find whole nodes.
         apart = on[model.name] if below_minimum else frozenset()
-        grant = place(draft.board, Claim(work, model.devices, model.kinds, apart=apart, may=may))
+        grant = place(draft.board, Claim(work, model.devices, model.kinds, spans=model.spans, apart=apart, may=may))
         if grant is None:
             refused[model.name] += 1
             continue
@@ -224,7 +224,8 @@ def _say_who_waits(draft: Draft, serving: Serving, refused: Mapping[str, int], l
     for model in draft.snapshot.models:
         need = serving.needs[model.name]
         kinds = " or ".join(model.kinds) or "any kind"
-        size = "1 device" if model.devices == 1 else f"{model.devices} devices of one node"
+        where = "one node, or equal parts of several," if model.spans else "one node"
+        size = "1 device" if model.devices == 1 else f"{model.devices} devices of {where}"
         if refused[model.name]:
             draft.wait(
                 f"model {model.name}",

@@ -16,7 +16,9 @@ class Claim(msgspec.Struct, frozen=True, gc=False):
     count: int
     kinds: tuple[str, ...] = ()
     spread: bool = False
-    """One node is better, several will do. False: one node, or whole nodes when a node is too small."""
+    """One node is better, several will do. False: one node, or equal parts of several (see `spans`)."""
+    spans: bool = False
+    """Equal parts of as few nodes as can be will do when every node is too small."""
     apart: frozenset[str] = frozenset()
     """Nodes that it is rather not on: what it is there to stand in for is on them, and would be lost with it."""
     zones: tuple[str, ...] = (ORDINARY,)
@@ -113,9 +115,20 @@ def _of_kind(board: Board, layers: Sequence[Pool], claim: Claim, kind: str, apar
     chosen = _one_node(board, by_node, now, claim.count)
     if chosen is None and claim.spread:
         return _few_nodes(board, by_node, claim.count)
-    if chosen is None and claim.count > board.largest.get(kind, 0):
-        return _whole_nodes(board, by_node, now, kind, claim.count)
+    if chosen is None and _must_span(board, claim, kind):
+        return _equal_parts(board, by_node, now, kind, claim.count)
     return chosen
+
+
+def _must_span(board: Board, claim: Claim, kind: str) -> bool:
+    return claim.spans and 0 < board.largest.get(kind, 0) < claim.count
+
+
+def equal_parts(count: int, largest: int) -> tuple[int, int]:
+    """Nodes, and devices of each, for what is in equal parts on as few nodes as can be. `largest`: devices of the
+    largest node, at least 1."""
+    nodes = next(nodes for nodes in range(-(-count // largest), count + 1) if count % nodes == 0)
+    return nodes, count // nodes
 
 
 def _one_node(board: Board, by_node: dict[str, list[str]], now: dict[str, int], count: int) -> list[str] | None:
@@ -144,24 +157,16 @@ def _few_nodes(board: Board, by_node: dict[str, list[str]], count: int) -> list[
     return chosen
 
 
-def _whole_nodes(
+def _equal_parts(
     board: Board, by_node: dict[str, list[str]], now: dict[str, int], kind: str, count: int
 ) -> list[str] | None:
-    """Whole nodes, and the rest from one more."""
-    whole = sorted(
-        (node for node, devices in by_node.items() if len(devices) == board.size[kind, node]),
-        key=lambda node: (-len(by_node[node]), -now.get(node, 0), board.node_order[node]),
-    )
-    chosen: list[str] = []
-    for node in whole:
-        if count - len(chosen) < len(by_node[node]):
-            break
-        chosen += by_node[node]
-        del by_node[node]
-    if len(chosen) == count:
-        return chosen
-    rest = _one_node(board, by_node, now, count - len(chosen))
-    return None if rest is None else chosen + rest
+    """From the nodes where most of a part is there now, of these from the fullest."""
+    nodes, part = equal_parts(count, board.largest[kind])
+    fitting = [node for node, devices in by_node.items() if len(devices) >= part]
+    if len(fitting) < nodes:
+        return None
+    fitting.sort(key=lambda node: (max(part - now.get(node, 0), 0), len(by_node[node]), board.node_order[node]))
+    return [device for node in fitting[:nodes] for device in by_node[node][:part]]
 
 
 # Who gives way
@@ -181,11 +186,11 @@ def _who_gives_way(board: Board, layers: Sequence[Pool], claim: Claim) -> list[U
             for node, devices in pool.kinds.get(kind, {}).items():
                 have[node] = have.get(node, 0) + len(devices)
         found = _on_one_node(board, kind, have, claim, allowed)
-        if found is None and (claim.spread or claim.count > board.largest.get(kind, 0)):
+        if found is None and claim.spread:
             gains = _gains(board, (board.units[name] for name in allowed), kind, claim.zones)
             found = cheapest(gains, claim.count - sum(have.values()))
-            if found is not None and not claim.spread and not _fills_nodes(board, layers, claim, found):
-                found = None
+        elif found is None and _must_span(board, claim, kind):
+            found = _on_equal_parts(board, kind, have, claim, allowed)
         if found is not None:
             return found
     return None
@@ -209,6 +214,24 @@ def _on_one_node(board: Board, kind: str, have: dict[str, int], claim: Claim, al
         others = [each for each in found if not each[2] and each[0][0] <= tier and each[0][2] <= beyond]
         best = min(others, key=lambda each: each[:2], default=best)
     return best[3]
+
+
+def _on_equal_parts(
+    board: Board, kind: str, have: dict[str, int], claim: Claim, allowed: set[str]
+) -> list[Unit] | None:
+    nodes, part = equal_parts(claim.count, board.largest[kind])
+    found: list[tuple[tuple[int, float, int], int, list[Unit]]] = []
+    for (each, node), size in board.size.items():
+        if each != kind or size < part:
+            continue
+        there = [unit for unit in board.units_on(node) if unit.name in allowed]
+        units = cheapest(_gains(board, there, kind, claim.zones, node), part - have.get(node, 0))
+        if units is not None:
+            found.append((_weight(units, part), board.node_order[node], units))
+    if len(found) < nodes:
+        return None
+    best = sorted(found, key=lambda each: each[:2])[:nodes]
+    return list({unit.name: unit for _, _, units in best for unit in units}.values())
 
 
 def _gains(
@@ -273,13 +296,3 @@ def _weight(units: Sequence[Unit], need: int) -> tuple[int, float, int]:
         sum(unit.loss_s for unit in units),
         sum(len(unit.devices) for unit in units) - need,
     )
-
-
-def _fills_nodes(board: Board, layers: Sequence[Pool], claim: Claim, victims: Sequence[Unit]) -> bool:
-    """Whether a claim for whole nodes fits once these have gone."""
-    extra = Pool(board)
-    for unit in victims:
-        for device in unit.devices:
-            if device in board.device and board.device[device].up and board.zone[device] in claim.zones:
-                extra.add(device)
-    return pick(board, [*layers, extra], claim) is not None

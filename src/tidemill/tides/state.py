@@ -85,7 +85,9 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     devices: int = 1
-    """That one replica takes, all of one kind and node (or whole nodes, when more than a node has)."""
+    """That one replica takes, all of one kind and node (or of several, see `spans`)."""
+    spans: bool = False
+    """A replica may be in equal parts on several nodes, where its devices are more than any node has."""
     kinds: tuple[str, ...] = ()
     """Kinds of devices that it runs on, the best first; empty: any."""
     min_replicas: int = 1

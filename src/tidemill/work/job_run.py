@@ -5,9 +5,7 @@ with `per_device` one for each device; ranks count from 0 in the order of the de
 """
 
 import asyncio
-import random
 import signal
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -19,6 +17,7 @@ import structlog
 
 from tidemill.errors import TidemillError
 from tidemill.fleet.backend import Backend, Device, Ended, Launch, Process
+from tidemill.fleet.ranks import by_node, free_port, host_of
 from tidemill.store.job_files import JobFiles
 from tidemill.store.jobs import Attempt, Job, JobSpec
 from tidemill.work import job_exec
@@ -175,7 +174,7 @@ class JobRun:
         job_id = self.job.job_id
         await asyncio.to_thread(self._files.prepare, job_id, attempt.attempt)
         groups = ranks_of(self.devices, per_device=spec.per_device)
-        hosts = {node.name: node.host for node in await self._backend.nodes()}
+        nodes = await self._backend.nodes()
         work = self._files.work(job_id)
         common = {
             "TIDEMILL_JOB_ID": job_id,
@@ -184,8 +183,8 @@ class JobRun:
             "TIDEMILL_CHECKPOINT_DIR": str(self._files.checkpoints(job_id).resolve()),
             "TIDEMILL_ARTIFACT_DIR": str(self._files.artifacts_of(job_id).resolve()),
             "TIDEMILL_WORLD_SIZE": str(len(groups)),
-            "MASTER_ADDR": hosts.get(groups[0][0].node, "127.0.0.1"),
-            "MASTER_PORT": str(_free_port()),
+            "MASTER_ADDR": host_of(groups[0][0], nodes),
+            "MASTER_PORT": str(free_port()),
             "HOME": str(work.resolve()),
             **{job_exec.GIVEN + name: value for name, value in spec.env.items()},
         }
@@ -222,12 +221,7 @@ class JobRun:
 
 def ranks_of(devices: Sequence[Device], *, per_device: bool) -> list[tuple[Device, ...]]:
     """The devices of each process."""
-    if per_device:
-        return [(device,) for device in devices]
-    by_node: dict[str, list[Device]] = {}
-    for device in devices:
-        by_node.setdefault(device.node, []).append(device)
-    return [tuple(group) for group in by_node.values()]
+    return [(device,) for device in devices] if per_device else by_node(devices)
 
 
 def known_signal(name: str) -> bool:
@@ -244,14 +238,3 @@ def _order(spec: JobSpec, user: str | None) -> str:
 
 def _bad(end: Ended) -> bool:
     return end.code != 0
-
-
-def _free_port() -> int:
-    """A port for the ranks to meet at: free here a moment ago; on another machine, likely."""
-    with socket.socket() as probe:
-        try:
-            probe.bind(("", 0))
-        except OSError:
-            return random.randrange(20_000, 30_000)
-        port: int = probe.getsockname()[1]
-        return port
