@@ -40,7 +40,14 @@ def standing() -> Standing:
     commits.note(150)
     replicas = tuple(ReplicaSpec(f"mock/{index}", "http://127.0.0.1:1/v1", ready=index == 0) for index in range(2))
     return Standing(
-        figures=Figures(models={"mock": {"standard": of_model}}, refused={"x": 3}, records=3, commits=commits),
+        figures=Figures(
+            models={"mock": {"standard": of_model}},
+            refused={"x": 3},
+            records=3,
+            commits=commits,
+            hedges={"mock": 4},
+            hedges_won={"mock": 3},
+        ),
         standings=[
             Standings(active={"mock/0": 2}, queued={"mock": 5}, broken=["mock/1"]),
             Standings(active={"mock/0": 1, "gone/0": 7}, broken=["mock/1"]),
@@ -70,6 +77,7 @@ def test_the_page_has_what_was_counted_in_base_units() -> None:
     assert page[ttft + "_sum{model=mock}{tier=standard}"] == 400.069
     assert page["tidemill_log_commit_seconds_count"] == 1
     assert page["tidemill_requests_refused_total{code=x}"] == 3
+    assert page["tidemill_hedges_total{model=mock}"] == 4 and page["tidemill_hedges_won_total{model=mock}"] == 3
     assert page["tidemill_loader_lag_seconds"] == 0.25
 
 

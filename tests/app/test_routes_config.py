@@ -34,7 +34,7 @@ def test_what_is_taken(tmp_path: Path) -> None:
         + '[models.y]\nengine = "openai"\nbase_urls = ["http://a/v1", "http://b/v1"]\n'
         + Y_COST
         + LOCAL
-        + "replicas = 3\n",
+        + "replicas = 3\nhedge_seconds = 1.5\n",
     )
     fleet = Fleet(config, tmp_path, DataDir(tmp_path / "data"), lambda: None)
     x, y, local = fleet.specs()
@@ -47,6 +47,7 @@ def test_what_is_taken(tmp_path: Path) -> None:
     assert y.cost == ModelCost("USD", Price(1_000_000_000, 1_000_000_000, 2_000_000_000))
     assert [(each.name, each.ready) for each in local.replicas] == [("l/0", False), ("l/1", False), ("l/2", False)]
     assert local.slots == 8
+    assert (x.hedge_seconds, local.hedge_seconds) == (None, 1.5)
 
 
 def test_a_cost_of_nothing_is_none(tmp_path: Path) -> None:
@@ -59,6 +60,8 @@ def test_a_cost_of_nothing_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        (X + "hedge_seconds = 1\n", ["models.x.hedge_seconds", "bills both", 'on_disconnect = "abort"']),
+        (LOCAL + "hedge_seconds = 0\n", ["models.l.hedge_seconds", "0.01 to 3600"]),
         (LOCAL + "replicas = 0\n", ["models.l.replicas: 0", "from 1 to 64"]),
         (LOCAL + "replicas = 65\n", ["models.l.replicas: 65"]),
         (LOCAL + 'replicas = "two"\n', ["models.l.replicas", "integer"]),

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from tidemill.app.fleet_config import (
+    OWN_ENGINES,
     DevicesConfig,
     Filler,
     FleetConfig,
@@ -128,6 +129,9 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """The answer's limit when the client sets none."""
     ttft_timeout_seconds: float = 300.0
     """How long an engine may take until its answer begins."""
+    hedge_seconds: float | None = None
+    """A streamed answer that has not begun after so long is asked for at a second replica as well; of engines of one's
+    own. When not set: never."""
     idle_timeout_seconds: float = 60.0
     """How long an engine may be silent within an answer."""
     max_concurrent: int | None = None
@@ -555,6 +559,7 @@ def _check_model(name: str, model: ModelConfig) -> None:
     for key in ("drain_seconds", "ttft_timeout_seconds", "idle_timeout_seconds"):
         if not 0 < getattr(model, key) <= 86_400:
             raise ConfigError(f"models.{name}.{key}: is more than 0 and at most 86400 seconds.")
+    _check_hedge(name, model)
     for key, low in (("max_concurrent", 0), ("max_queued", 1)):
         value = getattr(model, key)
         if value is not None and not low <= value <= 1_000_000:
@@ -567,6 +572,18 @@ def _check_model(name: str, model: ModelConfig) -> None:
     cost = _taken(f"models.{name}.cost_per_hour", lambda: parse_amount(model.cost_per_hour))
     if cost < 0:
         raise ConfigError(f"models.{name}.cost_per_hour: a cost is zero or more.")
+
+
+def _check_hedge(name: str, model: ModelConfig) -> None:
+    if model.hedge_seconds is None:
+        return
+    if not 0.01 <= model.hedge_seconds <= 3600:
+        raise ConfigError(f"models.{name}.hedge_seconds: is from 0.01 to 3600 seconds.")
+    if model.engine not in OWN_ENGINES and model.on_disconnect != "abort":
+        raise ConfigError(
+            f"models.{name}.hedge_seconds: an upstream bills both answers.",
+            hint='Leave it out; where the upstream is an engine of your own, say on_disconnect = "abort".',
+        )
 
 
 def _is_address(text: str) -> bool:

@@ -110,6 +110,7 @@ class Fleet:
             max_output_tokens=model.max_output_tokens,
             drain_seconds=model.drain_seconds,
             ttft_timeout_seconds=model.ttft_timeout_seconds,
+            hedge_seconds=model.hedge_seconds,
             idle_timeout_seconds=model.idle_timeout_seconds,
             slots=model.slots if own else None,
             max_concurrent=max_concurrent(model, ready=sum(each.ready and not each.batch_only for each in replicas)),

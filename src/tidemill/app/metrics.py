@@ -74,6 +74,7 @@ def families(now: Standing) -> Iterator[Metric]:
     yield _gauge("tidemill_start_time_seconds", "When the platform was started, since 1970 UTC.", now.started_at)
     yield from _requests(now.figures)
     yield from _fleet(now)
+    yield from _hedges(now.figures)
     yield from _meter(now)
     if now.trough is not None:
         trough = GaugeMetricFamily("tidemill_batches_open", "Batches that are not finished.", labels=["status"])
@@ -158,6 +159,15 @@ def _fleet(now: Standing) -> Iterator[Metric]:
     yield from (flying, waiting, ready, wanted, breakers, restarts)
     yield _gauge("tidemill_gateways_ready", "Gateway processes that take requests.", now.gateways_ready)
     yield _counter("tidemill_gateway_restarts", "Gateway processes started again.", now.gateway_restarts)
+
+
+def _hedges(figures: Figures) -> Iterator[Metric]:
+    asked = CounterMetricFamily("tidemill_hedges", "Requests that two replicas were asked for.", labels=["model"])
+    won = CounterMetricFamily("tidemill_hedges_won", "Those that the second one answered.", labels=["model"])
+    for model, count in sorted(figures.hedges.items()):
+        asked.add_metric([model], count)
+        won.add_metric([model], figures.hedges_won.get(model, 0))
+    yield from (asked, won)
 
 
 def _meter(now: Standing) -> Iterator[Metric]:

@@ -14,6 +14,7 @@ from tidemill.gateway.engine_errors import engine_error
 from tidemill.gateway.errors import error_headers
 from tidemill.gateway.exchange import ClientGone, Exchange
 from tidemill.gateway.flight import Flight
+from tidemill.gateway.hedging import first_to_speak, hedges
 from tidemill.gateway.holding import mid_stream_stop, output_bound
 from tidemill.gateway.retry import Failure, Refused, judge, retry_after, starts_over
 from tidemill.gateway.upstream import Connection, EngineLost
@@ -115,6 +116,8 @@ async def _connection(flight: Flight, begun: Connection | None) -> Connection:
         except BaseException:
             begun.abort()
             raise
+    if begun is None and hedges(flight):
+        return await first_to_speak(flight, engine_body(flight))
     path, pool = flight.request.ask.path, flight.replica.pool
     return await pool.request(path, engine_body(flight), flight.time_left(), owner=flight, fresh=begun is not None)
 

@@ -20,6 +20,7 @@ from tidemill.gateway.answer import (
 )
 from tidemill.gateway.exchange import Exchange
 from tidemill.gateway.flight import Flight
+from tidemill.gateway.hedging import hedges
 from tidemill.gateway.replies import OpenAIReply
 from tidemill.gateway.retry import judge
 from tidemill.gateway.upstream import Connection, EngineLost
@@ -33,7 +34,7 @@ Guard = Callable[[Exchange, Awaitable[None]], Coroutine[Any, Any, None]]
 def set_off(flight: Flight, guard: Guard) -> Coroutine[Any, Any, None] | None:
     """Send a request on its way: None when it is, else the work that is to be waited for. Never raises."""
     ask, engine = flight.request.ask, flight.route.engine
-    if flight.hold.cut_short or (engine.collects and ask.generates and not ask.stream):
+    if flight.hold.cut_short or (engine.collects and ask.generates and not ask.stream) or hedges(flight):
         return fly(flight)
     connection = flight.replica.pool.idle_connection()
     if connection is None:

@@ -134,7 +134,16 @@ class Flight:
         self.first_token_us = 0
         self._guessed = False
         self.attempts += 1
-        leg.start(leg.replica.pool.loop.time(), self.hold.output_cap, self.request.ask.choices)
+        if not leg.started:
+            leg.start(leg.replica.pool.loop.time(), self.hold.output_cap, self.request.ask.choices)
+
+    def leave(self, leg: Leg) -> None:
+        """A leg beside the flight's own has come to nothing; its time counts."""
+        self.device_ns += leg.finish()
+
+    def hedged(self, *, won: bool) -> None:
+        """A second replica was asked as well; `won`: it was the first to speak."""
+        self._meter.tally.hedge(self.route.name, won=won)
 
     @property
     def idle_s(self) -> float:

@@ -108,8 +108,8 @@ class Replica:
 class Leg:
     """One attempt of a request, on one replica: its share of the replica's time, and its load there.
 
-    A request has one leg at a time, and most have one in all. `keys` are the prompt's, where there was a choice;
-    `filler`: it is a batch's line.
+    A request has one leg at a time, and most have one in all; where the first is late, there is a second beside it
+    (`gateway.hedging`). `keys` are the prompt's, where there was a choice; `filler`: it is a batch's line.
     """
 
     __slots__ = ("_cached", "_decode", "_keys", "_prefill", "_prompt", "_ticket", "filler", "replica")
@@ -137,6 +137,11 @@ class Leg:
         self._ticket = replica.clock.start(time.monotonic_ns())
         replica.filler += self.filler
         replica.add_work(work.prefill + work.decode)
+
+    @property
+    def started(self) -> bool:
+        """The request was sent there, and is not over."""
+        return self._ticket is not None
 
     @property
     def work(self) -> int:

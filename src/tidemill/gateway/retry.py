@@ -9,6 +9,7 @@ import msgspec
 
 from tidemill.engines.sse import BrokenStream
 from tidemill.errors import TidemillError, Unavailable
+from tidemill.gateway.breaker import Breaker
 from tidemill.gateway.flight import Flight
 from tidemill.gateway.upstream import EngineLost
 
@@ -38,15 +39,26 @@ def judge(flight: Flight, failure: Failure | None) -> None:
     if flight.given_up:
         breaker.undecided()
     elif isinstance(failure, Refused):
-        if failure.error.status in BUSY:
-            breaker.busy(now, failure.retry_after_s)
-        elif failure.error.status >= 500:
-            breaker.failed(tenant, now)
-        elif not breaker.calm:
-            breaker.succeeded(tenant)
-    elif isinstance(failure, EngineLost) and not failure.sent:
+        refused(breaker, tenant, now, failure.error.status, failure.retry_after_s)
+    else:
+        lost(breaker, tenant, now, failure)
+
+
+def refused(breaker: Breaker, tenant: str, now: float, status: int, retry_after_s: float | None) -> None:
+    """The engine has answered with an error."""
+    if status in BUSY:
+        breaker.busy(now, retry_after_s)
+    elif status >= 500:
+        breaker.failed(tenant, now)
+    elif not breaker.calm:
+        breaker.succeeded(tenant)
+
+
+def lost(breaker: Breaker, tenant: str, now: float, failure: EngineLost | BrokenStream | None) -> None:
+    """The engine was not reached, or was lost, broken, silent, or ended its answer with an error event (None)."""
+    if isinstance(failure, EngineLost) and not failure.sent:
         breaker.unreachable(now)
-    else:  # lost, broken, silent, or ended with an error event
+    else:
         breaker.failed(tenant, now)
 
 

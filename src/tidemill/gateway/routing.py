@@ -42,6 +42,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     drain_seconds: float
     ttft_timeout_seconds: float
     idle_timeout_seconds: float
+    hedge_seconds: float | None = None
+    """A stream that has not begun after so long is asked for at a second replica as well (`gateway.hedging`)."""
     slots: int | None = None
     """Requests that a replica works on at a time, where that is known; more wait there."""
     max_concurrent: int | None = None
@@ -72,6 +74,30 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Its engine was told to take people's requests before the lines of batches."""
 
 
+HEDGE_SHARE = 0.05
+"""Of a model's requests at most so many are asked twice: when all replicas are slow, twice the work helps nobody."""
+HEDGE_BURST = 10.0
+"""So many may be at once."""
+
+
+class HedgeBudget:
+    """How many more requests of a model may be asked twice."""
+
+    def __init__(self) -> None:
+        self._left = HEDGE_BURST
+
+    def earn(self) -> None:
+        """A request of the model came that might be hedged."""
+        self._left = min(self._left + HEDGE_SHARE, HEDGE_BURST)
+
+    def spend(self) -> bool:
+        """Take one; False when none is left."""
+        if self._left < 1.0:
+            return False
+        self._left -= 1.0
+        return True
+
+
 class NoReplica(Unavailable):
     """No replica of the model, nor of its fallbacks, can be used now."""
 
@@ -89,6 +115,7 @@ class Route:
         self.spec = spec
         self.engine: Engine = engine_of(spec.engine, owned=spec.owned, priority_scheduling=spec.priority_scheduling)
         self.gauge = Gauge(spec.objective)
+        self.hedges = HedgeBudget()
         self._take([Replica(replica, spec.api_key, loop) for replica in spec.replicas])
 
     def _take(self, replicas: list[Replica]) -> None:

@@ -52,6 +52,10 @@ class Figures(msgspec.Struct):
     """By model, then by tier."""
     refused: dict[str, int] = {}
     """Requests that were refused before they were metered, by the error's code."""
+    hedges: dict[str, int] = {}
+    """Requests that a second replica was asked for as well, by model."""
+    hedges_won: dict[str, int] = {}
+    """Those that it answered."""
     shortages: int = 0
     """Requests that found too little money at hand and had to ask the store for more."""
     records: int = 0
@@ -65,6 +69,8 @@ class Figures(msgspec.Struct):
             for tier, figures in tiers.items():
                 self.models.setdefault(model, {}).setdefault(tier, ModelFigures()).add(figures)
         _add_counts(self.refused, other.refused)
+        _add_counts(self.hedges, other.hedges)
+        _add_counts(self.hedges_won, other.hedges_won)
         self.shortages += other.shortages
         self.records += other.records
         if other.commits is not None:
@@ -90,6 +96,8 @@ class Tally:
     def __init__(self) -> None:
         self._by_model: dict[tuple[str, Tier], ModelFigures] = {}
         self._refused: dict[str, int] = {}
+        self._hedges: dict[str, int] = {}
+        self._hedges_won: dict[str, int] = {}
 
     def note(self, settled: Settled) -> None:
         """Count a settled request. The hot path."""
@@ -116,6 +124,11 @@ class Tally:
             code = "other"
         self._refused[code] = self._refused.get(code, 0) + 1
 
+    def hedge(self, model: str, *, won: bool) -> None:
+        """Count a request that a second replica was asked for as well."""
+        _add_counts(self._hedges, {model: 1})
+        _add_counts(self._hedges_won, {model: int(won)})
+
     def figures(self, leasing: Leasing, log: UsageLog) -> Figures:
         """All that was counted until now."""
         models: dict[str, dict[str, ModelFigures]] = {}
@@ -124,6 +137,8 @@ class Tally:
         return Figures(
             models=models,
             refused=self._refused,
+            hedges=self._hedges,
+            hedges_won=self._hedges_won,
             shortages=leasing.shortages,
             records=log.records,
             commits=log.commit_times,

@@ -52,7 +52,9 @@ class Owner(Protocol):
     """Whoever waits for an answer."""
 
     connection: Connection | None
-    given_up: bool
+
+    @property
+    def given_up(self) -> bool: ...
 
 
 class Pool:

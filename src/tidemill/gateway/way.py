@@ -113,6 +113,14 @@ class Way:
         self._tried.append(failed)
         return self._choose(_WITH_QUEUE[:1], self._routes.loop.time())
 
+    def beside(self, first: Replica) -> Leg | None:
+        """A leg on another replica of the same model that has room now, while the first one goes on."""
+        self._tried.append(first)
+        try:
+            return self._choose_replica(self.route, Standing.READY, self._routes.loop.time())
+        finally:
+            self._tried.pop()
+
     def _choose(self, steps: tuple[Standing, ...], now: float) -> Leg | None:
         courses = self._courses()
         for worst in steps:

@@ -1,0 +1,110 @@
+"""Hedging: where the first token is late, a second replica is asked as well, and the first to speak answers.
+
+The other one is aborted. Only what the client is sent is billed, and there is one record. Dean and Barroso, "The Tail
+at Scale", CACM 56(2), 2013: a wait of about the 95th percentile, and few requests beyond the ordinary ones.
+"""
+
+import asyncio
+
+from tidemill.gateway.flight import Flight
+from tidemill.gateway.replica import Leg, Replica
+from tidemill.gateway.retry import lost, refused, retry_after
+from tidemill.gateway.upstream import Connection, EngineLost, Owner
+
+Speaking = asyncio.Task[Connection]
+"""It ends once an answer has begun."""
+
+
+class _Second:
+    """Who waits for the second replica: the same flight."""
+
+    def __init__(self, flight: Flight) -> None:
+        self.connection: Connection | None = None
+        self._flight = flight
+
+    @property
+    def given_up(self) -> bool:
+        return self._flight.given_up
+
+
+def hedges(flight: Flight) -> bool:
+    """This request may be asked twice: its engine is one of our own, so that what comes to nothing costs nobody, it
+    gives its answer token by token, and no other attempt was made."""
+    ask, spec = flight.request.ask, flight.route.spec
+    streamed = ask.stream or (flight.route.engine.collects and ask.generates)
+    return spec.hedge_seconds is not None and spec.owned and streamed and not ask.filler and flight.attempts == 1
+
+
+async def first_to_speak(flight: Flight, body: bytes) -> Connection:
+    """The connection on which an answer has begun, its first bytes still to be read. The flight is then on the replica
+    that gives it. Raises EngineLost."""
+    route = flight.route
+    route.hedges.earn()
+    first = asyncio.create_task(_first_word(flight, flight.replica, flight, body))
+    try:
+        await asyncio.wait([first], timeout=route.spec.hedge_seconds)
+        if not first.done() and not flight.given_up:
+            leg = flight.way.beside(flight.replica)
+            if leg is not None and route.hedges.spend():
+                return await _race(flight, first, leg, body)
+        return await first
+    finally:
+        first.cancel()
+
+
+async def _race(flight: Flight, first: Speaking, leg: Leg, body: bytes) -> Connection:
+    leg.start(leg.replica.pool.loop.time(), flight.hold.output_cap, flight.request.ask.choices)
+    former, other = flight.replica, _Second(flight)
+    second = asyncio.create_task(_first_word(flight, leg.replica, other, body))
+    won = False
+    try:
+        running = {first, second}
+        while running and not flight.given_up:
+            done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            if first in done and _speaks(first):
+                break
+            if second in done and _speaks(second):
+                flight.move(leg)
+                won = True
+                break
+        if not won:
+            return await first
+        await _drop(flight, former, first)
+        flight.connection = other.connection
+        return second.result()
+    finally:
+        flight.hedged(won=won)
+        if not won:
+            await _drop(flight, leg.replica, second)
+            flight.leave(leg)
+
+
+async def _drop(flight: Flight, replica: Replica, task: Speaking) -> None:
+    """Give up on a replica that the answer does not come from, and tell its breaker what became of it there."""
+    task.cancel()
+    await asyncio.wait([task])
+    breaker, tenant, now = replica.breaker, flight.opened.tenant_id, replica.pool.loop.time()
+    if task.cancelled() or flight.given_up:
+        breaker.undecided()
+    elif isinstance(failure := task.exception(), EngineLost):
+        lost(breaker, tenant, now, failure)
+    elif failure is None and task.result().status != 200:
+        refused(breaker, tenant, now, task.result().status, retry_after(task.result().headers))
+    if not task.cancelled() and task.exception() is None:
+        task.result().abort()
+
+
+async def _first_word(flight: Flight, replica: Replica, owner: Owner, body: bytes) -> Connection:
+    """Ask a replica, and wait until its answer has begun."""
+    connection = await replica.pool.request(flight.request.ask.path, body, flight.time_left(), owner=owner)
+    try:
+        if connection.status == 200 and (data := await connection.next()):
+            connection.give_back(data)
+    except BaseException:
+        connection.abort()
+        raise
+    return connection
+
+
+def _speaks(task: Speaking) -> bool:
+    return not task.cancelled() and task.exception() is None and task.result().status == 200
