@@ -45,6 +45,9 @@ class Engine:
         self.planner = Planner(defaults)
         self.counters = Counters()
         self.last: Request | None = None
+        self.asleep = False
+        """As vLLM's sleep mode: it answers, but has nothing to answer with."""
+        self.wakes = True
         self._numbers = itertools.count(1)
 
     def next_ident(self) -> bytes:
@@ -77,6 +80,15 @@ class Engine:
                 self.counters.requests += 1
                 self.counters.prompt_tokens += tokens
                 return 200, JSON, answer
+            case b"POST", b"/sleep":
+                self.asleep = True
+                return 200, JSON, b""
+            case b"POST", b"/wake_up":
+                self.asleep = self.asleep and not self.wakes
+                return (500 if self.asleep else 200), JSON, b""
+            case b"POST", b"/mock/wakes-no-more":
+                self.wakes = False
+                return 200, JSON, b""
             case b"GET", b"/mock/last":
                 return 200, JSON, self._last_json()
         return 404, JSON, error_json("the mock engine has no such page", 404)
@@ -178,6 +190,9 @@ class Connection(asyncio.Protocol):
 
     def _complete(self, request: Request, chat: bool) -> None:
         engine = self._engine
+        if engine.asleep:
+            self._answer(500, JSON, error_json("the mock engine sleeps", 500))
+            return
         engine.last = request
         engine.counters.requests += 1
         wish = b""

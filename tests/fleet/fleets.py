@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from tidemill.app.asking import get
+from tidemill.app.asking import get, post
 from tidemill.engines import vllm
 from tidemill.engines.launch import Command, EngineLaunch, MultiNode
 from tidemill.fleet.backend import Device, Launch, Node
@@ -61,6 +61,7 @@ async def replica_set(path: Path, *recipes: Recipe, devices: int = 2, **options:
         backend,
         {each.model: each for each in recipes},
         get=get,
+        post=post,
         logs=path,
         **{"changed": lambda: None, **options},
     )

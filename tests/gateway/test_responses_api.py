@@ -178,8 +178,8 @@ async def test_a_response_is_kept_beyond_the_process_that_made_it(start: Start) 
     plane, _ = await start(saying("hello"))
     made = await client_of(plane).responses.create(**ASK)
     await plane.settled()
-    assert plane.shelf._writing is not None
-    await plane.shelf._writing
+    if plane.shelf._writing is not None:
+        await plane.shelf._writing
     other_process = responses_shelf.Shelf(plane.store)
     found = await other_process.find(plane.tenant_id, made.id)
     assert found is not None and json.loads(found.response)["id"] == made.id

@@ -76,20 +76,30 @@ def model(name: str = "qwen", work: float = 0.0, **more: object) -> ModelView:
 def carried_out(before: Snapshot, plan: Plan) -> Snapshot:
     """The snapshot right after a plan was carried out."""
     turned = {turn.replica: turn.batch_only for turn in plan.turn_replicas}
-    stopped = {stop.replica for stop in plan.stop_replicas}
+    stopped = {stop.replica for stop in plan.stop_replicas if not stop.sleep}
+    dozing = {stop.replica for stop in plan.stop_replicas if stop.sleep}
+    woken = {start.wake for start in plan.start_replicas if start.wake is not None}
     preempted = {each.job for each in plan.preempt_jobs}
     started = {each.job: each.devices for each in plan.start_jobs}
     replace = msgspec.structs.replace
     replicas = [
         replace(
             each,
-            phase=Phase.DRAINING if each.id in stopped else each.phase,
+            phase=Phase.DRAINING
+            if each.id in stopped
+            else Phase.ASLEEP  # at once: what it works on is over
+            if each.id in dozing
+            else Phase.WARMING
+            if each.id in woken
+            else each.phase,
             batch_only=turned.get(each.id, each.batch_only),
         )
         for each in before.replicas
     ]
     taken = {each.id for each in before.replicas}
     for start in plan.start_replicas:
+        if start.wake is not None:
+            continue
         name = f"{start.model}@{start.devices[0]}@{before.now:.0f}"
         assert name not in taken
         replicas.append(
@@ -148,7 +158,8 @@ def check(before: Snapshot, plan: Plan) -> None:
     views = {view.id: view for view in before.devices}
     size = Counter((view.kind, view.node) for view in before.devices if view.up)
     largest = {kind: max(count for (each, _), count in size.items() if each == kind) for kind, _ in size}
-    held = {device for each in before.replicas if each.phase is not Phase.GONE for device in each.devices}
+    awake = [each for each in before.replicas if each.phase not in (Phase.GONE, Phase.ASLEEP)]
+    held = {device for each in awake for device in each.devices}
     held |= {device for each in before.jobs for device in each.on}
     models = {each.name: each for each in before.models}
     jobs = {each.id: each for each in before.jobs}
@@ -165,8 +176,18 @@ def check(before: Snapshot, plan: Plan) -> None:
         owner = reservations.get(views[device].reserved_by or "")
         return owner is None or not owner.start <= before.now < owner.end or (owner.lend and preemptible)
 
+    sleepers = {each.id: each for each in before.replicas if each.phase is Phase.ASLEEP}
+    woken = [start.wake for start in plan.start_replicas if start.wake is not None]
+    assert len(set(woken)) == len(woken)
+    asleep = Counter(each.model for each in sleepers.values())
+    asleep.subtract(sleepers[name].model for name in woken)
+    for stop in plan.stop_replicas:
+        one = next(each for each in before.replicas if each.id == stop.replica)
+        asleep[one.model] += 1 if stop.sleep else -1 if one.phase is Phase.ASLEEP else 0
+    assert all(asleep[name] <= each.sleepers for name, each in models.items()), "more sleep than may"
     for start in plan.start_replicas:
         view = models[start.model]
+        assert start.wake is None or set(sleepers[start.wake].devices) == set(start.devices)
         assert len(start.devices) == view.devices
         kinds = {views[device].kind for device in start.devices}
         nodes = {views[device].node for device in start.devices}
@@ -267,6 +288,7 @@ def fleets(draw: st.DrawFn, kinds: Sequence[str] = ("h100",), reserve: bool = Tr
             idle_s=draw(st.sampled_from([0.0, 1000.0])),
             priority=draw(st.integers(0, 1)),
             peak=draw(st.sampled_from([None, 0.0, 3000.0])),
+            sleepers=draw(st.sampled_from([0, 0, 1, 2])),
         )
         for name in draw(st.sampled_from([(), ("chat",), ("chat", "code")]))
     ]
@@ -285,19 +307,21 @@ def fleets(draw: st.DrawFn, kinds: Sequence[str] = ("h100",), reserve: bool = Tr
             own = next(view.kind for view in views if view.node == node)
             if len(here) >= of.devices and (not of.kinds or own in of.kinds):
                 on = tuple(here[: of.devices])
-                phase = draw(st.sampled_from([Phase.READY, Phase.READY, Phase.STARTING, Phase.DRAINING]))
+                lives = [Phase.READY, Phase.READY, Phase.STARTING, Phase.DRAINING, Phase.ASLEEP]
+                phase = draw(st.sampled_from(lives))
                 replicas.append(
                     replica(
                         f"{of.name}-{number}",
                         of.name,
                         *on,
                         phase=phase,
-                        batch_only=draw(st.booleans()),
-                        filler=draw(st.integers(0, 2)),
+                        batch_only=phase is not Phase.ASLEEP and draw(st.booleans()),
+                        filler=0 if phase is Phase.ASLEEP else draw(st.integers(0, 2)),
                         since=NOW - draw(st.sampled_from([10.0, 1000.0])),
                     )
                 )
-                free = [device for device in free if device not in on]
+                if phase is not Phase.ASLEEP:
+                    free = [device for device in free if device not in on]
         elif here:
             on = tuple(here[: draw(st.integers(1, 4))])
             jobs.append(_drawn_job(draw, f"run{number}", len(on), on, kinds))

@@ -45,9 +45,11 @@ def acme(store: Store) -> Tenant:
 
 @pytest.fixture
 def books(databases: Databases, store: Store) -> list[ReservationBook]:
-    return [
-        ReservationBook(each, JobLedger(each, ZONE), ZONE) for each in (databases.again(store), databases.again(store))
-    ]
+    return [book(databases.again(store)) for _ in range(2)]
+
+
+def book(store: Store, site: str = "here") -> ReservationBook:
+    return ReservationBook(store, JobLedger(store, ZONE), ZONE, site)
 
 
 def at(second: float) -> datetime:
@@ -55,7 +57,7 @@ def at(second: float) -> datetime:
     return NOVEMBER + timedelta(seconds=second)
 
 
-def reserve(store: Store, acme: Tenant, start_s: float, end_s: float) -> str:
+def reserve(store: Store, acme: Tenant, start_s: float, end_s: float, site: str = "") -> str:
     with store.write() as connection:
         price = agreed_price(connection, kind="cpu", currency="CNY", hour=Nanos(HOUR), now=LONG_AGO)
         made = Reservation(
@@ -67,6 +69,7 @@ def reserve(store: Store, acme: Tenant, start_s: float, end_s: float) -> str:
             ends_at=at(end_s),
             price_id=price.price_id,
             created_at=LONG_AGO,
+            site=site,
         )
         create_reservation(connection, made)
     return made.reservation_id
@@ -154,4 +157,25 @@ def test_what_was_cancelled_is_not_billed_beyond_it_however_late_it_is_noticed(
     books[1].look(at(950))
     with store.read() as connection:
         assert [row.device_us for row in meter_rows(connection, tenant_id=acme.tenant_id)] == [200 * US]
+    check(store, acme)
+
+
+def test_a_platform_leaves_the_reservations_of_another_one_on_the_same_store_alone(store: Store, acme: Tenant) -> None:
+    here, there = book(store, "here"), book(store, "there")
+    name = reserve(store, acme, 0, 200, site="there")
+
+    def meters() -> int:
+        with store.read() as connection:
+            return len(open_meters(connection, reservation_id=name))
+
+    here.look(at(10))
+    assert here.views() == [] and not here.lasts(name) and meters() == 0
+    there.look(at(10))
+    assert [view.id for view in there.views()] == [name] and meters() == 1
+    with store.write() as connection:
+        cancel_reservation(connection, name, "enough", now=at(50))
+    here.look(at(60))
+    assert meters() == 1, "whose devices they are ends it"
+    there.look(at(60))
+    assert meters() == 0
     check(store, acme)

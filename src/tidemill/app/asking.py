@@ -20,12 +20,20 @@ async def status_of(base_url: str, path: bytes, timeout_s: float, api_key: str |
     return answer[0] if answer is not None else None
 
 
-async def fetch(base_url: str, path: bytes, timeout_s: float, api_key: str | None) -> tuple[int, bytes] | None:
-    """GET a small page: status and body; None when it does not come in time."""
+async def post(base_url: str, path: bytes, timeout_s: float) -> bool:
+    """Tell an engine of one's own something; whether it says 200 in time."""
+    answer = await fetch(base_url, path, timeout_s, None, method=b"POST", body=b"{}")
+    return answer is not None and answer[0] == 200
+
+
+async def fetch(
+    base_url: str, path: bytes, timeout_s: float, api_key: str | None, *, method: bytes = b"GET", body: bytes = b""
+) -> tuple[int, bytes] | None:
+    """Ask for a small page: status and body; None when it does not come in time."""
     pool = Pool(Address(base_url, api_key), asyncio.get_running_loop())
     try:
         async with asyncio.timeout(timeout_s):
-            connection = await pool.request(path, b"", timeout_s, method=b"GET")
+            connection = await pool.request(path, body, timeout_s, method=method)
             try:
                 return connection.status, await connection.body(PAGE_BYTES)
             finally:

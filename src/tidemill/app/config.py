@@ -84,6 +84,9 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     objective: ObjectiveConfig = ObjectiveConfig()
     scale_down_seconds: float = 300.0
     """How long less must have been enough before a replica is given up."""
+    sleepers: int = 0
+    """Replicas that are given up and sleep in the machine's memory instead of ending, at most so many at a time; vllm
+    and sglang, on this machine."""
     wake_seconds: float = 120.0
     """How long a request waits for a model that has no replica."""
     filler: Filler | None = None

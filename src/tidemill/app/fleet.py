@@ -9,7 +9,7 @@ from pathlib import Path
 
 import structlog
 
-from tidemill.app.asking import get, status_of
+from tidemill.app.asking import get, post, status_of
 from tidemill.app.config import Config, ModelConfig
 from tidemill.app.datadir import DataDir
 from tidemill.app.fleet_config import GPU_ENGINES
@@ -58,6 +58,7 @@ class Fleet:
             self.backend,
             recipes_of(config, config_dir),
             get=get,
+            post=post,
             logs=data.path.resolve() / "logs",
             changed=changed,
             last_words=self._last_words,

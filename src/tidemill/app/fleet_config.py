@@ -115,19 +115,24 @@ def check_fleet(config: "Config") -> None:
             if not 0 <= entry.memory_gib <= 65_536:
                 raise ConfigError(f"nodes.{name}.devices: memory_gib is from 0 to 65536.")
     for name, model in config.models.items():
+        if model.sleepers and fleet.backend == "ray":
+            raise ConfigError(
+                f"models.{name}.sleepers: Ray keeps the devices of a process that sleeps to itself.",
+                hint="Remove the key.",
+            )
         if model.engine in OWN_ENGINES:
             _check_own(f"models.{name}", model)
         else:
             _check_foreign(f"models.{name}", model)
 
 
-_OF_OWN = ("devices", "kinds", "min_replicas", "max_replicas", "filler", "version")
+_OF_OWN = ("devices", "kinds", "min_replicas", "max_replicas", "filler", "version", "sleepers")
 
 
 def _check_foreign(key: str, model: "ModelConfig") -> None:
     _check_launch(key, model)
     for field in _OF_OWN:
-        if getattr(model, field) not in (None, (), ""):
+        if getattr(model, field) not in (None, (), "", 0):
             raise ConfigError(
                 f"{key}.{field}: the engine {model.engine} is somebody else's to run.", hint="Remove the key."
             )
@@ -150,6 +155,10 @@ def _check_own(key: str, model: "ModelConfig") -> None:
             raise ConfigError(f"{key}.{field}: {value:g} is out of range; it is from {least} to {most} seconds.")
     if not -1_000 <= model.priority <= 1_000:
         raise ConfigError(f"{key}.priority: {model.priority} is out of range; it is from -1000 to 1000.")
+    if not 0 <= model.sleepers <= MAX_REPLICAS:
+        raise ConfigError(f"{key}.sleepers: {model.sleepers} is out of range; it is from 0 to {MAX_REPLICAS}.")
+    if model.sleepers and model.engine not in GPU_ENGINES:
+        raise ConfigError(f"{key}.sleepers: only vllm and sglang can sleep.", hint="Remove the key.")
     if len(model.version) > 100 or not model.version.isprintable():
         raise ConfigError(f"{key}.version: is at most 100 printable characters.")
     _check_launch(key, model)

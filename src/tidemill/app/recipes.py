@@ -88,6 +88,7 @@ def gpu_command(name: str, model: ModelConfig) -> MakeCommand:
             memory_share=keys.memory_share,
             prefix_cache=keys.prefix_cache,
             priority_scheduling=keys.priority_scheduling,
+            sleep_mode=model.sleepers > 0,
             prefill_chunk=keys.prefill_chunk,
             trust_remote_code=keys.trust_remote_code,
             revision=keys.revision,

@@ -244,6 +244,7 @@ class Tide:
             peak=traffic.peak(max(rate, demand.high), now, config.scale_down_seconds),
             startup_s=model.startup_s,
             priority=config.priority,
+            sleepers=config.sleepers,
         )
 
     # Lines of batches

@@ -93,6 +93,7 @@ def create_reservation(
     end: str,
     lend: bool,
     price: str | None,
+    site: str,
     zone: str,
     now: datetime,
 ) -> Json:
@@ -130,6 +131,7 @@ def create_reservation(
         lend=lend,
         price_id=agreed.price_id,
         created_at=now,
+        site=site,
     )
     reservation_store.create_reservation(connection, reservation)
     return _described(connection, [reservation])[0]

@@ -105,6 +105,14 @@ class Replicas(Protocol):
         """Drain a replica and end it; returns at once."""
         ...
 
+    def sleep(self, name: str, why: str) -> object:
+        """Drain a replica and take its weights out of its devices; returns at once."""
+        ...
+
+    def wake(self, name: str, why: str) -> object:
+        """Have one that sleeps take its devices again; returns at once."""
+        ...
+
     def turn(self, name: str, *, batch_only: bool, why: str) -> None:
         """Lend a replica to batches, or take it back."""
         ...
@@ -178,6 +186,8 @@ class Controller:
         """By deed: `model NAME`, `replica ID`, `job ID`."""
         self._young: dict[str, float] = {}
         """Replicas that are not ready yet, and since when they were seen, monotonic."""
+        self._woken: set[str] = set()
+        """Replicas that have slept: how long they took to wake says nothing of how long a start takes."""
         self.last: Sighting | None = None
         jobs.on_change(self.poke)
 
@@ -220,9 +230,14 @@ class Controller:
             act = partial(replicas.turn, turned.replica, batch_only=turned.batch_only, why=turned.why)
             self._do(f"replica {turned.replica}", now, act)
         for going in decided.stop_replicas:
-            self._do(f"replica {going.replica}", now, partial(replicas.stop, going.replica, going.why))
+            act = partial(replicas.sleep if going.sleep else replicas.stop, going.replica, going.why)
+            self._do(f"replica {going.replica}", now, act)
         self._keep_beside(snapshot, decided, devices, now)
         for start in decided.start_replicas:
+            if start.wake is not None:
+                self._woken.add(start.wake)
+                self._do(f"replica {start.wake}", now, partial(replicas.wake, start.wake, start.why))
+                continue
             place = [devices[each] for each in start.devices]
             act = partial(replicas.start, start.model, place, batch_only=start.batch_only, why=start.why)
             self._do(f"model {start.model}", now, act)
@@ -311,6 +326,8 @@ class Controller:
         for view in views:
             if view.phase in (Phase.STARTING, Phase.WARMING):
                 young[view.id] = self._young.get(view.id, now)
+            elif view.phase is Phase.READY and view.id in self._woken:
+                self._woken.discard(view.id)
             elif view.phase is Phase.READY and view.id in self._young and not view.batch_only:
                 self._sight.learn_startup(view.model, now - self._young[view.id])
         self._young = young

@@ -1,7 +1,8 @@
 """One replica: an engine's process, life after life, from its start to its end, and why it is where it is.
 
 starting -> warming -> ready -> draining -> gone
-    ^---------'----------' (it has died, hangs or does not start: again, after growing waits)
+    ^         ^ '--------'      '-> asleep -> warming, or gone
+    '---------'----------' (it has died, hangs or does not start: again, after growing waits)
 """
 
 import asyncio
@@ -31,6 +32,8 @@ POLL_S = 0.05
 """How often one that starts is asked whether it is ready, in its first seconds."""
 SLOW_POLL_S = 0.5
 STOP_GRACE_S = 5.0
+DOZE_S = 120.0
+"""What an engine gets to take its weights out of its devices in, seconds, and to put them there again."""
 BESIDE_PATIENCE = 30.0
 """One that gets what another leaves may be silent for so many times longer."""
 SETTLE_S = 0.5
@@ -42,6 +45,8 @@ log = structlog.get_logger()
 
 Get = Callable[[str, bytes, float], Awaitable[bytes | None]]
 """GET a page: base URL, path, time limit in seconds; None when it is not answered with 200 in time."""
+Post = Callable[[str, bytes, float], Awaitable[bool]]
+"""The same for telling an engine something; whether it was answered with 200 in time."""
 
 
 class Transition(msgspec.Struct, frozen=True):
@@ -71,6 +76,7 @@ class Replica:
         *,
         backend: Backend,
         get: Get,
+        post: Post,
         logs: Path,
         note: Callable[["Replica", Transition], None],
         batch_only: bool = False,
@@ -105,6 +111,7 @@ class Replica:
         """What the last start took, seconds."""
         self._backend = backend
         self._get = get
+        self._post = post
         self._log = logs / f"engine-{self.name.replace('/', '-')}.log"
         self._note = note
         self._processes: Sequence[Process] = ()
@@ -113,6 +120,8 @@ class Replica:
         self._task: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
         self._burying: asyncio.Task[None] | None = None
+        self._dozing: asyncio.Task[None] | None = None
+        """It is being put to sleep, or woken."""
 
     @property
     def ready(self) -> bool:
@@ -163,13 +172,51 @@ class Replica:
     def end(self, why: str, *, last_words: Callable[["Replica"], Awaitable[None]] | None = None) -> asyncio.Task[None]:
         """Drain it and then end it; returns at once. `last_words` is called when it is idle, before its end."""
         if self._ending is None:
-            was_ready = self.ready
+            was_ready = self.ready or self._dozing is not None or self.phase is Phase.ASLEEP
+            if self._dozing is not None:
+                self._dozing.cancel()
             self._ending = asyncio.create_task(self._end(why, was_ready, last_words))
             self.move(Phase.DRAINING, why)
         return self._ending
 
+    def sleep(self, why: str, *, last_words: Callable[["Replica"], Awaitable[None]] | None = None) -> None:
+        """Drain it, then have it take its weights out of its devices; one that cannot is ended. Returns at once."""
+        if self.ready and self._ending is None:
+            self.move(Phase.DRAINING, why)
+            self._dozing = asyncio.create_task(self._doze(why, last_words))
+
+    def wake(self, why: str) -> None:
+        """Have it put its weights into its devices again; one that cannot is started anew there. Returns at once."""
+        if self.phase is Phase.ASLEEP and self._ending is None:
+            self.move(Phase.WARMING, f"it wakes: {why}")
+            self._dozing = asyncio.create_task(self._wake())
+
+    async def _doze(self, why: str, last_words: Callable[["Replica"], Awaitable[None]] | None) -> None:
+        sleep = self.recipe.control.sleep.encode()
+        asleep = await self._until_idle() and await self._post(self.root, sleep, DOZE_S)
+        self._dozing = None
+        if asleep:
+            self.move(Phase.ASLEEP, why)
+        else:
+            log.warning("a replica cannot be put to sleep; it is ended", replica=self.name)
+            self.end(f"{why}; it could not be put to sleep", last_words=last_words)
+
+    async def _wake(self) -> None:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        woken = await self._post(self.root, self.recipe.control.wake.encode(), DOZE_S)
+        self._dozing = None
+        if woken:
+            self.move(Phase.READY, f"it woke in {loop.time() - began:.1f} s")
+        else:
+            log.warning("a replica does not wake; it is started anew", replica=self.name)
+            for process in self._processes:
+                process.kill()
+
     async def close(self) -> None:
         """End it now: the platform stops."""
+        if self._dozing is not None:
+            self._dozing.cancel()
         if self._ending is not None:
             self._ending.cancel()
             await asyncio.gather(self._ending, return_exceptions=True)
@@ -179,6 +226,8 @@ class Replica:
         """A node of it is gone, and it with that. What is left on others is ended before their devices are free."""
         if self._task is not None and self._task is not asyncio.current_task():
             self._task.cancel()
+        if self._dozing is not None:
+            self._dozing.cancel()
         if self.phase is Phase.GONE or self._burying is not None:
             return
         log.error("a replica is lost", replica=self.name, reason=why)
@@ -207,6 +256,11 @@ class Replica:
             why = await self._one_life()
             if why is None or self._ending is not None:
                 return  # its node is lost, or it was to end anyway
+            if self.phase in (Phase.ASLEEP, Phase.DRAINING):
+                if self._dozing is not None:
+                    self._dozing.cancel()
+                self.move(Phase.GONE, f"{why}; its devices are others' by now")
+                return
             if loop.time() - began > STEADY_AFTER_S:
                 self.failures = 0
             wait = RESTART_AFTER_S[min(self.failures, len(RESTART_AFTER_S) - 1)]

@@ -15,7 +15,7 @@ from tidemill.errors import Conflict, NotFound
 from tidemill.fleet.backend import Backend, Device, Node
 from tidemill.fleet.placing import first_fit, share_of_slots
 from tidemill.fleet.recipe import Recipe, Version
-from tidemill.fleet.replica import Get, Replica, Transition, Use
+from tidemill.fleet.replica import Get, Post, Replica, Transition, Use
 from tidemill.tides.state import Phase, ReplicaView
 
 HISTORY = 50
@@ -35,6 +35,7 @@ class ReplicaSet:
         recipes: Mapping[str, Recipe],
         *,
         get: Get,
+        post: Post,
         logs: Path,
         changed: Callable[[], None],
         last_words: Callable[[Replica], Awaitable[None]] | None = None,
@@ -43,6 +44,7 @@ class ReplicaSet:
         self.backend = backend
         self.recipes = dict(recipes)
         self._get = get
+        self._post = post
         self._logs = logs
         self._changed = changed
         self._last_words = last_words
@@ -94,7 +96,8 @@ class ReplicaSet:
 
     def held(self) -> set[str]:
         """The devices that nobody else can have now."""
-        return {device.id for each in self._replicas.values() for device in each.devices} | self.held_elsewhere()
+        awake = (each for each in self._replicas.values() if each.phase is not Phase.ASLEEP)
+        return {device.id for each in awake for device in each.devices} | self.held_elsewhere()
 
     def shared(self) -> set[str]:
         """The CPU slots that a replica shares with whatever else is planned for them."""
@@ -157,6 +160,15 @@ class ReplicaSet:
         """Drain a replica and end it; returns at once, and the task ends with it. Raises NotFound."""
         return self._replica(name).end(why, last_words=self._last_words)
 
+    def sleep(self, name: str, why: str) -> None:
+        """Drain a replica and take its weights out of its devices, which are then anybody's; returns at once. Raises
+        NotFound."""
+        self._replica(name).sleep(why, last_words=self._last_words)
+
+    def wake(self, name: str, why: str) -> None:
+        """Have one that sleeps take its devices again; returns at once. Raises NotFound."""
+        self._replica(name).wake(why)
+
     def turn(self, name: str, *, batch_only: bool, why: str) -> None:
         """Lend a replica to batches, or take it back for people. Raises NotFound, and Conflict for one of the idle
         class, which is no good for people.
@@ -188,6 +200,7 @@ class ReplicaSet:
             recipe,
             backend=self.backend,
             get=self._get,
+            post=self._post,
             logs=self._logs,
             note=self._noted,
             batch_only=batch_only,
@@ -240,7 +253,7 @@ class ReplicaSet:
             alive = [
                 each
                 for each in self.of(recipe.model)
-                if each.phase is not Phase.DRAINING and not (each.batch_only or each.beside)
+                if each.phase not in (Phase.DRAINING, Phase.ASLEEP) and not (each.batch_only or each.beside)
             ]
             missing = recipe.min_replicas - len(alive)
             alive += [self._add(recipe) for _ in range(missing)]

@@ -128,6 +128,9 @@ class Rolls:
     async def _roll(self, state: RollState, version: Version) -> None:
         """Until no replica runs another version. Raises DoesNotStart."""
         going_back = version == state.before
+        for sleeper in self._old(state.model, version):
+            if sleeper.phase is Phase.ASLEEP:
+                await self._replicas.stop(sleeper.name, "it sleeps with weights of another version")
         if not going_back and not self._old(state.model, version):
             await self._try(state.model, version)
             state.done += 1

@@ -67,7 +67,7 @@ def submit(connection: Connection, wish: JobWish, owner: Tenant, limits: JobLimi
     grace_s = limits.grace_s if wish.grace_s is None else wish.grace_s
     if not 0 <= grace_s <= limits.max_grace_s:
         raise BadInput(f"grace: is from 0 to {limits.max_grace_s:g} seconds.", param="grace")
-    reservation_id, kinds = _kinds(connection, wish, owner, now)
+    reservation_id, kinds = _kinds(connection, wish, owner, limits.site, now)
     job = Job(
         job_id=new_job_id(),
         tenant_id=owner.tenant_id,
@@ -134,13 +134,17 @@ def _check_numbers(wish: JobWish) -> None:
         raise BadInput(f"checkpoint_signal: {wish.signal[:20]!r} is not one.", hint=hint, param="checkpoint_signal")
 
 
-def _kinds(connection: Connection, wish: JobWish, owner: Tenant, now: datetime) -> tuple[str | None, tuple[str, ...]]:
+def _kinds(
+    connection: Connection, wish: JobWish, owner: Tenant, site: str, now: datetime
+) -> tuple[str | None, tuple[str, ...]]:
     """The reservation, if any, and the kinds of devices."""
     if len(wish.kinds) > MAX_KINDS:
         raise BadInput(f"kind: at most {MAX_KINDS} are named.", param="kind")
     if wish.reservation is not None:
         # A tenant may be asking, so another tenant's reservation is one that is not there, also in the hint.
-        own = {each.reservation_id: each for each in list_reservations(connection, tenant_id=owner.tenant_id)}
+        own = {
+            each.reservation_id: each for each in list_reservations(connection, tenant_id=owner.tenant_id, site=site)
+        }
         found = own.get(wish.reservation)
         if found is None:
             usable = [each.reservation_id for each in own.values() if each.state in OPEN]

@@ -45,6 +45,8 @@ class Reservation(msgspec.Struct, frozen=True, kw_only=True):
     state: ReservationState = ReservationState.BOOKED
     reason: str = ""
     created_at: datetime
+    site: str = ""
+    """Of several platforms on one store, the one whose devices these are (see `store.job_files`); empty: any."""
 
 
 def create_reservation(connection: Connection, reservation: Reservation) -> None:
@@ -69,7 +71,11 @@ def find_reservation(connection: Connection, reservation_id: str, *, lock: bool 
 
 
 def list_reservations(
-    connection: Connection, *, tenant_id: str | None = None, states: Sequence[ReservationState] = ()
+    connection: Connection,
+    *,
+    tenant_id: str | None = None,
+    states: Sequence[ReservationState] = (),
+    site: str | None = None,
 ) -> list[Reservation]:
     """Reservations by their beginning."""
     query = select(reservations)
@@ -77,6 +83,8 @@ def list_reservations(
         query = query.where(reservations.c.tenant_id == tenant_id)
     if states:
         query = query.where(reservations.c.state.in_([state.value for state in states]))
+    if site is not None:
+        query = query.where(reservations.c.site.in_([site, ""]))
     query = query.order_by(reservations.c.starts_at, reservations.c.reservation_id)
     return [_reservation(row) for row in connection.execute(query)]
 

@@ -445,6 +445,7 @@ reservations = Table(
     Column("state", String(16), nullable=False),
     Column("reason", String(512), nullable=False),
     Column("created_at", BigInteger, nullable=False),
+    Column("site", String(32), nullable=False, server_default=""),
     Index(None, "state", "ends_at"),
 )
 """Devices that are kept for a tenant from one instant to another, and billed for that time, used or not."""

@@ -122,7 +122,7 @@ class Board:
     def _take_stock(self, snapshot: Snapshot, soon_s: float) -> None:
         leaving: set[str] = set()
         for replica in sorted(snapshot.replicas, key=lambda each: each.batch_only):  # beside another it holds nothing
-            if replica.phase is Phase.GONE:
+            if replica.phase in (Phase.GONE, Phase.ASLEEP):
                 continue
             for device in replica.devices:
                 self.holder.setdefault(device, f"replica {replica.id}")

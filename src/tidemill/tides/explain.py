@@ -2,28 +2,30 @@
 
 from tidemill.tides.draft import Draft
 from tidemill.tides.interactive import Serving
+from tidemill.tides.sleeping import Sleepers
 from tidemill.tides.state import DeviceNote, JobPhase, JobView, Phase, ReplicaView
 
 _PHASES = {
     Phase.STARTING: "is being started",
     Phase.WARMING: "loads its weights",
     Phase.DRAINING: "ends what it works on, then gives the device back",
-    Phase.ASLEEP: "sleeps, and wakes in seconds",
     Phase.GONE: "has ended",
 }
 
 
-def explain(draft: Draft, serving: Serving) -> tuple[DeviceNote, ...]:
+def explain(draft: Draft, serving: Serving, sleepers: Sleepers) -> tuple[DeviceNote, ...]:
     """One note for each device, in the snapshot's order."""
     board = draft.board
     replicas = {replica.id: replica for replica in draft.snapshot.replicas}
     jobs = {job.id: job for job in draft.snapshot.jobs}
     going = {f"replica {each.replica}": each.why for each in draft.stop_replicas}
+    dozing = {each.replica for each in draft.stop_replicas if each.sleep}
     going |= {f"job {each.job}": each.why for each in draft.preempt_jobs}
     turning = {f"replica {each.replica}": each.why for each in draft.turn_replicas.values()}
     coming: dict[str, str] = {}
     for start in draft.start_replicas:
-        coming |= dict.fromkeys(start.devices, f"a replica of {start.model} starts on it: {start.why}")
+        what = f"a replica of {start.model} starts on it" if start.wake is None else f"{start.wake} wakes on it"
+        coming |= dict.fromkeys(start.devices, f"{what}: {start.why}")
     for begin in draft.start_jobs:
         coming |= dict.fromkeys(begin.devices, f"job {begin.job} starts on it: {begin.why}")
     notes = []
@@ -34,7 +36,9 @@ def explain(draft: Draft, serving: Serving) -> tuple[DeviceNote, ...]:
             notes.append(DeviceNote(view.id, "lost", None, f"its node is lost, or it was taken out{was}"))
             continue
         if holder is None:
-            notes.append(DeviceNote(view.id, "free", None, _free(draft, view.id, coming)))
+            asleep = ", ".join(sleepers.beside(view.id))
+            why = _free(draft, view.id, coming) + (f"; {asleep} sleeps there" if asleep else "")
+            notes.append(DeviceNote(view.id, "free", None, why))
             continue
         kind, _, name = holder.partition(" ")
         until: float | None = None
@@ -43,7 +47,7 @@ def explain(draft: Draft, serving: Serving) -> tuple[DeviceNote, ...]:
         else:
             why = _replica(draft, serving, replicas[name])
         if holder in going:
-            why = f"gives way: {going[holder]}"
+            why = f"{'goes to sleep' if name in dozing else 'gives way'}: {going[holder]}"
             until = draft.now + jobs[name].grace_s if kind == "job" else None
         elif holder in turning:
             why = turning[holder]

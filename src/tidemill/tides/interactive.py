@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from tidemill.tides.board import ORDINARY, Tier, Unit
 from tidemill.tides.draft import Draft
 from tidemill.tides.need import SERVING, BatchNeed, Need, batch_need, replicas_needed
-from tidemill.tides.placement import Claim, place
+from tidemill.tides.placement import Claim
+from tidemill.tides.sleeping import Sleepers
 from tidemill.tides.state import ModelView, Phase, ReplicaView, StartReplica, StopReplica, TurnReplica
 
-_LIFE = {Phase.STARTING: 0, Phase.WARMING: 1, Phase.ASLEEP: 2, Phase.READY: 3}
+_LIFE = {Phase.STARTING: 0, Phase.WARMING: 1, Phase.READY: 2}
 LINE_S = 10.0
 """What a line of a batch that has to be sent again is taken to have cost."""
 
@@ -143,7 +144,7 @@ def _wanted(draft: Draft, serving: Serving, model: ModelView) -> bool:
     return draft.rules.turn and serving.needs[model.name].count > len(serving.mine[model.name])
 
 
-def serve_people(draft: Draft, serving: Serving) -> None:
+def serve_people(draft: Draft, serving: Serving, sleepers: Sleepers) -> None:
     """Start replicas where a model has too few; make others give way for them."""
     claims: list[tuple[tuple[bool, int, bool, float, str, int], ModelView]] = []
     on: dict[str, frozenset[str]] = {}
@@ -180,13 +181,15 @@ def serve_people(draft: Draft, serving: Serving) -> None:
         work, need = f"model {model.name}", serving.needs[model.name]
         # One node's loss shall not take all of a minimum; what is beyond it is packed, so that gangs find whole nodes.
         apart = on[model.name] if below_minimum else frozenset()
-        grant = place(draft.board, Claim(work, model.devices, model.kinds, spans=model.spans, apart=apart, may=may))
+        claim = Claim(work, model.devices, model.kinds, spans=model.spans, apart=apart, may=may)
+        grant = sleepers.place(claim, model.name)
         if grant is None:
             refused[model.name] += 1
             continue
         on[model.name] |= _nodes_of(draft, grant.devices)
         if draft.give(grant, work, f"{model.name} needs {need.count} replicas: {need.why}"):
-            draft.start_replicas.append(StartReplica(model.name, grant.devices, need.why))
+            wake = sleepers.on(model.name, grant.devices)
+            draft.start_replicas.append(StartReplica(model.name, grant.devices, need.why, wake=wake))
             started[model.name] += 1
         else:
             late[model.name] += 1

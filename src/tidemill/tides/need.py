@@ -10,7 +10,7 @@ from tidemill.tides.state import BacklogView, ModelView, Phase, ReplicaView
 
 UNKNOWN_SLOTS = 8
 """Requests that a replica is taken to work on at a time when nobody has said."""
-SERVING = (Phase.STARTING, Phase.WARMING, Phase.READY, Phase.ASLEEP)
+SERVING = (Phase.STARTING, Phase.WARMING, Phase.READY)
 """Phases of replicas that serve, or will."""
 
 

@@ -26,6 +26,8 @@ class Claim(msgspec.Struct, frozen=True, gc=False):
     """It may have what is held for a gang."""
     kept: bool = True
     """It may have what the last plan has promised to others."""
+    only: frozenset[str] | None = None
+    """Of these devices; None: of all."""
     may: Callable[[Unit], bool] | None = None
     """None: nobody gives way."""
 
@@ -107,9 +109,10 @@ def _of_kind(board: Board, layers: Sequence[Pool], claim: Claim, kind: str, apar
         for node, devices in pool.kinds.get(kind, {}).items():
             if node in apart:
                 continue
-            by_node.setdefault(node, []).extend(sorted(devices, key=board.order.__getitem__))
+            usable = devices if claim.only is None else claim.only.intersection(devices)
+            by_node.setdefault(node, []).extend(sorted(usable, key=board.order.__getitem__))
             if depth == 0:
-                now[node] = len(devices)
+                now[node] = len(usable)
     if apart and sum(len(devices) for devices in by_node.values()) < claim.count:
         return None
     chosen = _one_node(board, by_node, now, claim.count)
@@ -184,10 +187,11 @@ def _who_gives_way(board: Board, layers: Sequence[Pool], claim: Claim) -> list[U
         have: dict[str, int] = {}
         for pool in layers:
             for node, devices in pool.kinds.get(kind, {}).items():
-                have[node] = have.get(node, 0) + len(devices)
+                usable = devices if claim.only is None else claim.only.intersection(devices)
+                have[node] = have.get(node, 0) + len(usable)
         found = _on_one_node(board, kind, have, claim, allowed)
         if found is None and claim.spread:
-            gains = _gains(board, (board.units[name] for name in allowed), kind, claim.zones)
+            gains = _gains(board, (board.units[name] for name in allowed), kind, claim)
             found = cheapest(gains, claim.count - sum(have.values()))
         elif found is None and _must_span(board, claim, kind):
             found = _on_equal_parts(board, kind, have, claim, allowed)
@@ -202,7 +206,7 @@ def _on_one_node(board: Board, kind: str, have: dict[str, int], claim: Claim, al
         if each != kind or size < claim.count:
             continue
         there = [unit for unit in board.units_on(node) if unit.name in allowed]
-        gains = _gains(board, there, kind, claim.zones, node)
+        gains = _gains(board, there, kind, claim, node)
         units = cheapest(gains, claim.count - have.get(node, 0))
         if units is not None:
             found.append((_weight(units, claim.count), board.node_order[node], node in claim.apart, units))
@@ -225,7 +229,7 @@ def _on_equal_parts(
         if each != kind or size < part:
             continue
         there = [unit for unit in board.units_on(node) if unit.name in allowed]
-        units = cheapest(_gains(board, there, kind, claim.zones, node), part - have.get(node, 0))
+        units = cheapest(_gains(board, there, kind, claim, node), part - have.get(node, 0))
         if units is not None:
             found.append((_weight(units, part), board.node_order[node], units))
     if len(found) < nodes:
@@ -235,7 +239,7 @@ def _on_equal_parts(
 
 
 def _gains(
-    board: Board, units: Iterable[Unit], kind: str, zones: tuple[str, ...], node: str | None = None
+    board: Board, units: Iterable[Unit], kind: str, claim: Claim, node: str | None = None
 ) -> list[tuple[Unit, int]]:
     """How many usable devices each unit's going would free."""
     gains = []
@@ -248,7 +252,8 @@ def _gains(
                 and view.up
                 and view.kind == kind
                 and (node is None or view.node == node)
-                and board.zone[device] in zones
+                and (claim.only is None or device in claim.only)
+                and board.zone[device] in claim.zones
                 and board.holder.get(device) == unit.name
             ):
                 gain += 1

@@ -13,6 +13,7 @@ from tidemill.tides.interactive import Serving, give_up, offer_replicas, serve_p
 from tidemill.tides.jobs import offer_jobs, run_jobs
 from tidemill.tides.reservations import keep_reservations, run_reserved_jobs
 from tidemill.tides.rules import RULES, Rules
+from tidemill.tides.sleeping import Sleepers
 from tidemill.tides.state import JobPhase, Plan, Promise, Snapshot
 
 
@@ -24,19 +25,20 @@ def plan(snapshot: Snapshot, rules: Rules = RULES) -> Plan:
     alive |= {f"batches of {backlog.model}": None for backlog in snapshot.backlogs}
     alive |= {f"reservation {each.id}": None for each in snapshot.reservations if each.end > snapshot.now}
     draft.board.keep(snapshot.promises, alive)
-    serving = Serving(draft)
+    serving, sleepers = Serving(draft), Sleepers(draft)
     offer_replicas(draft, serving)
     offer_jobs(draft)
     keep_reservations(draft)
     run_reserved_jobs(draft)
     give_up(draft, serving)
-    serve_people(draft, serving)
+    serve_people(draft, serving, sleepers)
     for model in snapshot.models:
         draft.board.release(f"model {model.name}")
     keep_deadlines(draft, serving)
     run_jobs(draft)
     draft.board.release_all()
     fill(draft, serving)
+    sleepers.settle()
     return Plan(
         start_replicas=tuple(draft.start_replicas),
         stop_replicas=tuple(draft.stop_replicas),
@@ -45,6 +47,6 @@ def plan(snapshot: Snapshot, rules: Rules = RULES) -> Plan:
         turn_replicas=tuple(draft.turn_replicas.values()),
         reserve=tuple(draft.reserve),
         promises=tuple(Promise(device, work) for device, work in draft.board.promised.items()),
-        devices=explain(draft, serving),
+        devices=explain(draft, serving, sleepers),
         waiting=tuple(draft.waiting),
     )

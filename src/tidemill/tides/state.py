@@ -45,7 +45,7 @@ class Phase(StrEnum):
     DRAINING = "draining"
     """It takes nothing new; what it works on may end."""
     ASLEEP = "asleep"
-    """Its weights are out of the device (vLLM's sleep mode); it holds its devices, and wakes in seconds."""
+    """Its weights are out of its devices (vLLM's sleep mode), which others may have; it wakes there in seconds."""
     GONE = "gone"
 
 
@@ -116,6 +116,8 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds until a new replica is ready, measured."""
     priority: int = 0
     """Of models that both need a device, the higher gets it."""
+    sleepers: int = 0
+    """Replicas that are given up and may sleep instead of ending, at most so many at a time."""
 
 
 class JobPhase(StrEnum):
@@ -221,6 +223,8 @@ class StartReplica(msgspec.Struct, frozen=True):
     devices: tuple[str, ...]
     why: str
     batch_only: bool = False
+    wake: str | None = None
+    """This replica sleeps there: wake it instead."""
 
 
 class StopReplica(msgspec.Struct, frozen=True):
@@ -228,6 +232,8 @@ class StopReplica(msgspec.Struct, frozen=True):
 
     replica: str
     why: str
+    sleep: bool = False
+    """Put it to sleep instead of ending it."""
 
 
 class TurnReplica(msgspec.Struct, frozen=True):

@@ -75,7 +75,7 @@ class JobBook:
         self._queues: list[Queue] = []
         self._tenants: dict[str, Tenant] = {}
         self._billing = JobBilling(self._ledger, self._threads, self._ask_to_go)
-        self._reservations = ReservationBook(store, self._ledger, zone)
+        self._reservations = ReservationBook(store, self._ledger, zone, files.site)
         self._listeners: list[Callable[[], None]] = []
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []

@@ -31,10 +31,11 @@ log = structlog.get_logger()
 
 
 class ReservationBook:
-    """The reservations that are booked or active."""
+    """The reservations of a site that are booked or active."""
 
-    def __init__(self, store: Store, ledger: JobLedger, zone: str) -> None:
+    def __init__(self, store: Store, ledger: JobLedger, zone: str, site: str) -> None:
         self._store = store
+        self._site = site
         self._zone = zone
         self._hold_s = ledger.tick_s + SLACK_S
         self._lock = threading.Lock()
@@ -72,8 +73,9 @@ class ReservationBook:
         with self._lock:
             before = self._open
             with self._store.read() as connection:
-                found = list_reservations(connection, states=OPEN)
-                running = {each.reservation_id for each in open_meters(connection) if each.reservation_id}
+                found = list_reservations(connection, states=OPEN, site=self._site)
+                ours = {each.reservation_id for each in list_reservations(connection, site=self._site)}
+                running = {each.reservation_id for each in open_meters(connection) if each.reservation_id in ours}
             due = [
                 each
                 for each in found
@@ -89,7 +91,7 @@ class ReservationBook:
                 self._close(reservation_id, now)
             if due:
                 with self._store.read() as connection:
-                    found = list_reservations(connection, states=OPEN)
+                    found = list_reservations(connection, states=OPEN, site=self._site)
             self._open = found
             return found != before
 
@@ -100,7 +102,7 @@ class ReservationBook:
             changed = [self._read(each, now) for each in active]
             if any(changed):
                 with self._store.read() as connection:
-                    self._open = list_reservations(connection, states=OPEN)
+                    self._open = list_reservations(connection, states=OPEN, site=self._site)
             return any(changed)
 
     def _begin(self, reservation: Reservation) -> None:

@@ -149,6 +149,7 @@ async def create_reservation(platform: Running, data: JSONBody[ReservationReques
             end=data.end,
             lend=data.lend,
             price=data.price,
+            site=platform.job_limits.site,
             zone=platform.zone,
             now=now,
         ),
