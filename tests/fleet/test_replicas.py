@@ -100,7 +100,7 @@ async def test_a_program_that_is_not_there(tmp_path: Path) -> None:
 
     from tidemill.engines.launch import Command
 
-    missing = replace(missing, command=lambda version, devices: Command(("no-such-vllm", "{port}")))
+    missing = replace(missing, command=lambda version, devices, part: Command(("no-such-vllm", "{port}")))
     async with replica_set(tmp_path, missing) as found:
         await until(lambda: any("there is no program 'no-such-vllm'" in each.why for each in found.history("m")))
 
