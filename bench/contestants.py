@@ -105,50 +105,31 @@ class Nginx(Contestant):
         return proc.Server(command, home / "log")
 
 
-class SglangRouter(Contestant):
+class RustRouter(Contestant):
     """Round robin: the cheapest of its policies, so that its proxying is compared and not its cache tree."""
 
+    program: tuple[str, ...]
+
+    def prepare(self) -> str:
+        self._bin = peers.ensure_environment("peers", self.say)
+        return peers.pinned_version(self.name)
+
+    def launch(self, home: Path, mock_port: int, port: int) -> proc.Server:
+        first, *rest = self.program
+        command = [str(self._bin / first), *rest, "--worker-urls", f"http://127.0.0.1:{mock_port}"]
+        command += ["--host", "127.0.0.1", "--port", str(port), "--policy", "round_robin", "--log-level", "error"]
+        command += ["--prometheus-port", str(proc.free_port())]
+        return proc.Server(command, home / "log")
+
+
+class SglangRouter(RustRouter):
     name = "sglang-router"
-
-    def prepare(self) -> str:
-        self._bin = peers.ensure_environment("peers", self.say)
-        return peers.pinned_version("sglang-router")
-
-    def launch(self, home: Path, mock_port: int, port: int) -> proc.Server:
-        command = [str(self._bin / "python"), "-m", "sglang_router.launch_router"]
-        command += [
-            "--worker-urls",
-            f"http://127.0.0.1:{mock_port}",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-        ]
-        command += ["--policy", "round_robin", "--log-level", "error"]
-        command += ["--prometheus-port", str(proc.free_port())]
-        return proc.Server(command, home / "log")
+    program = ("python", "-m", "sglang_router.launch_router")
 
 
-class VllmRouter(Contestant):
+class VllmRouter(RustRouter):
     name = "vllm-router"
-
-    def prepare(self) -> str:
-        self._bin = peers.ensure_environment("peers", self.say)
-        return peers.pinned_version("vllm-router")
-
-    def launch(self, home: Path, mock_port: int, port: int) -> proc.Server:
-        command = [str(self._bin / "vllm-router")]
-        command += [
-            "--worker-urls",
-            f"http://127.0.0.1:{mock_port}",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-        ]
-        command += ["--policy", "round_robin", "--log-level", "error"]
-        command += ["--prometheus-port", str(proc.free_port())]
-        return proc.Server(command, home / "log")
+    program = ("vllm-router",)
 
 
 class AiohttpProxy(Contestant):

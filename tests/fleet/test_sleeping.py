@@ -6,10 +6,12 @@ import signal
 from pathlib import Path
 
 import msgspec
+import pytest
 
 from fleet.fleets import ready, recipe, replica_set, until, weights
 from tidemill.app.asking import post
 from tidemill.engines import vllm
+from tidemill.errors import Conflict
 from tidemill.fleet.replica import Replica, Use
 from tidemill.fleet.replicas import ReplicaSet
 from tidemill.tides.state import Phase
@@ -91,3 +93,12 @@ async def test_it_is_stopped_while_it_sleeps_and_its_last_words_are_heard(tmp_pa
         replica = await asleep(found)
         await found.stop(replica.name, "no more of its model may sleep")
         assert replica.phase is Phase.GONE and heard == ["m/0"]
+
+
+async def test_one_that_has_slept_through_a_roll_is_ended_rather_than_woken(tmp_path: Path) -> None:
+    async with replica_set(tmp_path, recipe(weights(tmp_path))) as found:
+        replica = await asleep(found)
+        found.set_version("m", weights(tmp_path, "v2"))
+        with pytest.raises(Conflict, match="another version"):
+            found.wake(replica.name, "somebody asks")
+        await until(lambda: replica.phase is Phase.GONE)

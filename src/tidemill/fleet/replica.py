@@ -169,17 +169,17 @@ class Replica:
         self.phase, self.why = phase, why
         self._note(self, Transition(STEADY.seconds(), self.name, phase, why))
 
-    def end(self, why: str, *, last_words: Callable[["Replica"], Awaitable[None]] | None = None) -> asyncio.Task[None]:
-        """Drain it and then end it; returns at once. `last_words` is called when it is idle, before its end."""
+    def end(self, why: str, *, last_words: "LastWords | None" = None) -> asyncio.Task[None]:
+        """Drain it and then end it; returns at once. See `LastWords`."""
         if self._ending is None:
-            was_ready = self.ready or self._dozing is not None or self.phase is Phase.ASLEEP
+            served = self.ready or self._dozing is not None or self.phase is Phase.ASLEEP
             if self._dozing is not None:
                 self._dozing.cancel()
-            self._ending = asyncio.create_task(self._end(why, was_ready, last_words))
+            self._ending = asyncio.create_task(self._drain_and_end(why, served, last_words))
             self.move(Phase.DRAINING, why)
         return self._ending
 
-    def sleep(self, why: str, *, last_words: Callable[["Replica"], Awaitable[None]] | None = None) -> None:
+    def sleep(self, why: str, *, last_words: "LastWords | None" = None) -> None:
         """Drain it, then have it take its weights out of its devices; one that cannot is ended. Returns at once."""
         if self.ready and self._ending is None:
             self.move(Phase.DRAINING, why)
@@ -191,15 +191,17 @@ class Replica:
             self.move(Phase.WARMING, f"it wakes: {why}")
             self._dozing = asyncio.create_task(self._wake())
 
-    async def _doze(self, why: str, last_words: Callable[["Replica"], Awaitable[None]] | None) -> None:
-        sleep = self.recipe.control.sleep.encode()
-        asleep = await self._until_idle() and await self._post(self.root, sleep, DOZE_S)
+    async def _doze(self, why: str, last_words: "LastWords | None") -> None:
+        idle = await self._until_idle()
+        asleep = idle and await self._post(self.root, self.recipe.control.sleep.encode(), DOZE_S)
         self._dozing = None
         if asleep:
             self.move(Phase.ASLEEP, why)
-        else:
-            log.warning("a replica cannot be put to sleep; it is ended", replica=self.name)
-            self.end(f"{why}; it could not be put to sleep", last_words=last_words)
+            return
+        log.warning("a replica cannot be put to sleep; it is ended", replica=self.name)
+        why = f"{why}; it could not be put to sleep"
+        self._ending = asyncio.create_task(self._end(why, last_words, idle=idle))
+        self.move(Phase.DRAINING, why)
 
     async def _wake(self) -> None:
         loop = asyncio.get_running_loop()
@@ -373,17 +375,21 @@ class Replica:
 
     # Its end
 
-    async def _end(self, why: str, was_ready: bool, last_words: Callable[["Replica"], Awaitable[None]] | None) -> None:
-        if was_ready:
-            idle = await self._until_idle()
-            if not idle:
-                log.warning("a replica is ended with requests in flight", replica=self.name, use=self.use)
-                why = f"{why}; requests that had not ended in {self.recipe.drain_s:g} s were cut off"
-            if last_words is not None:
-                try:
-                    await last_words(self)
-                except Exception:
-                    log.exception("a replica's last figures are lost", replica=self.name)
+    async def _drain_and_end(self, why: str, served: bool, last_words: "LastWords | None") -> None:
+        if served:
+            await self._end(why, last_words, idle=await self._until_idle())
+        else:
+            await self._end(why, None, idle=True)
+
+    async def _end(self, why: str, last_words: "LastWords | None", *, idle: bool) -> None:
+        if not idle:
+            log.warning("a replica is ended with requests in flight", replica=self.name, use=self.use)
+            why = f"{why}; requests that had not ended in {self.recipe.drain_s:g} s were cut off"
+        if last_words is not None:
+            try:
+                await last_words(self)
+            except Exception:
+                log.exception("a replica's last figures are lost", replica=self.name)
         await self._stop_process()
         if self.phase is not Phase.GONE:  # its node may have been lost meanwhile
             self.move(Phase.GONE, why)
@@ -433,3 +439,7 @@ def _how(ended: Ended) -> str:
     if ended.why == "exited":
         return f"its process ended with code {ended.code}"
     return f"its process was {ended.why}"
+
+
+LastWords = Callable[[Replica], Awaitable[None]]
+"""Called when a replica is idle, before its end."""

@@ -166,8 +166,13 @@ class ReplicaSet:
         self._replica(name).sleep(why, last_words=self._last_words)
 
     def wake(self, name: str, why: str) -> None:
-        """Have one that sleeps take its devices again; returns at once. Raises NotFound."""
-        self._replica(name).wake(why)
+        """Have one that sleeps take its devices again; returns at once. Raises NotFound; Conflict for one that has
+        slept through a roll, which is ended."""
+        replica = self._replica(name)
+        if replica.version != self.version(replica.model):
+            replica.end("it sleeps with weights of another version", last_words=self._last_words)
+            raise Conflict(f"{name} sleeps with weights of another version; it is ended.")
+        replica.wake(why)
 
     def turn(self, name: str, *, batch_only: bool, why: str) -> None:
         """Lend a replica to batches, or take it back for people. Raises NotFound, and Conflict for one of the idle
@@ -272,7 +277,7 @@ class ReplicaSet:
             replica.begin(devices, "the model always has it" if replica.starts == 0 else "it is placed anew")
             return
         kinds = " or ".join(recipe.kinds) or "one kind"
-        where = "in equal parts on nodes" if recipe.spans else "on one node"
+        where = "in equal parts on nodes" if recipe.spans and (recipe.devices or 1) > 1 else "on one node"
         why = f"there are no {recipe.devices or 1} free devices of {kinds} {where}"
         if replica.why != why:
             log.warning("a replica finds no devices", replica=replica.name, reason=why)

@@ -30,9 +30,12 @@ class _Second:
 def hedges(flight: Flight) -> bool:
     """This request may be asked twice: its engine is one of our own, so that what comes to nothing costs nobody, it
     gives its answer token by token, and no other attempt was made."""
-    ask, spec = flight.request.ask, flight.route.spec
+    spec = flight.route.spec
+    if spec.hedge_seconds is None:
+        return False
+    ask = flight.request.ask
     streamed = ask.stream or (flight.route.engine.collects and ask.generates)
-    return spec.hedge_seconds is not None and spec.owned and streamed and not ask.filler and flight.attempts == 1
+    return spec.owned and streamed and not ask.filler and flight.attempts == 1
 
 
 async def first_to_speak(flight: Flight, body: bytes) -> Connection:

@@ -35,8 +35,8 @@ ROUND_LIMITS = 256
 """Limits in one transaction."""
 
 
-class Rate:
-    """A limit per minute, as this process knows it."""
+class _Held:
+    """What a process knows of a limit, and of those who wait for it. Times are of this process's clock."""
 
     __slots__ = (
         "denied_least",
@@ -47,19 +47,17 @@ class Rate:
         "frees_at",
         "limit",
         "patient",
-        "share",
         "waiting",
     )
 
     def __init__(self, limit: Limit) -> None:
         self.limit = limit
-        self.share = RateShare()
         self.free = 0
         """What was left for other processes when the store was last asked."""
         self.elsewhere = 0
-        """What other processes held and had not spent then."""
+        """What other processes held and did not use then."""
         self.frees_at = 0.0
-        """When what was denied last may be had. Of this process's clock, as all times here."""
+        """When what was denied last may be had."""
         self.denied_until = 0.0
         self.denied_least = 0
         self.dry_until = 0.0
@@ -67,6 +65,16 @@ class Rate:
         """The amounts that requests wait for."""
         self.patient = 0
         """What requests hope to get of what is held elsewhere."""
+
+
+class Rate(_Held):
+    """A limit per minute, as this process knows it."""
+
+    __slots__ = ("share",)
+
+    def __init__(self, limit: Limit) -> None:
+        super().__init__(limit)
+        self.share = RateShare()
 
     def report(self, second: int, now: float, closing: bool = False) -> RateReport:
         if closing:
@@ -104,34 +112,15 @@ class Rate:
         return self.share.at_hand(second) + self.free
 
 
-class Slots:
+class Slots(_Held):
     """A limit on concurrent requests, as this process knows it."""
 
-    __slots__ = (
-        "denied_least",
-        "denied_until",
-        "dry_until",
-        "elsewhere",
-        "free",
-        "frees_at",
-        "limit",
-        "patient",
-        "share",
-        "waiting",
-    )
+    __slots__ = ("share",)
 
     def __init__(self, limit: Limit) -> None:
-        self.limit = limit
+        super().__init__(limit)
         self.share = SlotShare()
-        self.free = 0
-        self.elsewhere = 0
-        """Slots that other processes had and did not use when the store was last asked."""
-        self.frees_at = 0.0
-        self.denied_until = 0.0
         self.denied_least = 1
-        self.dry_until = 0.0
-        self.waiting: list[int] = []
-        self.patient = 0
 
     def report(self, second: int, now: float) -> SlotReport:
         return self.share.report(second, need=len(self.waiting), want=len(self.waiting) + self.share.used // 4)
