@@ -68,12 +68,12 @@ async def _race(flight: Flight, first: Speaking, leg: Leg, body: bytes) -> Conne
                 break
             if second in done and _speaks(second):
                 flight.move(leg)
+                flight.connection = other.connection
                 won = True
                 break
         if not won:
             return await first
         await _drop(flight, former, first)
-        flight.connection = other.connection
         return second.result()
     finally:
         flight.hedged(won=won)
