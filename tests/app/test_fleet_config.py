@@ -40,7 +40,7 @@ def slots(count: int) -> tuple[Device, ...]:
 
 def line(recipe: Recipe, devices: int) -> dict[str, Any]:
     """What llama.cpp's child is told."""
-    argv = recipe.command(recipe.version, slots(devices)).argv
+    argv = recipe.command(recipe.version, slots(devices), None).argv
     found: dict[str, Any] = json.loads(argv[-1].replace("{port}", "1"))
     return found
 
@@ -52,7 +52,7 @@ def test_llama_cpp_without_a_word_has_all_cores(tmp_path: Path) -> None:
     assert line(recipe(tmp_path, LOCAL + "replicas = 2\n"), 1)["threads"] == 1
     assert line(recipe(tmp_path, LOCAL + "devices = 3\n"), 3)["threads"] == 3
     assert line(recipe(tmp_path, LOCAL + "devices = 3\nthreads = 2\n"), 3)["threads"] == 2
-    assert "{port}" in plain.command(plain.version, ()).argv[-1]
+    assert "{port}" in plain.command(plain.version, (), None).argv[-1]
 
 
 @pytest.mark.parametrize(
@@ -72,6 +72,13 @@ def test_how_many_replicas(tmp_path: Path, keys: str, bounds: tuple[int, int]) -
     assert (found.min_replicas, found.max_replicas) == bounds
 
 
+def test_who_may_sleep_is_started_so(tmp_path: Path) -> None:
+    found = recipe(tmp_path, VLLM + "sleepers = 1\n")
+    command = found.command(found.version, (), None)
+    assert "--enable-sleep-mode" in command.argv and command.env["VLLM_SERVER_DEV_MODE"] == "1"
+    assert "--enable-sleep-mode" not in recipe(tmp_path, VLLM).command(found.version, (), None).argv
+
+
 def test_vllm_and_sglang_are_started_as_the_keys_say(tmp_path: Path) -> None:
     (tmp_path / "weights").mkdir()
     text = (
@@ -86,7 +93,7 @@ def test_vllm_and_sglang_are_started_as_the_keys_say(tmp_path: Path) -> None:
         ("h800-sxm", "h20"),
         Version("2026-11", str(tmp_path / "weights")),
     )
-    command = found.command(found.version, ())
+    command = found.command(found.version, (), None)
     words = " ".join(command.argv)
     assert command.argv[:4] == ("vllm", "serve", str(tmp_path / "weights"), "--served-model-name")
     for part in (
@@ -105,7 +112,7 @@ def test_vllm_and_sglang_are_started_as_the_keys_say(tmp_path: Path) -> None:
     assert (spec.slots, spec.max_concurrent, spec.owned, spec.priority_scheduling) == (128, 128, True, True)
     hub = recipe(tmp_path, '[models.v]\nengine = "sglang"\npath = "Qwen/Qwen3-32B"\n[models.v.launch]\ndp = 2\n')
     assert (hub.devices, hub.version.path) == (2, "Qwen/Qwen3-32B")
-    assert hub.command(hub.version, ()).argv[:3] == ("python", "-m", "sglang.launch_server")
+    assert hub.command(hub.version, (), None).argv[:3] == ("python", "-m", "sglang.launch_server")
     named = recipe(tmp_path, '[models."deepseek-ai/DeepSeek-R1"]\nengine = "vllm"\n')
     assert named.version.path == "deepseek-ai/DeepSeek-R1" and named.devices == 1
 
@@ -144,6 +151,9 @@ def test_devices_are_declared_or_found(tmp_path: Path) -> None:
         (LOCAL + "min_replicas = -1\n", ["models.l.min_replicas", "from 0 to 64"]),
         (LOCAL + "min_replicas = 3\nmax_replicas = 2\n", ["models.l.max_replicas: 2", "from 3"]),
         (LOCAL + "min_replicas = 0\nmax_replicas = 0\n", ["models.l.max_replicas: 0", "from 1"]),
+        (LOCAL + "sleepers = 1\n", ["models.l.sleepers", "vllm and sglang"]),
+        (VLLM + "sleepers = -1\n", ["models.v.sleepers", "from 0"]),
+        (VLLM + 'sleepers = 1\n[fleet]\nbackend = "ray"\n', ["models.v.sleepers", "Ray keeps the devices"]),
         (LOCAL + 'filler = "below"\n', ["models.l.filler", "beside, inside"]),
         (LOCAL + "wake_seconds = 0\n", ["models.l.wake_seconds", "from 1 to 3600"]),
         (LOCAL + "scale_down_seconds = -1\n", ["models.l.scale_down_seconds"]),

@@ -14,6 +14,7 @@ from tidemill.engines import vllm
 from tidemill.errors import Conflict
 from tidemill.fleet.replica import Replica, Use
 from tidemill.fleet.replicas import ReplicaSet
+from tidemill.fleet.roll import Rolls
 from tidemill.tides.state import Phase
 
 
@@ -102,3 +103,72 @@ async def test_one_that_has_slept_through_a_roll_is_ended_rather_than_woken(tmp_
         with pytest.raises(Conflict, match="another version"):
             found.wake(replica.name, "somebody asks")
         await until(lambda: replica.phase is Phase.GONE)
+
+
+async def test_one_that_is_ended_while_it_sleeps_holds_nothing_again(tmp_path: Path) -> None:
+    async with replica_set(tmp_path, recipe(weights(tmp_path))) as found:
+        replica = await asleep(found)
+        ending = found.stop(replica.name, "no more of its model may sleep")
+        assert found.held() == set() and found.views() == []
+        await ending
+
+
+async def test_one_that_was_restarted_often_is_not_stuck_when_it_sleeps(tmp_path: Path) -> None:
+    async with replica_set(tmp_path, recipe(weights(tmp_path))) as found:
+        (replica,) = await ready(found)
+        for life in (2, 3):
+            assert replica.pid is not None
+            os.kill(replica.pid, signal.SIGKILL)
+            await until(lambda life=life: replica.starts == life and replica.ready)
+        await asleep(found)
+        assert not replica.stuck
+        found.wake(replica.name, "somebody asks")
+        assert not replica.stuck
+        await until(lambda: replica.ready)
+
+
+async def test_one_that_dies_while_it_wakes_is_started_anew_and_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with replica_set(tmp_path, recipe(weights(tmp_path))) as found:
+        replica = await asleep(found)
+        answer = asyncio.Event()
+
+        async def late_refusal(root: str, path: bytes, within_s: float) -> bool:
+            await answer.wait()
+            return False
+
+        monkeypatch.setattr(replica, "_post", late_refusal)
+        found.wake(replica.name, "somebody asks")
+        assert replica.pid is not None
+        os.kill(replica.pid, signal.SIGKILL)
+        await until(lambda: replica.starts == 2 and replica.ready)
+        pid = replica.pid
+        answer.set()
+        await asyncio.sleep(0.5)
+        assert replica.ready and replica.pid == pid
+
+
+async def test_a_roll_gives_a_sleepers_device_to_nobody(tmp_path: Path) -> None:
+    """It was draining when the roll began."""
+    old, new = weights(tmp_path, "v1"), weights(tmp_path, "v2", load_s=1.0)
+    served = recipe(old, min_replicas=2, max_replicas=2)
+    async with replica_set(tmp_path, served, devices=3) as found:
+        _, other = await ready(found)
+        found.keeps_minimum = False
+        home = other.devices[0].id
+        found.note_use({other.name: Use(people=1)})
+        found.sleep(other.name, "nobody asks")
+
+        async def kept(model: str, version: object) -> None:
+            return None
+
+        state = Rolls(found, kept).begin("m", new)
+        await asyncio.sleep(0.3)
+        found.note_use({})
+        await until(lambda: other.phase is Phase.ASLEEP)
+        found.held_elsewhere = lambda: {home}  # a job has it
+        while state.under_way:
+            assert not [view for view in found.views() if view.id != other.name and home in view.devices]
+            await asyncio.sleep(0.02)
+        assert state.state == "done" and other.phase is Phase.GONE

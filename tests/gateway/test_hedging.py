@@ -11,9 +11,10 @@ import pytest_asyncio
 
 from support.fleet import Fleet, either, models
 from support.plane import Plane
-from support.upstream import STREAM_HEAD, Asked, Caller, Upstream, word
+from support.upstream import STREAM_HEAD, Asked, Caller, Upstream, role, word
 from tidemill.gateway.routing import HEDGE_BURST
 from tidemill.ledger.usage import Status
+from tidemill.meter.live import TooManyOpen
 
 HEDGED: dict[str, Any] = {"owned": True, "hedge_seconds": 0.15}
 
@@ -193,3 +194,44 @@ async def test_text_goes_only_once_whoever_speaks(fleet: Fleet) -> None:
     plane, engines = await of(fleet, Turns(speaks_at_once_then_waits, either))
     assert (await plane.ask(stream=True)).text == "x", "it had begun in time"
     assert sum(len(engine.asked) for engine in engines) == 1
+
+
+async def test_a_client_that_leaves_after_the_first_has_died_pays_for_nothing(fleet: Fleet) -> None:
+    sent: list[int] = []
+
+    async def late_and_long(asked: Asked, caller: Caller) -> None:
+        await asyncio.sleep(0.8)
+        await caller.send(STREAM_HEAD)
+        await caller.chunk(role())
+        for index in range(100):
+            await caller.chunk(word("w "))
+            sent.append(index)
+            await asyncio.sleep(0.01)
+
+    plane, engines = await of(fleet, Turns(dies_late, late_and_long))
+    asking = asyncio.create_task(plane.ask(stream=True))
+    await asyncio.sleep(0.5)
+    assert sum(len(engine.asked) for engine in engines) == 2
+    asking.cancel()
+    (record,) = await plane.settled()
+    assert (record.status, record.charge, sent) == (Status.CLIENT_CLOSED, 0, [])
+    assert in_flight(plane) == [0, 0]
+
+
+async def test_where_there_is_no_room_to_note_the_move_the_first_answers(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plane, _ = await of(fleet, Turns(after(0.6), either))
+    opened: list[object] = []
+    real = plane.live.open
+
+    def open_once(*arguments: Any) -> int:
+        opened.append(arguments)
+        if len(opened) > 1:
+            raise TooManyOpen("There is no room.")
+        return real(*arguments)
+
+    monkeypatch.setattr(plane.live, "open", open_once)
+    assert (await plane.ask(stream=True)).text == "ab"
+    assert len(opened) == 2 and len(await plane.settled()) == 1
+    assert hedges(plane) == (1, 0) and in_flight(plane) == [0, 0]

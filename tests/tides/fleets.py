@@ -117,7 +117,11 @@ def carried_out(before: Snapshot, plan: Plan) -> Snapshot:
         marks = {device: None if name == reserve.reservation else name for device, name in marks.items()}
         marks |= dict.fromkeys(reserve.devices, reserve.reservation)
     views = tuple(replace(each, reserved_by=marks[each.id]) for each in before.devices)
-    return replace(before, devices=views, replicas=tuple(replicas), jobs=tuple(jobs), promises=plan.promises)
+    back = {each.model for each in before.replicas if turned.get(each.id) is False}
+    models = tuple(replace(each, waiting=0) if each.name in back else each for each in before.models)  # it took them
+    return replace(
+        before, devices=views, models=models, replicas=tuple(replicas), jobs=tuple(jobs), promises=plan.promises
+    )
 
 
 def settled(before: Snapshot, seconds: float) -> Snapshot:
@@ -230,8 +234,9 @@ def check(before: Snapshot, plan: Plan) -> None:
 
     queues = {each.name: each for each in before.queues}
     used: Counter[str] = Counter()
+    going = {each.job for each in plan.preempt_jobs}  # while they checkpoint, others of their queue may begin
     for each in before.jobs:
-        if each.phase is JobPhase.RUNNING and each.reservation not in reservations:
+        if each.phase is JobPhase.RUNNING and each.reservation not in reservations and each.id not in going:
             used[each.queue] += len(each.on)
     for begin in plan.start_jobs:
         one = jobs[begin.job]

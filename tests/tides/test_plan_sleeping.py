@@ -93,3 +93,28 @@ def test_over_several_nodes_it_wakes_where_it_slept() -> None:
     asleep = replica("z", "qwen", *home, phase=Phase.ASLEEP)
     decided = plan(snapshot(fleet, models=[model(work=100.0, devices=4, spans=True, sleepers=1)], replicas=[asleep]))
     assert [(each.wake, each.devices) for each in decided.start_replicas] == [("z", home)]
+
+
+def test_one_that_drains_in_order_to_sleep_counts() -> None:
+    chat = model(min_replicas=0, idle_s=1e6, sleepers=1)
+    dozing = replica("a", "qwen", IDS[0], phase=Phase.DRAINING, since=NOW - 1, dozing=True)
+    other = replica("b", "qwen", IDS[1], since=OLD)
+    assert stops(plan(snapshot(FOUR, models=[chat], replicas=[dozing, other]))) == {"b": False}
+
+
+def test_a_device_that_is_free_rather_than_a_home_that_is_coming() -> None:
+    chat = model(work=100.0, sleepers=1)
+    asleep = replica("z", "qwen", IDS[0], phase=Phase.ASLEEP)
+    leaving = replica("l", "other", IDS[0], phase=Phase.DRAINING)
+    (start,) = plan(snapshot(FOUR, models=[chat], replicas=[asleep, leaving])).start_replicas
+    assert start.wake is None and start.devices != (IDS[0],)
+
+
+def test_a_pressing_deadline_is_not_lost_to_save_a_start() -> None:
+    two = devices(2)
+    asleep = replica("z", "qwen", "n0/0", phase=Phase.ASLEEP)
+    pressing = job("pressing", 1, ["n0/0"], deadline=NOW + 650, remaining_s=600.0)
+    cheap = job("cheap", 1, ["n0/1"])
+    chat = model(work=100.0, sleepers=1)
+    decided = plan(snapshot(two, models=[chat], replicas=[asleep], jobs=[pressing, cheap]))
+    assert [each.job for each in decided.preempt_jobs] == ["cheap"]

@@ -160,6 +160,27 @@ def test_what_was_cancelled_is_not_billed_beyond_it_however_late_it_is_noticed(
     check(store, acme)
 
 
+def test_those_of_an_old_database_belong_to_the_first_platform_that_sees_them(store: Store, acme: Tenant) -> None:
+    here, there = book(store, "here"), book(store, "there")
+    name = reserve(store, acme, 0, 200)
+    here.look(at(-10))
+    there.look(at(-10))
+    assert [view.id for view in here.views()] == [name] and there.views() == []
+
+
+def test_one_whose_platform_is_gone_is_ended_by_another(store: Store, acme: Tenant) -> None:
+    gone, here = book(store, "gone"), book(store, "here")
+    name = reserve(store, acme, 0, 200, site="gone")
+    gone.look(at(10))
+    here.look(at(201))
+    with store.read() as connection:
+        assert open_meters(connection, reservation_id=name), "it may come back yet"
+    here.look(at(801))
+    check(store, acme)
+    with store.read() as connection:
+        assert find_reservation(connection, name).state is ReservationState.ENDED
+
+
 def test_a_platform_leaves_the_reservations_of_another_one_on_the_same_store_alone(store: Store, acme: Tenant) -> None:
     here, there = book(store, "here"), book(store, "there")
     name = reserve(store, acme, 0, 200, site="there")

@@ -126,13 +126,22 @@ def check_fleet(config: "Config") -> None:
             _check_foreign(f"models.{name}", model)
 
 
-_OF_OWN = ("devices", "kinds", "min_replicas", "max_replicas", "filler", "version", "sleepers")
+_OF_OWN: dict[str, object] = {
+    "devices": None,
+    "kinds": (),
+    "min_replicas": None,
+    "max_replicas": None,
+    "filler": None,
+    "version": "",
+    "sleepers": 0,
+}
+"""Keys of engines of our own, and what they are when nobody has set them."""
 
 
 def _check_foreign(key: str, model: "ModelConfig") -> None:
     _check_launch(key, model)
-    for field in _OF_OWN:
-        if getattr(model, field) not in (None, (), "", 0):
+    for field, unset in _OF_OWN.items():
+        if getattr(model, field) != unset:
             raise ConfigError(
                 f"{key}.{field}: the engine {model.engine} is somebody else's to run.", hint="Remove the key."
             )

@@ -42,6 +42,7 @@ from tidemill.store.engine import Store, open_store, store_url
 from tidemill.store.job_files import JobFiles
 from tidemill.store.job_wish import JobLimits
 from tidemill.store.keys import digest_of
+from tidemill.tides.state import Phase
 
 LOAD_EVERY_S = 0.1
 BUSY_LOAD_EVERY_S = 0.4
@@ -390,7 +391,8 @@ class Supervisor:
         """Wait for the engines of our own; one that cannot start does not hold up the others for ever."""
         said = ""
         while not self._stop.is_set():
-            waiting = [engine for engine in self._fleet.local.values() if not engine.ready]
+            starting = (Phase.STARTING, Phase.WARMING)
+            waiting = [engine for engine in self._fleet.local.values() if engine.phase in starting]
             if not waiting:
                 return
             if all(engine.stuck for engine in waiting):

@@ -44,6 +44,7 @@ _KEYS = {
     "--disable-radix-cache": "prefix_cache",
     "--enable-priority-scheduling": "priority_scheduling",
     "--enable-memory-saver": "sleep_mode",
+    "--enable-weights-cpu-backup": "sleep_mode",
     "--chunked-prefill-size": "prefill_chunk",
     "--revision": "revision",
 }
@@ -108,7 +109,7 @@ def command(launch: EngineLaunch, program: tuple[str, ...] = PROGRAM) -> Command
             "0",
         ]
     if launch.sleep_mode:
-        argv.append("--enable-memory-saver")
+        argv += ["--enable-memory-saver", "--enable-weights-cpu-backup"]  # without the copy it would wake to garbage
     if launch.trust_remote_code:
         argv.append("--trust-remote-code")
     several = launch.multi_node

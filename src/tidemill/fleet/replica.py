@@ -139,7 +139,8 @@ class Replica:
     @property
     def stuck(self) -> bool:
         """It does not start, for a reason that waiting will hardly change."""
-        return not self.ready and (self.starts > 2 or self.failures > 2)
+        starts = self.phase in (Phase.STARTING, Phase.WARMING) and self._dozing is None
+        return starts and (self.starts > 2 or self.failures > 2)
 
     def view(self) -> ReplicaView:
         return ReplicaView(
@@ -154,6 +155,7 @@ class Replica:
             version=self.version.name,
             beside=self.beside,
             shared=self.recipe.shares,
+            dozing=self._dozing is not None and self.phase is Phase.DRAINING,
         )
 
     def begin(self, devices: Sequence[Device], why: str, *, after: "asyncio.Task[None] | None" = None) -> None:
@@ -175,6 +177,8 @@ class Replica:
             served = self.ready or self._dozing is not None or self.phase is Phase.ASLEEP
             if self._dozing is not None:
                 self._dozing.cancel()
+            if self.phase is Phase.ASLEEP:
+                self.devices = ()  # others may have them by now
             self._ending = asyncio.create_task(self._drain_and_end(why, served, last_words))
             self.move(Phase.DRAINING, why)
         return self._ending
@@ -256,11 +260,12 @@ class Replica:
         while True:
             began = loop.time()
             why = await self._one_life()
+            if self._dozing is not None:
+                self._dozing.cancel()
+                self._dozing = None
             if why is None or self._ending is not None:
                 return  # its node is lost, or it was to end anyway
             if self.phase in (Phase.ASLEEP, Phase.DRAINING):
-                if self._dozing is not None:
-                    self._dozing.cancel()
                 self.move(Phase.GONE, f"{why}; its devices are others' by now")
                 return
             if loop.time() - began > STEADY_AFTER_S:
@@ -366,7 +371,8 @@ class Replica:
         patience_s = self.recipe.health_s * (BESIDE_PATIENCE if self.beside else 1)
         while True:
             await asyncio.sleep(HEALTH_EVERY_S)
-            if await self._get(self.root, health, HEALTH_EVERY_S) is not None:
+            # Not asked while it goes to sleep or wakes: SGLang's health page generates a token, and there it must not.
+            if self._dozing is not None or await self._get(self.root, health, HEALTH_EVERY_S) is not None:
                 answered = loop.time()
             elif loop.time() - answered > patience_s:
                 log.error("engine hangs; it is killed and started again", replica=self.name, pid=process.pid)

@@ -128,16 +128,23 @@ class Rolls:
     async def _roll(self, state: RollState, version: Version) -> None:
         """Until no replica runs another version. Raises DoesNotStart."""
         going_back = version == state.before
-        for sleeper in self._old(state.model, version):
-            if sleeper.phase is Phase.ASLEEP:
-                await self._replicas.stop(sleeper.name, "it sleeps with weights of another version")
+        await self._end_sleepers(state.model, version)
         if not going_back and not self._old(state.model, version):
             await self._try(state.model, version)
             state.done += 1
         while old := self._old(state.model, version):
+            if any(each.phase is Phase.ASLEEP for each in old):
+                await self._end_sleepers(state.model, version)  # one that was draining before
+                continue
             replica = min(old, key=lambda each: each.ready)  # those first that nobody would miss
             await self._replace(replica, version, going_back=going_back)
             state.done += -1 if going_back else 1
+
+    async def _end_sleepers(self, model: str, version: Version) -> None:
+        """Their devices are others': nothing takes their place."""
+        for each in self._old(model, version):
+            if each.phase is Phase.ASLEEP:
+                await self._replicas.stop(each.name, "it sleeps with weights of another version")
 
     async def _try(self, model: str, version: Version) -> None:
         """See that the version starts, for a model that has no replica; the plan may give it up again.

@@ -13,7 +13,7 @@ from tidemill.gateway.replies import Reply
 from tidemill.gateway.requests import ModelRequest
 from tidemill.gateway.snapshot import PricePoint, Principal
 from tidemill.gateway.tally import Tally
-from tidemill.gateway.upstream import Connection, EngineLost
+from tidemill.gateway.upstream import Connection, EngineLost, Owner
 from tidemill.gateway.way import Way
 from tidemill.ledger.money import format_amount
 from tidemill.ledger.usage import Status, TokenUsage
@@ -56,6 +56,8 @@ class Flight:
     device_ns = 0
     """Its share of the time of replicas that it has left again."""
     connection: Connection | None = None
+    beside: Owner | None = None
+    """Who waits at a second replica as well (`gateway.hedging`)."""
     given_up = False
     """The client has left."""
     settled = False
@@ -157,13 +159,14 @@ class Flight:
     def _client_left(self) -> None:
         """Docs/policies.md: an own engine is aborted; an upstream is read to its end, within a bound."""
         self.given_up = True
-        connection = self.connection
-        if connection is None:
-            return
-        if self.route.engine.owned:
-            connection.abort(EngineLost("The client left."))
-        else:
-            connection.expire_in(self.route.spec.drain_seconds)
+        for owner in (self, self.beside):
+            connection = owner.connection if owner is not None else None
+            if connection is None:
+                continue
+            if self.route.engine.owned:
+                connection.abort(EngineLost("The client left."))
+            else:
+                connection.expire_in(self.route.spec.drain_seconds)
 
     @property
     def over_the_cap(self) -> bool:

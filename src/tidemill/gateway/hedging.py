@@ -6,6 +6,7 @@ at Scale", CACM 56(2), 2013: a wait of about the 95th percentile, and few reques
 
 import asyncio
 
+from tidemill.errors import Unavailable
 from tidemill.gateway.flight import Flight
 from tidemill.gateway.replica import Leg, Replica
 from tidemill.gateway.retry import lost, refused, retry_after
@@ -57,29 +58,39 @@ async def first_to_speak(flight: Flight, body: bytes) -> Connection:
 
 async def _race(flight: Flight, first: Speaking, leg: Leg, body: bytes) -> Connection:
     leg.start(leg.replica.pool.loop.time(), flight.hold.output_cap, flight.request.ask.choices)
-    former, other = flight.replica, _Second(flight)
+    former = flight.replica
+    flight.beside = other = _Second(flight)
     second = asyncio.create_task(_first_word(flight, leg.replica, other, body))
     won = False
     try:
-        running = {first, second}
-        while running and not flight.given_up:
-            done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            if first in done and _speaks(first):
-                break
-            if second in done and _speaks(second):
-                flight.move(leg)
-                flight.connection = other.connection
-                won = True
-                break
-        if not won:
-            return await first
-        await _drop(flight, former, first)
-        return second.result()
+        won = await _second_speaks_first(flight, leg, first, second)
     finally:
+        flight.beside = None
         flight.hedged(won=won)
         if not won:
             await _drop(flight, leg.replica, second)
             flight.leave(leg)
+    if not won:
+        return await first
+    flight.connection = other.connection
+    await _drop(flight, former, first)
+    return second.result()
+
+
+async def _second_speaks_first(flight: Flight, leg: Leg, first: Speaking, second: Speaking) -> bool:
+    """Wait for one of the two; the flight is then on the second replica, if it is that."""
+    running = {first, second}
+    while running:
+        done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+        if flight.given_up or (first in done and _speaks(first)):
+            return False
+        if second in done and _speaks(second):
+            try:
+                flight.move(leg)
+            except Unavailable:
+                return False  # there is no room to note that down; the first goes on
+            return True
+    return False
 
 
 async def _drop(flight: Flight, replica: Replica, task: Speaking) -> None:
@@ -91,8 +102,12 @@ async def _drop(flight: Flight, replica: Replica, task: Speaking) -> None:
         breaker.undecided()
     elif isinstance(failure := task.exception(), EngineLost):
         lost(breaker, tenant, now, failure)
-    elif failure is None and task.result().status != 200:
-        refused(breaker, tenant, now, task.result().status, retry_after(task.result().headers))
+    elif failure is None:
+        connection = task.result()
+        if connection.status == 200:
+            breaker.undecided()
+        else:
+            refused(breaker, tenant, now, connection.status, retry_after(connection.headers))
     if not task.cancelled() and task.exception() is None:
         task.result().abort()
 

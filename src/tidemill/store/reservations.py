@@ -89,6 +89,13 @@ def list_reservations(
     return [_reservation(row) for row in connection.execute(query)]
 
 
+def claim_strays(connection: Connection, site: str) -> None:
+    """Open reservations that were booked before there were sites belong to this one from now on."""
+    states = [state.value for state in OPEN]
+    strays = (reservations.c.site == "", reservations.c.state.in_(states))
+    connection.execute(update(reservations).where(*strays).values(site=site))
+
+
 def step_reservation(
     connection: Connection,
     reservation_id: str,

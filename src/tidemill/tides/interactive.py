@@ -114,7 +114,8 @@ def _nodes_of(draft: Draft, devices: Iterable[str]) -> frozenset[str]:
 
 
 def give_up(draft: Draft, serving: Serving) -> None:
-    """Stop the replicas that nobody needs, or lend them to batches that have work for them."""
+    """Stop the replicas that nobody needs, or lend them to batches that have work for them; take those back that people
+    need again."""
     for replica in serving.unknown:
         draft.evict(_unit(replica, Tier.SURPLUS, 0, 0.0), f"{replica.model} is no longer served")
     for model in draft.snapshot.models:
@@ -132,16 +133,12 @@ def give_up(draft: Draft, serving: Serving) -> None:
             else:
                 why = f"{need.count} of {len(here)} replicas are enough: {need.why}"
                 draft.evict(_unit(replica, Tier.SURPLUS, 0, 0.0), why)
+        here = [each for each in mine if f"replica {each.id}" not in draft.board.gone]
+        _take_back(draft, serving, model, here, need.count - len(here))
         for replica in list(serving.lent[model.name]):
             if batch.work <= 0 and replica.filler == 0 and f"replica {replica.id}" not in draft.board.gone:
-                if _wanted(draft, serving, model):
-                    continue  # taken back below
                 serving.lent[model.name].remove(replica)
                 draft.evict(_unit(replica, Tier.LENT, 0, 0.0), f"no lines of batches for {model.name} are left")
-
-
-def _wanted(draft: Draft, serving: Serving, model: ModelView) -> bool:
-    return draft.rules.turn and serving.needs[model.name].count > len(serving.mine[model.name])
 
 
 def serve_people(draft: Draft, serving: Serving, sleepers: Sleepers) -> None:
@@ -151,8 +148,7 @@ def serve_people(draft: Draft, serving: Serving, sleepers: Sleepers) -> None:
     """The nodes that the replicas of a model are on, or will be."""
     for model in draft.snapshot.models:
         need = serving.needs[model.name]
-        here = [each for each in serving.mine[model.name] if f"replica {each.id}" not in draft.board.gone]
-        have = len(here) + _take_back(draft, serving, model, here, need.count - len(here))
+        have = sum(1 for each in serving.mine[model.name] if f"replica {each.id}" not in draft.board.gone)
         on[model.name] = _nodes_of(draft, (device for each in serving.mine[model.name] for device in each.devices))
         for rank in range(have, need.count):
             order = (
@@ -197,11 +193,11 @@ def serve_people(draft: Draft, serving: Serving, sleepers: Sleepers) -> None:
     _let_broken_go(draft, serving)
 
 
-def _take_back(draft: Draft, serving: Serving, model: ModelView, here: Sequence[ReplicaView], missing: int) -> int:
+def _take_back(draft: Draft, serving: Serving, model: ModelView, here: Sequence[ReplicaView], missing: int) -> None:
     """Replicas lent to batches are taken back, which takes no time: for the minimum those on other nodes rather than
-    those beside the ones that are `here`. Returns how many."""
+    those beside the ones that are `here`."""
     if not draft.rules.turn or missing <= 0:
-        return 0
+        return
     need = serving.needs[model.name]
     usable = [
         each
@@ -220,7 +216,6 @@ def _take_back(draft: Draft, serving: Serving, model: ModelView, here: Sequence[
         draft.board.withdraw(f"replica {replica.id}")
         if draft.turn_replicas.pop(replica.id, None) is None:
             draft.turn_replicas[replica.id] = TurnReplica(replica.id, False, need.why)
-    return taken
 
 
 def _say_who_waits(draft: Draft, serving: Serving, refused: Mapping[str, int], late: Mapping[str, int]) -> None:

@@ -26,6 +26,8 @@ class Claim(msgspec.Struct, frozen=True, gc=False):
     """It may have what is held for a gang."""
     kept: bool = True
     """It may have what the last plan has promised to others."""
+    now: bool = False
+    """Only what is free now, nothing that is coming."""
     only: frozenset[str] | None = None
     """Of these devices; None: of all."""
     may: Callable[[Unit], bool] | None = None
@@ -45,7 +47,7 @@ def place(board: Board, claim: Claim) -> Grant | None:
     """Give devices out: free ones, else with those that are coming, else with those of others who give way (the
     caller tells these). None, and nothing changed but promises released, when there are not so many to be had."""
     mine = board.release(claim.work)
-    if len(mine) >= claim.count:
+    if not claim.now and len(mine) >= claim.count:
         own = Pool(board)
         for device in mine:
             own.add(device)
@@ -57,10 +59,11 @@ def place(board: Board, claim: Claim) -> Grant | None:
     tries: list[list[Pool]] = [list(layers)]
     if claim.held:
         tries.append([*layers, board.held_free])
-    layers += [board.coming[zone] for zone in claim.zones]
-    tries.append(list(layers))
+    if not claim.now:
+        layers += [board.coming[zone] for zone in claim.zones]
+        tries.append(list(layers))
     if claim.kept and ORDINARY in claim.zones:
-        layers += [board.kept_free, board.kept_coming]
+        layers += [board.kept_free] if claim.now else [board.kept_free, board.kept_coming]
         tries.append(layers)
     for each in tries:
         devices = pick(board, each, claim)

@@ -6,9 +6,12 @@ can be had.
 """
 
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import msgspec
 
+from tidemill.tides.board import Unit
 from tidemill.tides.draft import Draft
 from tidemill.tides.placement import Claim, Grant, place
 from tidemill.tides.state import Phase, ReplicaView, StopReplica
@@ -26,18 +29,26 @@ class Sleepers:
         self._woken: set[str] = set()
 
     def place(self, claim: Claim, model: str) -> Grant | None:
-        """Devices for a replica of the model: a sleeper's own, else others that are free or coming, and only then those
-        of somebody who gives way, of a sleeper's devices rather."""
+        """Devices for a replica of the model: free ones, else such as are coming, else of somebody who gives way, the
+        least important first; each time a sleeper's own rather than others."""
         board = self._draft.board
         homes = [frozenset(each.devices) for each in self._by_model[model] if each.id not in self._woken]
         if not homes:
             return place(board, claim)
-        for may in (None, claim.may):
+        for each in self._tries(claim):
             for home in (*homes, None):
-                grant = place(board, msgspec.structs.replace(claim, only=home, may=may))
+                grant = place(board, msgspec.structs.replace(each, only=home))
                 if grant is not None:
                     return grant
         return None
+
+    def _tries(self, claim: Claim) -> Iterator[Claim]:
+        may = claim.may
+        yield msgspec.structs.replace(claim, may=None, now=True)
+        yield msgspec.structs.replace(claim, may=None)
+        if may is not None:
+            for most in sorted({unit.tier for unit in self._draft.board.units.values()}):
+                yield msgspec.structs.replace(claim, may=partial(_up_to, most, may))
 
     def on(self, model: str, devices: tuple[str, ...]) -> str | None:
         """The sleeper of the model whose devices these are; it is woken with that."""
@@ -65,6 +76,10 @@ class Sleepers:
                 else:
                     asleep[name] += 1
                     homes[name] |= set(each.devices)
+        for replica in draft.snapshot.replicas:
+            if replica.dozing:
+                asleep[replica.model] += 1
+                homes[replica.model] |= set(replica.devices)
         views = {replica.id: replica for replica in draft.snapshot.replicas}
         for index, stop in enumerate(draft.stop_replicas):
             view = views[stop.replica]
@@ -88,3 +103,7 @@ class Sleepers:
     def _up(self, device: str) -> bool:
         view = self._draft.board.device.get(device)
         return view is not None and view.up
+
+
+def _up_to(most: int, may: Callable[[Unit], bool], unit: Unit) -> bool:
+    return unit.tier <= most and may(unit)

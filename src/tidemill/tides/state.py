@@ -67,6 +67,8 @@ class ReplicaView(msgspec.Struct, frozen=True):
     version: str = ""
     beside: bool = False
     """It is lent, and shares the devices of another one, whose they are: it gets what that leaves."""
+    dozing: bool = False
+    """It drains in order to sleep."""
     shared: bool = False
     """Its CPU slots are also whoever else's they are planned for, who then gets what it leaves. Plans never see it."""
 

@@ -5,7 +5,7 @@ or not: also for the time in which the platform did not run, as the devices were
 """
 
 import threading
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import structlog
 from sqlalchemy import Connection
@@ -18,6 +18,7 @@ from tidemill.store.reservations import (
     OPEN,
     Reservation,
     ReservationState,
+    claim_strays,
     find_reservation,
     give_up,
     list_reservations,
@@ -26,6 +27,10 @@ from tidemill.store.reservations import (
 from tidemill.store.tenants import find_tenant
 from tidemill.tides.state import ReservationView
 from tidemill.work.job_ledger import SLACK_S, JobLedger
+
+ABANDONED_AFTER = timedelta(minutes=10)
+"""When the platform whose devices a reservation had has not ended its meter for so long, it is gone, and another one on
+the same store does so."""
 
 log = structlog.get_logger()
 
@@ -74,8 +79,13 @@ class ReservationBook:
             before = self._open
             with self._store.read() as connection:
                 found = list_reservations(connection, states=OPEN, site=self._site)
-                ours = {each.reservation_id for each in list_reservations(connection, site=self._site)}
-                running = {each.reservation_id for each in open_meters(connection) if each.reservation_id in ours}
+                running = {each.reservation_id for each in open_meters(connection) if each.reservation_id}
+                running -= {each.reservation_id for each in found}
+                over = [find_reservation(connection, each) for each in running]
+            if any(not each.site for each in found):
+                with self._store.write() as connection:
+                    claim_strays(connection, self._site)
+                    found = list_reservations(connection, states=OPEN, site=self._site)
             due = [
                 each
                 for each in found
@@ -86,9 +96,11 @@ class ReservationBook:
                     self._begin(each)
                 if each.ends_at <= now:
                     self._read(each, now)
-            cancelled = running - {each.reservation_id for each in found if each.reservation_id is not None}
-            for reservation_id in cancelled:
-                self._close(reservation_id, now)
+            for each in over:
+                if each.site in (self._site, ""):
+                    self._close(each.reservation_id, now)
+                elif each.ends_at <= now - ABANDONED_AFTER:
+                    self._read(each, now)
             if due:
                 with self._store.read() as connection:
                     found = list_reservations(connection, states=OPEN, site=self._site)
