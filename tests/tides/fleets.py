@@ -117,11 +117,7 @@ def carried_out(before: Snapshot, plan: Plan) -> Snapshot:
         marks = {device: None if name == reserve.reservation else name for device, name in marks.items()}
         marks |= dict.fromkeys(reserve.devices, reserve.reservation)
     views = tuple(replace(each, reserved_by=marks[each.id]) for each in before.devices)
-    back = {each.model for each in before.replicas if turned.get(each.id) is False}
-    models = tuple(replace(each, waiting=0) if each.name in back else each for each in before.models)  # it took them
-    return replace(
-        before, devices=views, models=models, replicas=tuple(replicas), jobs=tuple(jobs), promises=plan.promises
-    )
+    return replace(before, devices=views, replicas=tuple(replicas), jobs=tuple(jobs), promises=plan.promises)
 
 
 def settled(before: Snapshot, seconds: float) -> Snapshot:
@@ -334,7 +330,8 @@ def fleets(draw: st.DrawFn, kinds: Sequence[str] = ("h100",), reserve: bool = Tr
     for number in range(draw(st.integers(0, 5))):
         jobs.append(_drawn_job(draw, f"wait{number}", draw(st.integers(1, 6)), (), kinds))
     if reservations and draw(st.booleans()):
-        jobs.append(job("mine", draw(st.integers(1, 2)), reservation="r1", queue="research"))
+        most = min(2, reservations[0].devices)  # more is refused when it is submitted
+        jobs.append(job("mine", draw(st.integers(1, most)), reservation="r1", queue="research"))
     backlogs = [
         BacklogView(
             model=each.name,

@@ -80,14 +80,21 @@ def offer_replicas(draft: Draft, serving: Serving) -> None:
         for rank, replica in enumerate(serving.lent[model.name]):
             tier = Tier.NEEDED_BATCH if rank < needed else Tier.LENT
             draft.board.offer(_unit(replica, tier, model.priority, replica.filler * LINE_S))
-        need = serving.needs[model.name]
-        ordered = in_order_of_leaving(draft, serving.mine[model.name], model)
-        for rank, replica in enumerate(ordered):
-            left = len(ordered) - rank - 1
-            if left >= need.count:
-                draft.board.offer(_unit(replica, Tier.SURPLUS, model.priority, model.startup_s))
-            elif left >= model.min_replicas:
-                draft.board.offer(_unit(replica, Tier.ABOVE_MINIMUM, model.priority, 10 * model.startup_s))
+        _offer_mine(draft, serving, model)
+
+
+def _offer_mine(draft: Draft, serving: Serving, model: ModelView) -> None:
+    """Those for people that could give way: what is not needed, and what is beyond the minimum."""
+    need, board = serving.needs[model.name], draft.board
+    here = [each for each in serving.mine[model.name] if f"replica {each.id}" not in board.gone]
+    ordered = in_order_of_leaving(draft, here, model)
+    for rank, replica in enumerate(ordered):
+        board.withdraw(f"replica {replica.id}")
+        left = len(ordered) - rank - 1
+        if left >= need.count:
+            board.offer(_unit(replica, Tier.SURPLUS, model.priority, model.startup_s))
+        elif left >= model.min_replicas:
+            board.offer(_unit(replica, Tier.ABOVE_MINIMUM, model.priority, 10 * model.startup_s))
 
 
 def _unit(replica: ReplicaView, tier: int, priority: int, loss_s: float) -> Unit:
@@ -213,9 +220,9 @@ def _take_back(draft: Draft, serving: Serving, model: ModelView, here: Sequence[
         nodes |= _nodes_of(draft, replica.devices)
         serving.lent[model.name].remove(replica)
         serving.mine[model.name].append(replica)
-        draft.board.withdraw(f"replica {replica.id}")
         if draft.turn_replicas.pop(replica.id, None) is None:
             draft.turn_replicas[replica.id] = TurnReplica(replica.id, False, need.why)
+    _offer_mine(draft, serving, model)
 
 
 def _say_who_waits(draft: Draft, serving: Serving, refused: Mapping[str, int], late: Mapping[str, int]) -> None:

@@ -46,7 +46,8 @@ class Grant(msgspec.Struct, frozen=True, gc=False):
 def place(board: Board, claim: Claim) -> Grant | None:
     """Give devices out: free ones, else with those that are coming, else with those of others who give way (the
     caller tells these). None, and nothing changed but promises released, when there are not so many to be had."""
-    mine = board.release(claim.work)
+    # What was promised to a job before its reservation was in force is not of that.
+    mine = [device for device in board.release(claim.work) if board.zone[device] in claim.zones]
     if not claim.now and len(mine) >= claim.count:
         own = Pool(board)
         for device in mine:
