@@ -9,8 +9,9 @@ import pytest
 from support.plane import model
 from tidemill.app.batch_worker import LineModel, RunnerCommand
 from tidemill.app.batches import BatchProcess
-from tidemill.app.config import Config, ModelConfig
+from tidemill.app.config import Config
 from tidemill.app.datadir import DataDir
+from tidemill.app.model_config import ModelConfig
 from tidemill.gateway.replica import ReplicaSpec
 
 

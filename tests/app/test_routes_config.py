@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from tidemill.app.config import Config, ModelConfig, load_config
+from tidemill.app.config import Config, load_config
 from tidemill.app.datadir import DataDir
 from tidemill.app.fleet import Fleet
+from tidemill.app.model_config import ModelConfig
 from tidemill.errors import ConfigError
 from tidemill.gateway.routing import ModelCost
 from tidemill.ledger.pricing import Price

@@ -9,10 +9,11 @@ import msgspec
 import pytest
 
 from tidemill.app.batches import BatchProcess
-from tidemill.app.config import Config, ModelConfig
+from tidemill.app.config import Config
 from tidemill.app.datadir import DataDir
 from tidemill.app.fleet import Fleet
 from tidemill.app.fleet_config import ObjectiveConfig
+from tidemill.app.model_config import ModelConfig
 from tidemill.app.tide import BESIDE_LINGER_S, BESIDE_WORK, Tide
 from tidemill.errors import NotFound
 from tidemill.fleet.backend import Device, Node

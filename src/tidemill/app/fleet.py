@@ -10,9 +10,10 @@ from pathlib import Path
 import structlog
 
 from tidemill.app.asking import get, post, status_of
-from tidemill.app.config import Config, ModelConfig
+from tidemill.app.config import Config
 from tidemill.app.datadir import DataDir
 from tidemill.app.fleet_config import GPU_ENGINES
+from tidemill.app.model_config import ModelConfig
 from tidemill.app.nodes import find_devices
 from tidemill.app.probes import UpstreamProbe
 from tidemill.app.recipes import EMBEDDED_CONTEXT, recipes_of

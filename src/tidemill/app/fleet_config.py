@@ -7,7 +7,8 @@ import msgspec
 from tidemill.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tidemill.app.config import Config, ModelConfig
+    from tidemill.app.config import Config
+    from tidemill.app.model_config import ModelConfig
 
 OWN_ENGINES = ("llamacpp", "vllm", "sglang")
 """Engines that are processes of ours; all others are somebody else's."""

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import msgspec
 
-from tidemill.app.config import Config, ModelConfig
+from tidemill.app.config import Config
 from tidemill.app.fleet_config import GPU_ENGINES, OWN_ENGINES, FleetConfig
+from tidemill.app.model_config import ModelConfig
 from tidemill.engines.launch import Command, EngineLaunch, MultiNode
 from tidemill.engines.llamacpp_child import LlamaCppLaunch
 from tidemill.engines.own import CONTROLS, LAUNCHERS, PROGRAMS

@@ -15,7 +15,8 @@ from tidemill.ledger.money import parse_amount
 from tidemill.ledger.pricing import Price, covers
 
 if TYPE_CHECKING:
-    from tidemill.app.config import Config, ModelConfig
+    from tidemill.app.config import Config
+    from tidemill.app.model_config import ModelConfig
 
 MAX_REPLICAS = 64
 MAX_NAMES = 64

@@ -13,8 +13,9 @@ import msgspec
 import structlog
 
 from tidemill.app.batches import BatchProcess
-from tidemill.app.config import Config, ModelConfig
+from tidemill.app.config import Config
 from tidemill.app.fleet import Fleet, objective_of
+from tidemill.app.model_config import ModelConfig
 from tidemill.errors import NotFound
 from tidemill.fleet.backend import Node
 from tidemill.fleet.controller import LIVING, Controller, JobBook
