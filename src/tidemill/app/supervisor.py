@@ -6,7 +6,6 @@ import secrets
 import signal
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,34 +22,26 @@ from tidemill.app.batches import BatchProcess
 from tidemill.app.bootstrap import FirstTenant, prepare_store
 from tidemill.app.config import Config
 from tidemill.app.datadir import DataDir, Runtime
-from tidemill.app.fleet import Fleet, Sample
+from tidemill.app.fleet import Fleet
 from tidemill.app.gateways import Gateways
 from tidemill.app.jobs import job_book, job_files, job_limits
+from tidemill.app.metering import Metering
 from tidemill.app.metrics import Standing, Trough, families, read_trough
 from tidemill.app.rolling import Rolling
 from tidemill.app.tide import Tide
-from tidemill.app.worker import ORPHAN_GRACE_S
 from tidemill.errors import Conflict, TidemillError, Unavailable
 from tidemill.fleet.history import History
 from tidemill.fleet.roll import RollState
 from tidemill.fleet.standing import FleetState
 from tidemill.ledger.money import Nanos, parse_amount
 from tidemill.ledger.pricing import Price
-from tidemill.meter.loader import Loader
-from tidemill.meter.reconcile import ReconcileReport, note_counters, reconcile
+from tidemill.meter.reconcile import ReconcileReport
 from tidemill.store.engine import Store, open_store, store_url
 from tidemill.store.job_files import JobFiles
 from tidemill.store.job_wish import JobLimits
 from tidemill.store.keys import digest_of
 from tidemill.tides.state import Phase
 
-LOAD_EVERY_S = 0.1
-BUSY_LOAD_EVERY_S = 0.4
-"""The same while a load finds more than BUSY_RECORDS: each costs a commit and some statements, however many come."""
-BUSY_RECORDS = 100
-SAMPLE_EVERY_S = 5.0
-SAME_FAILURE_S = 300.0
-"""How often a failure that lasts is logged."""
 METRICS_PATIENCE_S = 2.0
 """How long a page of metrics waits for the store."""
 
@@ -109,9 +100,7 @@ class Supervisor:
         self._control_app = control_app
         self._progress = progress
         self._store: Store | None = None
-        self._loading = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._stop = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
         self._state = "starting"
         self._started_at = datetime.now(UTC)
         self._internal_token = secrets.token_urlsafe(32)
@@ -148,17 +137,11 @@ class Supervisor:
 
     async def drain_usage(self) -> None:
         """All that was settled until now is in the store afterwards, as far as it can be loaded."""
-        try:
-            await self._load()
-        except TidemillError:
-            raise
-        except Exception as error:  # of one log, which must not keep the others' figures from their readers
-            log.debug("loading failed", reason=str(error))  # `_keep_loading` says so
+        await self._metering.drain_usage()
 
-    async def _load(self) -> int:
-        """Store what is settled by now; gives the number of records."""
-        drained = await asyncio.get_running_loop().run_in_executor(self._loading, self._loader.drain)
-        return drained.records
+    async def reconcile(self) -> ReconcileReport:
+        """Sample the engines' counters now and compare them with all records."""
+        return await self._metering.reconcile()
 
     async def announce(self) -> None:
         """The gateways have loaded what the store holds now."""
@@ -233,7 +216,7 @@ class Supervisor:
         except (TidemillError, TimeoutError):
             trough = None
         processes = self._gateways.processes
-        loader = self._loader
+        loader = self._metering.loader
         return list(
             families(
                 Standing(
@@ -258,18 +241,6 @@ class Supervisor:
     def _read_trough(self) -> Trough:
         with self.store.read() as connection:
             return read_trough(connection)
-
-    async def reconcile(self) -> ReconcileReport:
-        """Sample the engines' counters now and compare them with all records."""
-        await self._sample_counters()
-        await self.drain_usage()
-
-        def compare() -> ReconcileReport:
-            replicas = [replica.name for spec in self._fleet.specs() for replica in spec.replicas]
-            with self.store.read() as connection:
-                return reconcile(connection, replicas=replicas)
-
-        return await asyncio.to_thread(compare)
 
     # Its life
 
@@ -304,12 +275,12 @@ class Supervisor:
         self.first_tenant = await asyncio.to_thread(
             prepare_store, store, self.config, lambda key: self.data.write("first-key", key + "\n")
         )
-        self._loader = Loader(store, self.data.meter, zone=self.config.timezone)
-        await self._recover()
+        self._metering = Metering(store, self.data, zone=self.config.timezone, progress=self._progress)
+        await self._metering.recover()
         if store.is_sqlite:
-            await asyncio.to_thread(self._loader.release_strays)
+            await asyncio.to_thread(self._metering.loader.release_strays)
         self._fleet = Fleet(self.config, self._config_dir, self.data, self._models_changed)
-        self._fleet.keep = self._keep_samples
+        self._metering.watch(self._fleet)
         self._rolling = Rolling(self.config, self.data, self._fleet.replicas)
         self._rolling.restore()
         self._job_files = await asyncio.to_thread(job_files, self.config, self._config_dir, self.data)
@@ -355,37 +326,10 @@ class Supervisor:
         await self._gateways.start()
         self._tide.start()
         self.data.announce(Runtime(pid=os.getpid(), url=self.url, control_url=self.control_url))
-        self._tasks += [asyncio.create_task(self._keep_loading()), asyncio.create_task(self._keep_sampling())]
+        self._metering.start()
         await self._await_engines()
         self._batches.start()
         self._state = "ready"
-
-    async def _recover(self) -> None:
-        """Store what an earlier run has settled and finish what it left open.
-
-        After a kill of the supervisor alone its gateways still let their requests finish, for a few seconds; they
-        hold the port as well.
-        """
-        records = recovered = 0
-        deadline = time.monotonic() + ORPHAN_GRACE_S + 10.0
-        said = False
-        while True:
-            try:
-                drained = await asyncio.to_thread(self._loader.drain)
-            except TidemillError:
-                raise
-            except Exception:  # one log that cannot be loaded must not keep the platform down; it stays where it is
-                log.exception("a usage log of the earlier run cannot be loaded")
-                break
-            records, recovered = records + drained.records, recovered + drained.recovered
-            if not any(path.is_dir() for path in self.data.meter.iterdir()) or time.monotonic() > deadline:
-                break
-            if not said:
-                self._progress("waiting for a gateway of the earlier run to finish its requests")
-                said = True
-            await asyncio.sleep(0.2)
-        if records:
-            self._progress(f"recovered {records} usage records of the earlier run, {recovered} of them unfinished")
 
     async def _await_engines(self) -> None:
         """Wait for the engines of our own; one that cannot start does not hold up the others for ever."""
@@ -445,26 +389,19 @@ class Supervisor:
                 await self._stop_serving(0.0)
             impatient.cancel()
             finished = await stopping
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if hasattr(self, "_metering"):
+            await self._metering.stop()
         if hasattr(self, "_fleet"):
             with suppress(TidemillError):
-                await self._sample_counters()
+                await self._metering.sample()
             await self._fleet.stop()
         if hasattr(self, "_control_task"):
             self._control.stop()  # type: ignore[no-untyped-call]
             with suppress(TimeoutError):
                 async with asyncio.timeout(5.0):
                     await asyncio.gather(self._control_task, return_exceptions=True)
-        if hasattr(self, "_loader"):
-            try:
-                await self._load()
-            except TidemillError as error:
-                log.error("the store does not answer; what is left is loaded at the next start", reason=str(error))
-            except Exception:
-                log.exception("loading failed; what is left is loaded at the next start")
-        self._loading.shutdown(wait=True)
+        if hasattr(self, "_metering"):
+            await self._metering.close()
         if self._store is not None:
             self._store.close()
         self.data.close()
@@ -490,54 +427,6 @@ class Supervisor:
 
     def _gateway_ended(self) -> None:
         """Nothing to do at once: the loader finds the directory of the dead process unlocked and finishes it."""
-
-    async def _keep_loading(self) -> None:
-        quiet_until = failed_until = 0.0
-        failure = ""
-        found = 0
-        while True:
-            await asyncio.sleep(LOAD_EVERY_S if found < BUSY_RECORDS else BUSY_LOAD_EVERY_S)
-            try:
-                found = await self._load()
-            except Unavailable as error:
-                if time.monotonic() > quiet_until:
-                    quiet_until = time.monotonic() + 10.0
-                    log.warning("the store does not answer; records wait in the logs", reason=str(error))
-                await asyncio.sleep(1.0)
-            except Exception as error:
-                reason = repr(error)
-                if reason != failure or time.monotonic() > failed_until:
-                    failure, failed_until = reason, time.monotonic() + SAME_FAILURE_S
-                    log.exception("loading failed; records wait in the logs", told_again_in_s=SAME_FAILURE_S)
-                await asyncio.sleep(1.0)
-
-    async def _keep_sampling(self) -> None:
-        while True:
-            await asyncio.sleep(SAMPLE_EVERY_S)
-            try:
-                await self._sample_counters()
-            except Unavailable as error:
-                log.warning("the engines' counters are not noted", reason=str(error))
-            except Exception:
-                log.exception("sampling the engines' counters failed")
-
-    async def _sample_counters(self) -> None:
-        samples = await self._fleet.counters()
-        if samples:
-            await asyncio.to_thread(self._keep_samples, samples)
-
-    def _keep_samples(self, samples: list[Sample]) -> None:
-        now = datetime.now(UTC)
-        with self.store.write() as connection:
-            for replica, life, counters in samples:
-                note_counters(
-                    connection,
-                    replica=replica,
-                    life=life,
-                    prompt=counters.prompt,
-                    completion=counters.completion,
-                    now=now,
-                )
 
 
 def _reachable(host: str) -> str:
