@@ -102,7 +102,7 @@ class Crowd:
                     if (
                         not answer.is_success
                         or (number % 2 == 0 and "[DONE]" not in answer.text)
-                        or "error" in answer.text
+                        or '{"error"' in answer.text
                     ):
                         self.failures.append(f"{answer.status_code}: {answer.text[:300]}")
                     self.words.update(word for word in ("one", "two") if f"{word} " in answer.text)

@@ -14,7 +14,7 @@ import pytest
 from support.platform import Platform, start_platform, wait_until
 from support.ray_cluster import Cluster
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 VLLM_LIKE = Path(__file__).parents[1] / "support/vllm_like.py"
 CONFIG = """
@@ -141,6 +141,7 @@ def test_a_node_lost_with_a_hundred_streams_and_a_gang_on_it(cluster: Cluster, p
     cluster.nodes["south"] = cluster.add("south")
     cluster.nodes["north"] = cluster.add("north")
     wait_until(lambda: len(replicas(platform)) == 2, 90.0)
-    wait_until(lambda: any((folder / f"began-{rank}-2").exists() for rank in (0, 1)), 90.0)
+    # A start that Ray refuses, as it has not let go of the lost gang yet, is tried again after up to a minute.
+    wait_until(lambda: any((folder / f"began-{rank}-2").exists() for rank in (0, 1)), 150.0)
     (folder / "finish").touch()
     wait_until(lambda: job_of(platform, job)["state"] == "succeeded", 60.0)
