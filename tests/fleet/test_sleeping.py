@@ -21,6 +21,7 @@ from tidemill.tides.state import Phase
 async def asleep(found: ReplicaSet) -> Replica:
     (replica,) = await ready(found)
     found.keeps_minimum = False
+    found.turn(replica.name, batch_only=True, why="lent meanwhile")
     found.sleep(replica.name, "nobody asks")
     assert replica.phase is Phase.DRAINING and found.held() == {"local/0"}
     await until(lambda: replica.phase is Phase.ASLEEP)
@@ -31,6 +32,7 @@ async def test_one_that_sleeps_holds_no_device_and_wakes_as_the_same_process(tmp
     async with replica_set(tmp_path, recipe(weights(tmp_path))) as found:
         replica = await asleep(found)
         pid, life = replica.pid, replica.life
+        assert not replica.batch_only
         assert found.held() == set() and not replica.ready
         (view,) = found.views()
         assert (view.phase, view.devices) == (Phase.ASLEEP, ("local/0",))

@@ -76,7 +76,7 @@ def model(name: str = "qwen", work: float = 0.0, **more: object) -> ModelView:
 def carried_out(before: Snapshot, plan: Plan) -> Snapshot:
     """The snapshot right after a plan was carried out."""
     turned = {turn.replica: turn.batch_only for turn in plan.turn_replicas}
-    stopped = {stop.replica for stop in plan.stop_replicas if not stop.sleep}
+    stopped = {stop.replica for stop in plan.stop_replicas}
     dozing = {stop.replica for stop in plan.stop_replicas if stop.sleep}
     woken = {start.wake for start in plan.start_replicas if start.wake is not None}
     preempted = {each.job for each in plan.preempt_jobs}
@@ -85,13 +85,8 @@ def carried_out(before: Snapshot, plan: Plan) -> Snapshot:
     replicas = [
         replace(
             each,
-            phase=Phase.DRAINING
-            if each.id in stopped
-            else Phase.ASLEEP  # at once: what it works on is over
-            if each.id in dozing
-            else Phase.WARMING
-            if each.id in woken
-            else each.phase,
+            phase=Phase.DRAINING if each.id in stopped else Phase.WARMING if each.id in woken else each.phase,
+            dozing=each.id in dozing,
             batch_only=turned.get(each.id, each.batch_only),
         )
         for each in before.replicas
@@ -125,9 +120,13 @@ def settled(before: Snapshot, seconds: float) -> Snapshot:
     replace = msgspec.structs.replace
     now = before.now + seconds
     replicas = [
-        replace(each, phase=Phase.READY, since=now) if each.phase in (Phase.STARTING, Phase.WARMING) else each
+        replace(each, phase=Phase.READY, since=now)
+        if each.phase in (Phase.STARTING, Phase.WARMING)
+        else replace(each, phase=Phase.ASLEEP, dozing=False, batch_only=False, since=now)
+        if each.dozing
+        else each
         for each in before.replicas
-        if each.phase is not Phase.DRAINING
+        if each.phase is not Phase.DRAINING or each.dozing
     ]
     jobs = []
     for each in before.jobs:

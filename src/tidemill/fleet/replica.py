@@ -200,6 +200,7 @@ class Replica:
         asleep = idle and await self._post(self.root, self.recipe.control.sleep.encode(), DOZE_S)
         self._dozing = None
         if asleep:
+            self.batch_only = False  # it wakes for people
             self.move(Phase.ASLEEP, why)
             return
         log.warning("a replica cannot be put to sleep; it is ended", replica=self.name)

@@ -83,7 +83,7 @@ class Sleepers:
         views = {replica.id: replica for replica in draft.snapshot.replicas}
         for index, stop in enumerate(draft.stop_replicas):
             view = views[stop.replica]
-            if view.phase is not Phase.READY or view.batch_only or asleep[view.model] >= limit.get(view.model, 0):
+            if view.phase is not Phase.READY or asleep[view.model] >= limit.get(view.model, 0):
                 continue
             if homes[view.model] & set(view.devices) or not all(map(self._up, view.devices)):
                 continue
