@@ -67,14 +67,9 @@ def submit(platform: Platform, *command: str, **wish: Any) -> str:
         return str(answer.json()["id"])
 
 
-def job_of(platform: Platform, job: str) -> Any:
-    with platform.admin as admin:
-        return admin.get("jobs/show", params={"job": job}).json()
-
-
 def reach(platform: Platform, job: str, *states: str, within_s: float = 60.0) -> Any:
-    wait_until(lambda: job_of(platform, job)["state"] in states, within_s)
-    return job_of(platform, job)
+    wait_until(lambda: platform.job(job)["state"] in states, within_s)
+    return platform.job(job)
 
 
 def says(platform: Platform, job: str, text: str) -> None:
@@ -141,7 +136,7 @@ def test_a_flood_takes_the_devices_back_and_the_result_is_the_same(platform: Pla
     preempted: list[float] = []
 
     def given_back() -> bool:
-        if not preempted and job_of(platform, job)["history"][0]["outcome"] is not None:
+        if not preempted and platform.job(job)["history"][0]["outcome"] is not None:
             preempted.append(time.monotonic())
         return bool(preempted)
 
@@ -152,7 +147,7 @@ def test_a_flood_takes_the_devices_back_and_the_result_is_the_same(platform: Pla
         return answers
 
     assert asyncio.run(crowd()) > 0
-    first = job_of(platform, job)["history"][0]
+    first = platform.job(job)["history"][0]
     assert first["outcome"] == "preempted", first
 
     done = reach(platform, job, *OVER, within_s=150.0)

@@ -278,15 +278,10 @@ def test_a_replica_sleeps_while_a_job_has_its_device_and_wakes_for_the_next_requ
             made = admin.post("jobs", json=wish)
             assert made.status_code == 200, made.text
             job = made.json()["id"]
-        show = lambda: _job(platform, job)["state"]  # noqa: E731
+        show = lambda: platform.job(job)["state"]  # noqa: E731
         wait_until(lambda: show() == "running", 30)
         assert ask() < 5.0, "it wakes, and the job gives way"
-        assert set(engines(tmp_path)) - others == {pid} and _job(platform, job)["history"][0]["outcome"] == "preempted"
+        assert set(engines(tmp_path)) - others == {pid} and platform.job(job)["history"][0]["outcome"] == "preempted"
         wait_until(lambda: show() == "running", 40)
         assert [each["phase"] for each in replicas(platform, "big")] == ["asleep"]
         assert {line["verdict"] for line in platform.reconcile()["replicas"]} == {"equal"}
-
-
-def _job(platform: Platform, job: str) -> Any:
-    with platform.admin as admin:
-        return admin.get("jobs/show", params={"job": job}).json()

@@ -99,11 +99,6 @@ async def streams_while(platform: Platform, lose: Any) -> list[tuple[str, int]]:
         return await asyncio.gather(*running)
 
 
-def job_of(platform: Platform, job: str) -> Any:
-    with platform.admin as admin:
-        return admin.get("jobs/show", params={"job": job}).json()
-
-
 def replicas(platform: Platform) -> dict[str, str]:
     """The node of each replica that is ready."""
     with platform.admin as admin:
@@ -118,7 +113,7 @@ def test_a_node_lost_with_a_hundred_streams_and_a_gang_on_it(cluster: Cluster, p
         answer = admin.post("jobs", json={**wish, "ranks": "device", "preemptible": False})
         assert answer.status_code == 200, answer.text
         job = answer.json()["id"]
-    wait_until(lambda: job_of(platform, job)["state"] == "running", 60.0)
+    wait_until(lambda: platform.job(job)["state"] == "running", 60.0)
     began = [lambda rank=rank: next((platform.data / "jobs").glob(f"**/began-{rank}-1"), None) for rank in (0, 1)]
     wait_until(lambda: all(found() is not None for found in began), 30.0)
     folder = began[0]().parent
@@ -137,11 +132,11 @@ def test_a_node_lost_with_a_hundred_streams_and_a_gang_on_it(cluster: Cluster, p
     assert usage["completion_tokens"] >= sum(tokens for _, tokens in ends)
     assert usage["completion_tokens"] <= STREAMS * TOKENS
 
-    wait_until(lambda: job_of(platform, job)["state"] == "queued", 60.0)
+    wait_until(lambda: platform.job(job)["state"] == "queued", 60.0)
     cluster.nodes["south"] = cluster.add("south")
     cluster.nodes["north"] = cluster.add("north")
     wait_until(lambda: len(replicas(platform)) == 2, 90.0)
     # A start that Ray refuses, as it has not let go of the lost gang yet, is tried again after up to a minute.
     wait_until(lambda: any((folder / f"began-{rank}-2").exists() for rank in (0, 1)), 150.0)
     (folder / "finish").touch()
-    wait_until(lambda: job_of(platform, job)["state"] == "succeeded", 60.0)
+    wait_until(lambda: platform.job(job)["state"] == "succeeded", 60.0)

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from support.platform import parent_of
 from tidemill.fleet.backend import Device
 from tidemill.fleet.local import LocalBackend
 from tidemill.fleet.steady import SteadyClock
@@ -177,7 +178,6 @@ def shims(parent: int) -> list[int]:
         if entry.name.isdigit():
             with suppress(OSError):
                 words = (entry / "cmdline").read_bytes().split(b"\0")
-                above = int((entry / "stat").read_bytes().rpartition(b")")[2].split()[1])
-                if above == parent and any(word.endswith(b"shim.py") for word in words):
+                if parent_of(int(entry.name)) == parent and any(word.endswith(b"shim.py") for word in words):
                     found.append(int(entry.name))
     return found

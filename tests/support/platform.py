@@ -66,8 +66,8 @@ class Platform:
             with contextlib.suppress(OSError):
                 words = (entry / "cmdline").read_bytes().split(b"\0")
                 if _MODULES[part].encode() in words:
-                    parent = _parent(int(entry.name))
-                    if self.process.pid in (parent, _parent(parent)):
+                    parent = parent_of(int(entry.name))
+                    if self.process.pid in (parent, parent_of(parent)):
                         found.append(int(entry.name))
         return sorted(found)
 
@@ -146,6 +146,11 @@ class Platform:
         assert done.returncode == 0, f"{arguments} ended with {done.returncode}: {done.stderr}{done.stdout}"
         return json.loads(done.stdout)
 
+    def job(self, job: str) -> Any:
+        """A job as the admin API shows it."""
+        with self.admin as admin:
+            return _ok(admin.get("jobs/show", params={"job": job}))
+
     def new_tenant(self, name: str, credit: str | None = "100") -> str:
         """Make a tenant with a credit; gives its key."""
         with self.admin as admin:
@@ -188,7 +193,8 @@ class Platform:
         self.stop()
 
 
-def _parent(pid: int) -> int:
+def parent_of(pid: int) -> int:
+    """The process that a process belongs to."""
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 

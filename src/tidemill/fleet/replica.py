@@ -245,9 +245,7 @@ class Replica:
             self.move(Phase.GONE, why)
 
     async def _bury(self, why: str) -> None:
-        if self._starting is not None:
-            with suppress(CannotStart, OSError):
-                self._processes = await self._starting
+        await self._until_started()
         await self._kill_all()
         if self.phase is not Phase.GONE:
             self.move(Phase.GONE, why)
@@ -287,7 +285,7 @@ class Replica:
         try:
             launches = await self._launches()
             # Shielded, so that a process that is being started while this task is ended is not lost sight of.
-            self._starting = asyncio.create_task(_start(self._backend, launches))
+            self._starting = asyncio.create_task(self._backend.start(launches))
             self._processes = await asyncio.shield(self._starting)
         except CannotStart as error:
             return str(error).rstrip(".")
@@ -405,10 +403,14 @@ class Replica:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        await self._until_started()
+        await asyncio.gather(*(process.stop(STOP_GRACE_S) for process in self._processes))
+
+    async def _until_started(self) -> None:
+        """What is being started can only be ended once it is there."""
         if self._starting is not None:
             with suppress(CannotStart, OSError):
                 self._processes = await self._starting
-        await asyncio.gather(*(process.stop(STOP_GRACE_S) for process in self._processes))
 
     async def _until_idle(self) -> bool:
         """Wait until nothing is in flight here, at most as long as it may drain; whether that came."""
@@ -436,10 +438,6 @@ class Replica:
             return True  # one that is too busy to say so, until its time is up
         text = page.decode(errors="replace")
         return any(counter_sum(text, name) for name in (control.running, control.waiting) if name)
-
-
-async def _start(backend: Backend, launches: Sequence[Launch]) -> Sequence[Process]:
-    return await backend.start(launches)
 
 
 def _how(ended: Ended) -> str:

@@ -96,20 +96,16 @@ async def _second_speaks_first(flight: Flight, leg: Leg, first: Speaking, second
 async def _drop(flight: Flight, replica: Replica, task: Speaking) -> None:
     """Give up on a replica that the answer does not come from, and tell its breaker what became of it there."""
     task.cancel()
-    await asyncio.wait([task])
+    (outcome,) = await asyncio.gather(task, return_exceptions=True)
+    if isinstance(outcome, Connection):
+        outcome.abort()
     breaker, tenant, now = replica.breaker, flight.opened.tenant_id, replica.pool.loop.time()
-    if task.cancelled() or flight.given_up:
+    if isinstance(outcome, EngineLost) and not flight.given_up:
+        lost(breaker, tenant, now, outcome)
+    elif isinstance(outcome, Connection) and outcome.status != 200 and not flight.given_up:
+        refused(breaker, tenant, now, outcome.status, retry_after(outcome.headers))
+    else:
         breaker.undecided()
-    elif isinstance(failure := task.exception(), EngineLost):
-        lost(breaker, tenant, now, failure)
-    elif failure is None:
-        connection = task.result()
-        if connection.status == 200:
-            breaker.undecided()
-        else:
-            refused(breaker, tenant, now, connection.status, retry_after(connection.headers))
-    if not task.cancelled() and task.exception() is None:
-        task.result().abort()
 
 
 async def _first_word(flight: Flight, replica: Replica, owner: Owner, body: bytes) -> Connection:

@@ -86,8 +86,7 @@ def offer_replicas(draft: Draft, serving: Serving) -> None:
 def _offer_mine(draft: Draft, serving: Serving, model: ModelView) -> None:
     """Those for people that could give way: what is not needed, and what is beyond the minimum."""
     need, board = serving.needs[model.name], draft.board
-    here = [each for each in serving.mine[model.name] if f"replica {each.id}" not in board.gone]
-    ordered = in_order_of_leaving(draft, here, model)
+    ordered = in_order_of_leaving(draft, _staying(draft, serving.mine[model.name]), model)
     for rank, replica in enumerate(ordered):
         board.withdraw(f"replica {replica.id}")
         left = len(ordered) - rank - 1
@@ -95,6 +94,11 @@ def _offer_mine(draft: Draft, serving: Serving, model: ModelView) -> None:
             board.offer(_unit(replica, Tier.SURPLUS, model.priority, model.startup_s))
         elif left >= model.min_replicas:
             board.offer(_unit(replica, Tier.ABOVE_MINIMUM, model.priority, 10 * model.startup_s))
+
+
+def _staying(draft: Draft, replicas: Iterable[ReplicaView]) -> list[ReplicaView]:
+    """Those that this plan has not told to go."""
+    return [each for each in replicas if f"replica {each.id}" not in draft.board.gone]
 
 
 def _unit(replica: ReplicaView, tier: int, priority: int, loss_s: float) -> Unit:
@@ -128,7 +132,7 @@ def give_up(draft: Draft, serving: Serving) -> None:
     for model in draft.snapshot.models:
         need, mine = serving.needs[model.name], serving.mine[model.name]
         batch = serving.batches.get(model.name, BatchNeed())
-        here = [each for each in mine if f"replica {each.id}" not in draft.board.gone]
+        here = _staying(draft, mine)
         for replica in in_order_of_leaving(draft, here, model)[: max(len(here) - need.keep, 0)]:
             mine.remove(replica)
             if draft.rules.turn and batch.work > 0 and replica.phase is Phase.READY:
@@ -140,10 +144,9 @@ def give_up(draft: Draft, serving: Serving) -> None:
             else:
                 why = f"{need.count} of {len(here)} replicas are enough: {need.why}"
                 draft.evict(_unit(replica, Tier.SURPLUS, 0, 0.0), why)
-        here = [each for each in mine if f"replica {each.id}" not in draft.board.gone]
-        _take_back(draft, serving, model, here, need.count - len(here))
-        for replica in list(serving.lent[model.name]):
-            if batch.work <= 0 and replica.filler == 0 and f"replica {replica.id}" not in draft.board.gone:
+        _take_back(draft, serving, model)
+        for replica in _staying(draft, serving.lent[model.name]):
+            if batch.work <= 0 and replica.filler == 0:
                 serving.lent[model.name].remove(replica)
                 draft.evict(_unit(replica, Tier.LENT, 0, 0.0), f"no lines of batches for {model.name} are left")
 
@@ -155,7 +158,7 @@ def serve_people(draft: Draft, serving: Serving, sleepers: Sleepers) -> None:
     """The nodes that the replicas of a model are on, or will be."""
     for model in draft.snapshot.models:
         need = serving.needs[model.name]
-        have = sum(1 for each in serving.mine[model.name] if f"replica {each.id}" not in draft.board.gone)
+        have = len(_staying(draft, serving.mine[model.name]))
         on[model.name] = _nodes_of(draft, (device for each in serving.mine[model.name] for device in each.devices))
         for rank in range(have, need.count):
             order = (
@@ -200,17 +203,17 @@ def serve_people(draft: Draft, serving: Serving, sleepers: Sleepers) -> None:
     _let_broken_go(draft, serving)
 
 
-def _take_back(draft: Draft, serving: Serving, model: ModelView, here: Sequence[ReplicaView], missing: int) -> None:
-    """Replicas lent to batches are taken back, which takes no time: for the minimum those on other nodes rather than
-    those beside the ones that are `here`."""
+def _take_back(draft: Draft, serving: Serving, model: ModelView) -> None:
+    """Replicas lent to batches are taken back where people lack some, which takes no time: for the minimum those on
+    other nodes rather than those beside the ones that people have."""
+    need, here = serving.needs[model.name], _staying(draft, serving.mine[model.name])
+    missing = need.count - len(here)
     if not draft.rules.turn or missing <= 0:
         return
-    need = serving.needs[model.name]
     usable = [
         each
-        for each in serving.lent[model.name]
-        if f"replica {each.id}" not in draft.board.gone
-        and all(draft.board.zone[device] == ORDINARY for device in each.devices)  # a tenant lends to batches only
+        for each in _staying(draft, serving.lent[model.name])
+        if all(draft.board.zone[device] == ORDINARY for device in each.devices)  # a tenant lends to batches only
     ]
     nodes = _nodes_of(draft, (device for each in here for device in each.devices))
     taken = min(len(usable), missing)

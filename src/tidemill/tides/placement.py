@@ -33,6 +33,10 @@ class Claim(msgspec.Struct, frozen=True, gc=False):
     may: Callable[[Unit], bool] | None = None
     """None: nobody gives way."""
 
+    def among(self, devices: Collection[str]) -> Collection[str]:
+        """Those of these devices that it may have."""
+        return devices if self.only is None else self.only.intersection(devices)
+
 
 class Grant(msgspec.Struct, frozen=True, gc=False):
     """What it gets."""
@@ -113,7 +117,7 @@ def _of_kind(board: Board, layers: Sequence[Pool], claim: Claim, kind: str, apar
         for node, devices in pool.kinds.get(kind, {}).items():
             if node in apart:
                 continue
-            usable = devices if claim.only is None else claim.only.intersection(devices)
+            usable = claim.among(devices)
             by_node.setdefault(node, []).extend(sorted(usable, key=board.order.__getitem__))
             if depth == 0:
                 now[node] = len(usable)
@@ -191,8 +195,7 @@ def _who_gives_way(board: Board, layers: Sequence[Pool], claim: Claim) -> list[U
         have: dict[str, int] = {}
         for pool in layers:
             for node, devices in pool.kinds.get(kind, {}).items():
-                usable = devices if claim.only is None else claim.only.intersection(devices)
-                have[node] = have.get(node, 0) + len(usable)
+                have[node] = have.get(node, 0) + len(claim.among(devices))
         found = _on_one_node(board, kind, have, claim, allowed)
         if found is None and claim.spread:
             gains = _gains(board, (board.units[name] for name in allowed), kind, claim)
