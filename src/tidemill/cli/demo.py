@@ -58,6 +58,9 @@ COUNTS = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens")
 STORY_TOKENS = 1000
 WRITING = {"temperature": 0.4, "frequency_penalty": 0.6}
 RECONCILE_WITHIN_S = 10.0
+WINDOW = "tidemill demo"
+SHORT = (2, 3, 7)
+"""The acts of the short picture: what is served, what is held, and that it adds up."""
 
 
 class StoryBroken(TidemillError):
@@ -91,6 +94,7 @@ class Facts(msgspec.Struct):
 def demo(
     *,
     svg: Path | None = None,
+    svg_short: Path | None = None,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Tell the main job in about a minute, on the real model: tenants, streams, a limit that holds, the invoice.
@@ -100,16 +104,21 @@ def demo(
     Parameters
     ----------
     svg
-        Save the recording as a picture (SVG).
+        Save all of it as a picture (SVG).
+    svg_short
+        Save three acts of it as a smaller picture (SVG).
     as_json
         Show nothing, and print what was seen as one JSON document.
     """
-    if svg is not None and not svg.parent.is_dir():
-        raise BadInput(f"There is no directory {svg.parent} for the picture.", param="svg")
+    for option, picture in (("svg", svg), ("svg-short", svg_short)):
+        if picture is not None and not picture.parent.is_dir():
+            raise BadInput(f"There is no directory {picture.parent} for the picture.", param=option)
     stage = Stage(quiet=as_json)
     facts = play(stage)
     if svg is not None:
-        stage.save(svg, title="tidemill demo")
+        stage.save(svg, title=WINDOW)
+    if svg_short is not None:
+        stage.save_acts(svg_short, SHORT, title=WINDOW)
     if as_json:
         print_json(msgspec.to_builtins(facts))
     broken = [claim for claim, holds in facts.holds.items() if not holds]
