@@ -13,7 +13,7 @@ import msgspec
 from cyclopts import Parameter
 
 from tidemill.cli import demo_burst as burst
-from tidemill.cli.demo_platform import Answer, DemoPlatform, terminable
+from tidemill.cli.demo_platform import ANSWER_WITHIN_S, Answer, DemoPlatform, terminable
 from tidemill.cli.demo_stage import Stage
 from tidemill.cli.output import grouped, print_json
 from tidemill.errors import BadInput, TidemillError
@@ -23,7 +23,7 @@ from tidemill.ledger.pricing import Price
 MODEL = "smollm2-135m-instruct"
 COST_PER_HOUR = "0.60"
 # Answers are what costs, as with a big reasoning model, and so much that a minute's use is a matter of cents.
-PRICE = Price(input=parse_amount("1.50"), cached_input=parse_amount("0.30"), output=parse_amount("60.00"))
+PRICE = Price(input=parse_amount("1.00"), cached_input=parse_amount("0.20"), output=parse_amount("60.00"))
 """In USD per million tokens."""
 CONFIG = f"""
 issuer = "Tidemill demo"
@@ -35,6 +35,7 @@ credit = "0"
 [models."{MODEL}"]
 engine = "llamacpp"
 cost_per_hour = "{COST_PER_HOUR}"
+queue_seconds = {ANSWER_WITHIN_S}  # who is let in gets a turn, be the machine ever so busy
 
 [prices."{MODEL}".USD]
 input = "{format_amount(PRICE.input)}"
@@ -42,8 +43,8 @@ cached_input = "{format_amount(PRICE.cached_input)}"
 output = "{format_amount(PRICE.output)}"
 
 [prices."{MODEL}".CNY]
-input = "10.00"
-cached_input = "2.00"
+input = "7.00"
+cached_input = "1.40"
 output = "400.00"
 """
 

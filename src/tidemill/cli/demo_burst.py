@@ -1,6 +1,6 @@
 """The burst of `tidemill demo`: many requests at once, and a balance that is enough for exactly ten of them.
 
-Exactly, on any machine and in any order, as the money is reckoned from both sides:
+Exactly, at any speed and in any order, as the money is reckoned from both sides:
 
 - ten times the most that a request can be held for, so that nobody's hold keeps one of the ten out;
 - less than eleven answers cost, whatever the prompts come to, so that no money that is free again lets one more in.
@@ -20,7 +20,7 @@ from tidemill.ledger.pricing import Price, hold_for
 BURST = 200
 """Requests sent at once."""
 ENOUGH_FOR = 10
-TOKENS = 120
+TOKENS = 72
 """Of each answer, no fewer: an answer that ends early would leave money for another one."""
 STEP = Nanos(10_000)
 """A balance is granted in whole multiples of this: 0.00001."""
