@@ -34,6 +34,7 @@ credit = "0"
 
 [models."{MODEL}"]
 engine = "llamacpp"
+threads = 1  # for so small a model: on a busy machine, threads that wait for each other cost more than they bring
 cost_per_hour = "{COST_PER_HOUR}"
 queue_seconds = {ANSWER_WITHIN_S}  # who is let in gets a turn, be the machine ever so busy
 
