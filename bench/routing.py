@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from tidemill.gateway.prefix import PrefixIndex
+from tidemill.gateway.routing.prefix_index import PrefixIndex
 from tidemill.tides.routing import POLICY, Policy, ReplicaView, choose, work_of
 
 BLOCK_TOKENS = 512

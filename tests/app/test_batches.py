@@ -6,13 +6,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from support.plane import model
+from tests.support.plane import model
 from tidemill.app.batch_worker import LineModel, RunnerCommand
 from tidemill.app.batches import BatchProcess
-from tidemill.app.config import Config
+from tidemill.app.config.models import ModelConfig
+from tidemill.app.config.platform import Config
 from tidemill.app.datadir import DataDir
-from tidemill.app.model_config import ModelConfig
-from tidemill.gateway.replica import ReplicaSpec
+from tidemill.gateway.routing.replica import ReplicaSpec
 
 
 class Kept:

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
-from store.values import assert_clean
+from tests.store.values import assert_clean
 from tidemill.app.bootstrap import prepare_store
-from tidemill.app.config import Config, FirstTenantConfig, default_config
+from tidemill.app.config.platform import Config, FirstTenantConfig, default_config
 from tidemill.errors import ConfigError
 from tidemill.ledger.money import Nanos
 from tidemill.ledger.posting import credit_grant

@@ -5,10 +5,10 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from support.plane import model
+from tests.support.plane import model
 from tidemill.app.metrics import Standing, Trough, families
-from tidemill.gateway.routing import ReplicaSpec
-from tidemill.gateway.tally import Figures, ModelFigures, Standings
+from tidemill.gateway.metrics import Figures, ModelFigures, Standings
+from tidemill.gateway.routing.models import ReplicaSpec
 from tidemill.meter.histogram import Histogram
 
 

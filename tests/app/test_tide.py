@@ -9,18 +9,18 @@ import msgspec
 import pytest
 
 from tidemill.app.batches import BatchProcess
-from tidemill.app.config import Config
+from tidemill.app.config.fleet import ObjectiveConfig
+from tidemill.app.config.models import ModelConfig
+from tidemill.app.config.platform import Config
 from tidemill.app.datadir import DataDir
 from tidemill.app.fleet import Fleet
-from tidemill.app.fleet_config import ObjectiveConfig
-from tidemill.app.model_config import ModelConfig
 from tidemill.app.tide import BESIDE_LINGER_S, BESIDE_WORK, Tide
 from tidemill.errors import NotFound
 from tidemill.fleet.backend import Device, Node
 from tidemill.fleet.controller import NoJobs
 from tidemill.fleet.history import History
 from tidemill.fleet.replica import Replica
-from tidemill.gateway.gauge import Load, ModelSeen, ReplicaUse
+from tidemill.gateway.routing.demand import Load, ModelSeen, ReplicaUse
 from tidemill.store.engine import Store, open_store, store_url
 from tidemill.store.migrate import migrate
 from tidemill.tides.buckets import bucket_of

@@ -4,13 +4,12 @@ from typing import Any
 
 import pytest
 
-from control.world import OCTOBER, FakeModel, record
+from tests.cli.conftest import Run, Up
+from tests.control.world import OCTOBER, FakeModel, record
 from tidemill.cli import client
 from tidemill.ledger.money import parse_amount
 from tidemill.ledger.pricing import Price
 from tidemill.ledger.usage import TokenUsage
-
-from .conftest import Run, Up
 
 
 def test_the_main_road(run: Run, up: Up) -> None:

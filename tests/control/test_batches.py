@@ -6,6 +6,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from tests.control.conftest import Api
+from tests.control.world import FakePlatform, record
 from tidemill.store.batches import (
     Batch,
     BatchStatus,
@@ -18,9 +20,6 @@ from tidemill.store.batches import (
 )
 from tidemill.store.files import File, FileQuota, add_file
 from tidemill.store.usage import store_records
-
-from .conftest import Api
-from .world import FakePlatform, record
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 

@@ -9,16 +9,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.control.conftest import Api
+from tests.control.world import LONG_AGO, OCTOBER, FakeModel, FakePlatform, record
 from tidemill.ledger.devices import DeviceTier, Meter
 from tidemill.ledger.money import Nanos, format_amount, parse_amount
 from tidemill.ledger.period import parse_period
 from tidemill.ledger.pricing import Price
 from tidemill.ledger.usage import Status, TokenUsage
+from tidemill.store.device_meters import MeterWish, ReadingWish, begin_meters, read_meters
 from tidemill.store.device_prices import current_device_prices, set_device_price
-from tidemill.store.devices import MeterWish, ReadingWish, begin_meters, read_meters
-
-from .conftest import Api
-from .world import LONG_AGO, OCTOBER, FakeModel, FakePlatform, record
 
 in_a_world = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 numbers = count()

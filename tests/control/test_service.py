@@ -6,11 +6,10 @@ from typing import Any
 
 from litestar.testing import TestClient
 
+from tests.control.conftest import Api
+from tests.control.world import FakeModel, FakePlatform
 from tidemill.ledger.pricing import Price
 from tidemill.store.prices import set_price
-
-from .conftest import Api
-from .world import FakeModel, FakePlatform
 
 
 def test_models_with_their_prices(api: Api, platform: FakePlatform) -> None:

@@ -11,13 +11,13 @@ from prometheus_client.metrics_core import Metric
 from tidemill.errors import NotFound
 from tidemill.fleet.recipe import Version
 from tidemill.fleet.roll import RollState
-from tidemill.fleet.standing import DeviceState, FleetState, ModelState, NodeState, ReplicaState, WaitState
+from tidemill.fleet.status import DeviceState, FleetState, ModelState, NodeState, ReplicaState, WaitState
 from tidemill.ledger.money import Nanos, parse_amount
 from tidemill.ledger.pricing import Price, PriceVersion, rate_capped
 from tidemill.ledger.usage import Status, TokenUsage, UsageRecord
 from tidemill.store.engine import Store, open_store, store_url
 from tidemill.store.job_files import JobFiles
-from tidemill.store.job_wish import JobLimits
+from tidemill.store.job_submission import JobLimits
 from tidemill.store.migrate import migrate
 from tidemill.store.prices import set_price
 from tidemill.store.revision import current_revision, set_setting

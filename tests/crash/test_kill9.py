@@ -14,17 +14,16 @@ from pathlib import Path
 import pytest
 from sqlalchemy import func, select
 
-from support.mock import Mock
-from support.platform import Part, Platform, start_platform
+from tests.crash.clients import Crowd, Seen
+from tests.support.mock import Mock
+from tests.support.platform import Part, Platform, start_platform
 from tidemill.ledger.usage import Status, UsageRecord
 from tidemill.store.accounts import tenant_balances, verify_books
+from tidemill.store.balance_leases import leasing_workers
 from tidemill.store.engine import open_store, store_url
-from tidemill.store.leases import leasing_workers
 from tidemill.store.schema import log_positions
 from tidemill.store.tenants import list_tenants
 from tidemill.store.usage import records_between
-
-from .clients import Crowd, Seen
 
 STREAMS = 50
 EMBEDDED = 6

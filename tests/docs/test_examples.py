@@ -10,11 +10,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from docs.examples import Reader, normal, pattern_of, steps_of
-from support.platform import Platform, free_port
-from tidemill.app.config import load_config
+from tests.docs.examples import Reader, normal, pattern_of, steps_of
+from tests.support.paths import ROOT
+from tests.support.platform import Platform, free_port
+from tidemill.app.config.platform import load_config
 
-ROOT = Path(__file__).parents[2]
 PAGES = sorted(ROOT.glob("docs/**/*.md"))
 FRONT = [ROOT / name for name in ("README.md", "README.zh-CN.md", "CHANGELOG.md")]
 NEEDED = (".venv", "Makefile", "pyproject.toml", "uv.lock", "src")
@@ -54,7 +54,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_the_operator_page_names_every_key_of_the_configuration() -> None:
-    from tidemill.app import config
+    from tidemill.app.config import platform as config
 
     page = (ROOT / "docs/operator.md").read_text(encoding="utf-8")
     for name, struct in vars(config).items():

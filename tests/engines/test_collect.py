@@ -7,11 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.engines.streams import event
 from tidemill.engines.collect import Collector
 from tidemill.engines.protocol import Counts
 from tidemill.engines.sse import BrokenStream
-
-from .streams import event
 
 HEAD = {"id": "c1", "created": 5, "model": "m", "object": "chat.completion.chunk"}
 

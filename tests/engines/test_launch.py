@@ -7,13 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.engines.contract import NotAccepted, accepted, contract
 from tidemill.engines import sglang, vllm
 from tidemill.engines.catalogue import model_named
 from tidemill.engines.fit import Wish, fits, parse_nodes
 from tidemill.engines.launch import Command, EngineLaunch, MultiNode, launch_for
 from tidemill.errors import ConfigError
-
-from .contract import NotAccepted, accepted, contract
 
 ENGINES = {"vllm": vllm, "sglang": sglang}
 BEFORE_ARGUMENTS = {"vllm": ("vllm", "serve"), "sglang": ("python", "-m", "sglang.launch_server")}

@@ -7,11 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.engines.streams import cut, event, feed, payloads, words
 from tidemill.engines.llamacpp import LlamaCppEngine, LlamaCppTap
 from tidemill.engines.protocol import Ask, Counters, Counts
 from tidemill.engines.sse import BrokenStream
-
-from .streams import cut, event, feed, payloads, words
 
 DONE = b"data: [DONE]\n\n"
 ENVELOPE = {

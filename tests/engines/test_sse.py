@@ -7,10 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.engines.streams import cut, event, feed, payloads, words
 from tidemill.engines.protocol import Counts
 from tidemill.engines.sse import MAX_COUNT, MAX_EVENT_BYTES, BrokenStream, SseTap, data_of, usage_of
-
-from .streams import cut, event, feed, payloads, words
 
 DONE = b"data: [DONE]\n\n"
 

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from support.mock import Mock
-from support.platform import Platform, start_platform
+from tests.field.books import check_books
+from tests.field.load import Stream
+from tests.support.mock import Mock
+from tests.support.platform import Platform, start_platform
 from tidemill.ledger.usage import Status, TokenUsage
-
-from .books import check_books
-from .load import Stream
 
 STREAMS = 100
 WAITING = 20

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from tidemill.app.asking import get, post
+from tidemill.app.engine_http import get, post
 from tidemill.engines import vllm
 from tidemill.engines.launch import Command, EngineLaunch, MultiNode
 from tidemill.fleet.backend import Device, Launch, Node

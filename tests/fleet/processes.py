@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from support.platform import wait_until
+from tests.support.platform import wait_until
 from tidemill.fleet.backend import Device, Launch
 from tidemill.fleet.local import LocalBackend, alive
 

@@ -7,10 +7,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from tidemill.clock import JumpTolerantClock
 from tidemill.fleet import controller as controller_module
 from tidemill.fleet.backend import CannotStart, Device, Node
 from tidemill.fleet.controller import Controller
-from tidemill.fleet.steady import SteadyClock
 from tidemill.tides.state import (
     BacklogView,
     Demand,
@@ -349,7 +349,7 @@ async def test_an_event_is_planned_for_soon() -> None:
 def test_a_wall_clock_that_jumps_takes_nothing_from_anyone() -> None:
     world = World(devices=2)
     wall, steady = [1_000_000.0], [50.0]
-    clock = SteadyClock(lambda: wall[0], lambda: steady[0])
+    clock = JumpTolerantClock(lambda: wall[0], lambda: steady[0])
     world.controller = Controller(world, _Replicas(world), _Jobs(world), clock=clock)
     tomorrow = wall[0] + 86_400.0
     world.rented = (ReservationView(id="r", tenant="t", devices=2, start=tomorrow, end=tomorrow + 86_400.0),)

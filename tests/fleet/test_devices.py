@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tidemill.fleet.device_kinds import kind_of
+from tidemill.fleet.device_visibility import visible_devices
 from tidemill.fleet.devices import (
     Declared,
     Found,
@@ -16,8 +18,6 @@ from tidemill.fleet.devices import (
     read_rocm,
     slug,
 )
-from tidemill.fleet.kinds import kind_of
-from tidemill.fleet.visible import visible_devices
 
 GIB = 2**30
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from ledger.values import record
+from tests.ledger.values import record
 from tidemill.fleet.history import History, pasts_of
 from tidemill.ledger.usage import TokenUsage
 from tidemill.store.demand import BIN_S, UP, Bin

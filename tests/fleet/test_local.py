@@ -13,8 +13,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from fleet.processes import CORES, backend, gone, launch, pid_in, python, said, shell, slot
-from support.platform import wait_until
+from tests.fleet.processes import CORES, backend, gone, launch, pid_in, python, said, shell, slot
+from tests.support.platform import wait_until
 from tidemill.fleet.backend import CannotStart, Ended, Launch
 from tidemill.fleet.local import orphans
 

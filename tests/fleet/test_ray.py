@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from fleet.fleets import ready, recipe, replica_set, until, weights
-from fleet.processes import gone, launch, pid_in, python, said, shell
-from support.platform import wait_until
-from support.ray_cluster import Cluster
+from tests.fleet.fleets import ready, recipe, replica_set, until, weights
+from tests.fleet.processes import gone, launch, pid_in, python, said, shell
+from tests.support.platform import wait_until
+from tests.support.ray_cluster import Cluster
 from tidemill.errors import Unavailable
 from tidemill.fleet.backend import CannotStart, Device
 from tidemill.fleet.ray import RayBackend, devices_of, unique_names
-from tidemill.fleet.ray_words import RayNode
+from tidemill.fleet.ray_messages import RayNode
 from tidemill.tides.state import Phase
 
 pytestmark = pytest.mark.timeout(180)

@@ -9,13 +9,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from fleet.fleets import FarBackend, ready, recipe, replica_set, slots, until, weights
-from fleet.processes import gone
+from tests.fleet.fleets import FarBackend, ready, recipe, replica_set, slots, until, weights
+from tests.fleet.processes import gone
 from tidemill.errors import Conflict, NotFound
 from tidemill.fleet.backend import Node
-from tidemill.fleet.placing import first_fit, share_of_slots
 from tidemill.fleet.replica import Replica, Use
 from tidemill.fleet.replicas import HISTORY
+from tidemill.fleet.static_placement import first_fit, share_of_slots
 from tidemill.tides.state import Phase
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from fleet.fleets import ready, recipe, replica_set, until, weights
+from tests.fleet.fleets import ready, recipe, replica_set, until, weights
 from tidemill.errors import Conflict, NotFound
 from tidemill.fleet.backend import Device
 from tidemill.fleet.local import LocalBackend

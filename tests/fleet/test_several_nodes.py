@@ -4,7 +4,7 @@ import os
 import signal
 from pathlib import Path
 
-from fleet.fleets import FarBackend, ready, recipe, replica_set, until, weights
+from tests.fleet.fleets import FarBackend, ready, recipe, replica_set, until, weights
 from tidemill.fleet.replica import Replica
 from tidemill.tides.state import Phase
 

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tests.ledger.values import PRICES, record, version
 from tidemill.ledger.costing import (
     NS_PER_HOUR,
     BusyClock,
@@ -17,8 +18,6 @@ from tidemill.ledger.costing import (
 )
 from tidemill.ledger.errors import LedgerError
 from tidemill.ledger.money import Nanos, parse_amount
-
-from .values import PRICES, record, version
 
 START = datetime(2026, 11, 24, tzinfo=UTC)
 

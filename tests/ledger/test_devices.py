@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.ledger.values import NOVEMBER
 from tidemill.ledger.devices import (
     MAX_HOUR,
     US_PER_HOUR,
@@ -24,8 +25,6 @@ from tidemill.ledger.invoice import MonthUsage, make_invoice, to_json
 from tidemill.ledger.invoice_text import WIDTH, display_width, to_text
 from tidemill.ledger.money import ZERO, Nanos, parse_amount
 from tidemill.ledger.period import parse_period
-
-from .values import NOVEMBER
 
 BEGAN = NOVEMBER.end - timedelta(hours=2)
 PLENTY = 2**80

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.ledger.values import NOVEMBER, PRICES, in_november, months, record, version
 from tidemill.ledger.errors import LedgerError
 from tidemill.ledger.invoice import (
     Invoice,
@@ -22,8 +23,6 @@ from tidemill.ledger.money import Nanos, minor_digits, parse_amount
 from tidemill.ledger.posting import Transaction, credit_grant, usage_charge
 from tidemill.ledger.statement import usage_statement
 from tidemill.ledger.usage import TokenUsage, UsageRecord
-
-from .values import NOVEMBER, PRICES, in_november, months, record, version
 
 
 def grant(amount: str, at: datetime = NOVEMBER.start, name: str = "txn_1", tenant: str = "acme") -> Transaction:

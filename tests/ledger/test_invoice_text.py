@@ -6,14 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.ledger.values import NOVEMBER, PRICES, months, record, version
 from tidemill.ledger.invoice import Invoice, make_invoice, sum_month
 from tidemill.ledger.invoice_text import WIDTH, display_width, printable, to_text, wrap
 from tidemill.ledger.money import MAX_NANOS, Nanos, format_amount, parse_amount
 from tidemill.ledger.posting import credit_grant
 from tidemill.ledger.pricing import MAX_PRICE, Price
 from tidemill.ledger.usage import TokenUsage, UsageRecord
-
-from .values import NOVEMBER, PRICES, months, record, version
 
 names = st.text(max_size=120)
 

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from tests.ledger.values import NOVEMBER, PRICES, months, record, records, version
 from tidemill.ledger.money import MAX_NANOS, Nanos, parse_amount
 from tidemill.ledger.period import period_of
 from tidemill.ledger.posting import (
@@ -26,8 +27,6 @@ from tidemill.ledger.posting import (
     verify_balance,
 )
 from tidemill.ledger.usage import Status, TokenUsage, UsageRecord
-
-from .values import NOVEMBER, PRICES, months, record, records, version
 
 NOW = datetime(2026, 11, 24, tzinfo=UTC)
 

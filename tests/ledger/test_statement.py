@@ -5,6 +5,7 @@ import msgspec
 import pytest
 from hypothesis import given
 
+from tests.ledger.values import NOVEMBER, PRICES, months, record
 from tidemill.ledger.errors import LedgerError
 from tidemill.ledger.money import Nanos, parse_amount
 from tidemill.ledger.statement import (
@@ -15,8 +16,6 @@ from tidemill.ledger.statement import (
     usage_statement,
 )
 from tidemill.ledger.usage import Status, TokenUsage, UsageRecord
-
-from .values import NOVEMBER, PRICES, months, record
 
 
 @given(months)

@@ -2,9 +2,8 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.ledger.values import record
 from tidemill.ledger.usage import MAX_TOKENS, TokenUsage
-
-from .values import record
 
 anything = st.integers(-(2**70), 2**70)
 

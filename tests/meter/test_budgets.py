@@ -8,23 +8,22 @@ from pathlib import Path
 import pytest
 import structlog
 
-from store.conftest import new_tenant
-from store.databases import Databases
-from store.values import grant
+from tests.meter.conftest import OCTOBER
+from tests.store.conftest import new_tenant
+from tests.store.databases import Databases
+from tests.store.values import grant
+from tidemill.clock import to_micros
 from tidemill.ledger.limits import Limit, LimitKind, Per, span_of
 from tidemill.ledger.usage import Status, TokenUsage
+from tidemill.meter.balance_leases import extend_lease_in, return_lease_in
 from tidemill.meter.frames import allocate_segment, frame
-from tidemill.meter.leasing import extend_lease_in, return_lease_in
 from tidemill.meter.loader import Loader, claim_directory
 from tidemill.meter.records import Opened, encode_settled, settle
 from tidemill.store.budgets import BudgetPeriod, leased_in, spent_in, verify_budgets, warned
-from tidemill.store.clock import to_micros
 from tidemill.store.engine import Store
 from tidemill.store.keys import create_key, rotate_key
 from tidemill.store.limits import remove_limit, set_limit
 from tidemill.store.tenants import Tenant
-
-from .conftest import OCTOBER
 
 ZONE = "Asia/Shanghai"
 CHARGE = 1_000_000

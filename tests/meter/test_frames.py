@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from support.disk import fill_up, small_disk
+from tests.support.disk import fill_up, small_disk
 from tidemill.meter.frames import (
     END_OF_SEGMENT,
     HEADER,

@@ -12,14 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from store.values import ZONE
-from support.disk import fill_up, small_disk
+from tests.meter.values import START_US, opened
+from tests.store.values import ZONE
+from tests.support.disk import fill_up, small_disk
 from tidemill.ledger.posting import charge_batches
 from tidemill.ledger.usage import MAX_TOKENS, Status
 from tidemill.meter.live import MAX_OPENED, SLOT_BYTES, LiveTable, TooManyOpen, Unfinished, read_unfinished
 from tidemill.meter.loader import finish_record
-
-from .values import START_US, opened
 
 
 def unfinished(path: Path) -> dict[str, Unfinished]:

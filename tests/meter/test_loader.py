@@ -13,8 +13,10 @@ import msgspec
 import pytest
 from sqlalchemy import event, func, select
 
-from store.databases import Databases, FlakyStore
-from store.values import ZONE, assert_clean, balance_of, grant
+from tests.meter.values import opened, settled
+from tests.store.databases import Databases, FlakyStore
+from tests.store.values import ZONE, assert_clean, balance_of, grant
+from tidemill.clock import to_micros
 from tidemill.errors import Unavailable
 from tidemill.ledger.period import parse_period
 from tidemill.ledger.usage import Status, TokenUsage, UsageRecord
@@ -24,14 +26,11 @@ from tidemill.meter.live import LiveTable
 from tidemill.meter.loader import LIVE_FILE, Drained, Loader, claim_directory, finish_record
 from tidemill.meter.log import UsageLog
 from tidemill.meter.records import Opened, Settled, encode_settled, to_record
-from tidemill.store.clock import to_micros
+from tidemill.store.balance_leases import extend_lease, leased, leasing_workers
 from tidemill.store.engine import Store
-from tidemill.store.leases import extend_lease, leased, leasing_workers
 from tidemill.store.schema import log_positions, transactions
 from tidemill.store.tenants import Tenant
 from tidemill.store.usage import records_between
-
-from .values import opened, settled
 
 GRANTED = 10**12
 ids = count(1)

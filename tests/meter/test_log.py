@@ -13,15 +13,14 @@ from typing import Any
 
 import pytest
 
-from support.disk import fill_up, small_disk
+from tests.meter.values import opened, settled
+from tests.support.disk import fill_up, small_disk
 from tidemill.ledger.usage import TokenUsage
 from tidemill.meter import log as log_module
 from tidemill.meter.frames import HEADER, read_frames, segment_numbers
 from tidemill.meter.live import MAX_OPENED
 from tidemill.meter.log import RECORD_RESERVE, LogFull, UsageLog
 from tidemill.meter.records import encode_opened, encode_settled
-
-from .values import opened, settled
 
 SEGMENT = 8192
 START = (1, 0)

@@ -29,11 +29,12 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import select
 
-from store.databases import FlakyStore
-from store.values import LONG_AGO, ZONE, assert_clean, grant
+from tests.meter.values import START_US
+from tests.store.databases import FlakyStore
+from tests.store.values import LONG_AGO, ZONE, assert_clean, grant
 from tidemill.errors import Unavailable
 from tidemill.ledger.usage import Status, TokenUsage
-from tidemill.meter.leasing import DRY_FOR_S, IDLE_FOR_S, Leasing
+from tidemill.meter.balance_leases import DRY_FOR_S, IDLE_FOR_S, Leasing
 from tidemill.meter.live import LiveTable
 from tidemill.meter.loader import LIVE_FILE, Loader, claim_directory
 from tidemill.meter.log import LogFull, UsageLog
@@ -44,8 +45,6 @@ from tidemill.store.migrate import migrate
 from tidemill.store.schema import leases
 from tidemill.store.tenants import create_tenant
 from tidemill.store.usage import records_between
-
-from .values import START_US
 
 PRICE = (1_000_000, 250_000, 3_000_000)
 """One nano for an input token, a quarter for a cached one, three for an output token."""

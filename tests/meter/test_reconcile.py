@@ -6,15 +6,14 @@ from itertools import count
 import msgspec
 import pytest
 
-from ledger.values import record
-from store.values import ZONE
+from tests.ledger.values import record
+from tests.meter.conftest import OCTOBER
+from tests.store.values import ZONE
 from tidemill.ledger.usage import Status, TokenUsage
 from tidemill.meter.reconcile import ReconcileReport, ReplicaLine, note_counters, reconcile
 from tidemill.store.engine import Store
 from tidemill.store.tenants import Tenant
 from tidemill.store.usage import store_records
-
-from .conftest import OCTOBER
 
 MINUTE = timedelta(minutes=1)
 ids = count(1)

@@ -3,11 +3,10 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.meter.values import START_US, opened
 from tidemill.ledger.pricing import Price, rate
 from tidemill.ledger.usage import Status, TokenUsage
 from tidemill.meter.records import decode_opened, decode_settled, encode_opened, encode_settled, settle, to_record
-
-from .values import START_US, opened
 
 tokens = st.integers(0, 2**28)
 prices = st.tuples(*[st.integers(0, 10**16)] * 3)

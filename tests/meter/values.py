@@ -1,10 +1,9 @@
 """Requests to meter in tests."""
 
+from tests.meter.conftest import OCTOBER
+from tidemill.clock import to_micros
 from tidemill.ledger.usage import Status, TokenUsage
 from tidemill.meter.records import Opened, Settled, settle
-from tidemill.store.clock import to_micros
-
-from .conftest import OCTOBER
 
 PRICE = (4_000_000_000, 1_000_000_000, 16_000_000_000)
 """Nanos per million tokens: 4, 1 and 16 units."""

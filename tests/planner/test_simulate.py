@@ -2,8 +2,8 @@
 
 import msgspec
 import pytest
-from tests.planner.test_fleet_model import SPEC
 
+from tests.planner.test_fleet_model import SPEC
 from tidemill.planner.arrivals import Bin, Day, Trace, history_of, requests_of
 from tidemill.planner.policies import Policy, alone, kueue_like, reactive, static, tide
 from tidemill.planner.scenario import a_day, fleet, peak_replicas

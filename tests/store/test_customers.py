@@ -7,20 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.store.conftest import new_tenant
+from tests.store.databases import Databases
+from tests.store.values import LONG_AGO, OCTOBER
+from tidemill.clock import from_micros, to_micros
 from tidemill.errors import BadInput, Conflict, NotFound
 from tidemill.ledger.money import MoneyError
 from tidemill.ledger.pricing import Price
-from tidemill.store.clock import from_micros, to_micros
 from tidemill.store.engine import Store
 from tidemill.store.ids import new_id
 from tidemill.store.keys import create_key, digest_of, list_keys, revoke_key
 from tidemill.store.prices import current_prices, price_versions, set_price
 from tidemill.store.revision import bump_revision, current_revision
 from tidemill.store.tenants import Tenant, create_tenant, find_tenant, list_tenants
-
-from .conftest import new_tenant
-from .databases import Databases
-from .values import LONG_AGO, OCTOBER
 
 
 def revision(store: Store) -> int:

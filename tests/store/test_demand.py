@@ -5,7 +5,8 @@ from itertools import count
 
 from msgspec.structs import replace
 
-from ledger.values import record
+from tests.ledger.values import record
+from tests.store.values import OCTOBER, ZONE
 from tidemill.ledger.usage import TokenUsage
 from tidemill.store.demand import (
     BIN_S,
@@ -21,8 +22,6 @@ from tidemill.store.demand import (
 from tidemill.store.engine import Store
 from tidemill.store.tenants import Tenant
 from tidemill.store.usage import store_records
-
-from .values import OCTOBER, ZONE
 
 NOON = datetime.fromtimestamp(bin_of(OCTOBER.timestamp()) * BIN_S, UTC)
 FIRST = bin_of(NOON.timestamp())

@@ -10,7 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select
 
-from ledger.values import PRICES, UNCAPPED, record, usages
+from tests.ledger.values import PRICES, UNCAPPED, record, usages
+from tests.store.conftest import new_tenant
+from tests.store.values import LONG_AGO, OCTOBER, ZONE, assert_clean, balance_of, grant
 from tidemill.ledger.invoice import LineSum, MonthUsage, sum_month
 from tidemill.ledger.money import MAX_NANOS, Nanos
 from tidemill.ledger.period import parse_period, period_of
@@ -30,9 +32,6 @@ from tidemill.store.usage import (
     store_records,
     usage_totals,
 )
-
-from .conftest import new_tenant
-from .values import LONG_AGO, OCTOBER, ZONE, assert_clean, balance_of, grant
 
 ids = count(1)
 on_one_store = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -133,7 +132,7 @@ def test_a_batch_of_several_tenants_and_months_is_one_transaction_for_each(store
 
 
 def period_of_micros(micros: int) -> str:
-    from tidemill.store.clock import from_micros
+    from tidemill.clock import from_micros
 
     return period_of(from_micros(micros), ZONE).month
 

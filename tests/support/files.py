@@ -7,11 +7,11 @@ from typing import Any
 
 import msgspec
 
-from support.plane import Plane
-from tidemill.gateway.batches import Batches, BatchRules
-from tidemill.gateway.files import FileRules, Files, open_blobs
-from tidemill.gateway.flight import Meter
-from tidemill.gateway.gateway import OPERATIONS, Gateway
+from tests.support.plane import Plane
+from tidemill.gateway.endpoints.app import OPERATIONS, Gateway
+from tidemill.gateway.endpoints.batches import Batches, BatchRules
+from tidemill.gateway.endpoints.files import FileRules, Files, open_blobs
+from tidemill.gateway.proxy.inflight import Meter
 
 BOUNDARY = b"---tide"
 

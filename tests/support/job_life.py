@@ -1,10 +1,10 @@
-"""`python -m support.job_life DIR`: a platform with jobs alone, which starts all that wait; made to be killed."""
+"""`python -m tests.support.job_life DIR`: a platform with jobs alone, which starts all that wait; made to be killed."""
 
 import asyncio
 import sys
 from pathlib import Path
 
-from support.jobs import Jobs
+from tests.support.jobs import Jobs
 
 
 async def main() -> None:

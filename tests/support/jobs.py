@@ -9,24 +9,24 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from support.platform import parent_of
+from tests.support.platform import parent_of
+from tidemill.clock import JumpTolerantClock
 from tidemill.fleet.backend import Device
 from tidemill.fleet.local import LocalBackend
-from tidemill.fleet.steady import SteadyClock
 from tidemill.ledger.devices import DeviceTier
 from tidemill.ledger.money import Nanos, parse_amount
 from tidemill.ledger.posting import credit_grant
 from tidemill.store.accounts import post, tenant_balance, verify_books
+from tidemill.store.balance_leases import leased
+from tidemill.store.device_meters import MeterRow, meter_rows, verify_meters
 from tidemill.store.device_prices import set_device_price
-from tidemill.store.devices import MeterRow, meter_rows, verify_meters
 from tidemill.store.engine import Store, open_store, store_url
 from tidemill.store.ids import new_id
 from tidemill.store.job_files import JobFiles
 from tidemill.store.jobs import Attempt, Job, JobSpec, JobState, create_job, find_job, list_attempts, new_job_id
-from tidemill.store.leases import leased
 from tidemill.store.migrate import migrate
 from tidemill.store.tenants import Tenant, create_tenant, list_tenants
-from tidemill.work.job_book import JobBook
+from tidemill.work.jobs.controller import JobBook
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_classifier.py"
 WITHIN_S = 30.0
@@ -50,7 +50,7 @@ class Jobs:
         self.backend = LocalBackend(self.devices, owner=f"jobs-{directory}", secret=["SECRET_OF_TEST"])
         self.files = JobFiles(directory / "jobs")
         self.skew_s = 0.0
-        clock = SteadyClock(lambda: time.time() + self.skew_s)
+        clock = JumpTolerantClock(lambda: time.time() + self.skew_s)
         self.book = JobBook(self.store, self.backend, self.files, tick_s=tick_s, clock=clock)
 
     def _found(self, balance: str) -> None:

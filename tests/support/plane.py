@@ -9,23 +9,23 @@ from typing import Any
 
 import msgspec
 
-from support.wire import Answer, Line, post
-from tidemill.gateway.admission import Admission
-from tidemill.gateway.door import Door
-from tidemill.gateway.flight import Meter
-from tidemill.gateway.gateway import Gateway, RequestIds
-from tidemill.gateway.http import HttpServer
-from tidemill.gateway.limits import Limits
-from tidemill.gateway.queueing import Queues
-from tidemill.gateway.responses_shelf import Shelf
-from tidemill.gateway.routing import ModelSpec, ReplicaSpec, Routes
-from tidemill.gateway.shares import Shares
+from tests.support.wire import Answer, Line, post
+from tidemill.gateway.admission.admission import Admission
+from tidemill.gateway.admission.fair_queue import Queues
+from tidemill.gateway.admission.limit_leases import Shares
+from tidemill.gateway.admission.rate_limits import Limits
+from tidemill.gateway.auth.authenticator import Door
+from tidemill.gateway.endpoints.app import Gateway, RequestIds
+from tidemill.gateway.protocols.responses.store import Shelf
+from tidemill.gateway.proxy.inflight import Meter
+from tidemill.gateway.routing.models import ModelSpec, ReplicaSpec, Routes
+from tidemill.http.server import HttpServer
 from tidemill.ledger.limits import Limit, LimitKind
 from tidemill.ledger.money import parse_amount
 from tidemill.ledger.posting import credit_grant
 from tidemill.ledger.pricing import Price
+from tidemill.meter.balance_leases import Leasing
 from tidemill.meter.frames import read_frames
-from tidemill.meter.leasing import Leasing
 from tidemill.meter.live import LiveTable
 from tidemill.meter.log import UsageLog
 from tidemill.meter.records import Settled, decode_settled

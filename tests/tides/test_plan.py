@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import msgspec
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tests.tides.fleets import NOW, actions, carried_out, check, devices, fleets, job, model, settled, snapshot
 
+from tests.tides.fleets import NOW, actions, carried_out, check, devices, fleets, job, model, settled, snapshot
 from tidemill.tides.plan import plan
 from tidemill.tides.rules import Rules
 from tidemill.tides.state import BacklogView, JobView, QueueView, Snapshot

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tides.fleets import NOW, carried_out, check, devices, job, model, replica, settled, snapshot
 
+from tests.tides.fleets import NOW, carried_out, check, devices, job, model, replica, settled, snapshot
 from tidemill.tides.plan import plan
 from tidemill.tides.quota import presses
 from tidemill.tides.rules import RULES

@@ -2,8 +2,8 @@
 
 import msgspec
 from hypothesis import given, settings
-from tests.tides.fleets import NOW, actions, carried_out, devices, fleets, job, model, replica, settled, snapshot
 
+from tests.tides.fleets import NOW, actions, carried_out, devices, fleets, job, model, replica, settled, snapshot
 from tidemill.tides.plan import plan
 from tidemill.tides.state import BacklogView, JobPhase, ReservationView, Snapshot
 

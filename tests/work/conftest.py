@@ -10,20 +10,20 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
+from tidemill.clock import to_micros
 from tidemill.store.batches import Batch, BatchStatus, ask_to_cancel, create_batch, find_batch
 from tidemill.store.blobs import BlobStore
-from tidemill.store.clock import to_micros
 from tidemill.store.engine import open_store, store_url
 from tidemill.store.files import File, FileQuota, add_file
 from tidemill.store.ids import new_id
 from tidemill.store.migrate import migrate
 from tidemill.store.schema import batches
 from tidemill.store.tenants import create_tenant
-from tidemill.work.attempt import Answer, Call
-from tidemill.work.batch import BatchRunner
-from tidemill.work.lifecycle import Lifecycle
-from tidemill.work.lines import LineRules
-from tidemill.work.slack import ConfiguredSlack
+from tidemill.work.batches.attempt import Answer, Call
+from tidemill.work.batches.lifecycle import Lifecycle
+from tidemill.work.batches.lines import LineRules
+from tidemill.work.batches.runner import BatchRunner
+from tidemill.work.batches.slack import ConfiguredSlack
 
 CHAT = "/v1/chat/completions"
 RULES = LineRules(max_lines=1000, max_line_bytes=100_000)
@@ -168,9 +168,9 @@ def mill(tmp_path: Path) -> Iterator[Mill]:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The waits of the runner, shortened."""
-    monkeypatch.setattr("tidemill.work.batch.LOOK_EVERY_S", 0.05)
-    monkeypatch.setattr("tidemill.work.batch.SYNC_EVERY_S", 0.05)
-    monkeypatch.setattr("tidemill.work.attempt.FIRST_WAIT_S", 0.02)
+    monkeypatch.setattr("tidemill.work.batches.runner.LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr("tidemill.work.batches.runner.SYNC_EVERY_S", 0.05)
+    monkeypatch.setattr("tidemill.work.batches.attempt.FIRST_WAIT_S", 0.02)
 
 
 async def fine(call: Call) -> Answer:

@@ -20,17 +20,17 @@ import uvloop
 from sqlalchemy import make_url
 
 from tidemill.app.logs import configure_logs
-from tidemill.gateway.files import FileRules
-from tidemill.gateway.internal import NotOurs
-from tidemill.gateway.upstream import Address, Connection, EngineLost, Pool
+from tidemill.gateway.auth.internal_token import NotOurs
+from tidemill.gateway.endpoints.files import FileRules
+from tidemill.http.client import Address, Connection, EngineLost, Pool
 from tidemill.store.blobs import BlobStore
 from tidemill.store.engine import open_store
 from tidemill.tides.state import BacklogView
-from tidemill.work.attempt import Answer, Call, Lost
-from tidemill.work.batch import BatchRunner
-from tidemill.work.lifecycle import Lifecycle
-from tidemill.work.lines import LineRules
-from tidemill.work.slack import TideSlack
+from tidemill.work.batches.attempt import Answer, Call, Lost
+from tidemill.work.batches.lifecycle import Lifecycle
+from tidemill.work.batches.lines import LineRules
+from tidemill.work.batches.runner import BatchRunner
+from tidemill.work.batches.slack import TideSlack
 
 ORPHAN_GRACE_S = 4.0
 """How long lines in flight may go on after the supervisor was killed; the gateways live a second longer."""
@@ -64,7 +64,7 @@ class RunnerSpec(msgspec.Struct, kw_only=True):
     gateway_url: str
     """Where the data plane listens, without `/v1`."""
     token: str
-    """See `gateway.internal`."""
+    """See `gateway.auth.internal_token`."""
     models: list[LineModel]
 
 
@@ -76,7 +76,8 @@ class RunnerCommand(msgspec.Struct, kw_only=True):
     waiting: dict[str, int] = {}
     """Interactive requests that wait, by model."""
     slots: dict[str, int] = {}
-    """Lines that may be in flight at a time, by model, where the tide decides on that (`work.slack.TideSlack`)."""
+    """Lines that may be in flight at a time, by model, where the tide decides on that (`work.batches.slack.TideSlack`).
+    """
     grace_s: float = 0.0
 
 
@@ -88,7 +89,7 @@ class RunnerReport(msgspec.Struct, kw_only=True):
 
 
 class Loopback:
-    """The way of a line into the platform's own data plane (`work.attempt.Send`)."""
+    """The way of a line into the platform's own data plane (`work.batches.attempt.Send`)."""
 
     def __init__(self, url: str, token: str, loop: asyncio.AbstractEventLoop) -> None:
         self._pool = Pool(Address(url), loop)
@@ -125,7 +126,7 @@ class Loopback:
 
 
 class _OnTheLine:
-    """See `gateway.upstream.Owner`."""
+    """See `http.client.Owner`."""
 
     def __init__(self) -> None:
         self.connection: Connection | None = None

@@ -9,10 +9,10 @@ import structlog
 
 from tidemill.app.batch_worker import LineModel, RunnerCommand, RunnerReport, RunnerSpec
 from tidemill.app.children import Child, start_child
-from tidemill.app.config import Config
+from tidemill.app.config.platform import Config
 from tidemill.app.datadir import DataDir
 from tidemill.app.gateways import file_rules
-from tidemill.gateway.routing import ModelSpec
+from tidemill.gateway.routing.models import ModelSpec
 from tidemill.tides.state import BacklogView
 
 RESTART_AFTER_S = (0.5, 1.0, 2.0, 5.0)

@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, func, select
 
-from tidemill.app.config import Config
+from tidemill.app.config.platform import Config
+from tidemill.clock import from_micros, to_micros
 from tidemill.errors import ConfigError
 from tidemill.ledger.money import parse_amount
 from tidemill.ledger.period import period_of
 from tidemill.ledger.posting import credit_grant
 from tidemill.ledger.pricing import Tier
 from tidemill.store.accounts import post
-from tidemill.store.clock import from_micros, to_micros
 from tidemill.store.device_prices import set_device_price
 from tidemill.store.engine import Store
 from tidemill.store.ids import new_id

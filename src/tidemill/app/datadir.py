@@ -5,7 +5,7 @@ DATA/runtime.json   where the running platform listens
 DATA/tidemill.db    the embedded store
 DATA/store-url      where the store is instead, without the password
 DATA/meter/         the usage logs of the gateway processes, one directory each
-DATA/board          what the gateway processes tell each other of replicas (see gateway.board)
+DATA/board          what the gateway processes tell each other of replicas (see gateway.routing.shared_state)
 DATA/files/         files of tenants, and batches at work (see store.blobs)
 DATA/logs/          what the engines and gateways say
 DATA/admin-token    the control plane's token (0600)

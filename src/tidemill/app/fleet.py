@@ -9,23 +9,23 @@ from pathlib import Path
 
 import structlog
 
-from tidemill.app.asking import get, post, status_of
-from tidemill.app.config import Config
+from tidemill.app.config.fleet import GPU_ENGINES
+from tidemill.app.config.models import ModelConfig
+from tidemill.app.config.platform import Config
+from tidemill.app.config.routes import addresses
 from tidemill.app.datadir import DataDir
-from tidemill.app.fleet_config import GPU_ENGINES
-from tidemill.app.model_config import ModelConfig
+from tidemill.app.engine_http import get, post, status_of
 from tidemill.app.nodes import find_devices
 from tidemill.app.probes import UpstreamProbe
 from tidemill.app.recipes import EMBEDDED_CONTEXT, recipes_of
-from tidemill.app.routes_config import addresses
-from tidemill.engines.own import engine_of
 from tidemill.engines.protocol import Counters
+from tidemill.engines.registry import engine_of
 from tidemill.errors import ConfigError
 from tidemill.fleet.local import LocalBackend
 from tidemill.fleet.ray import RayBackend
 from tidemill.fleet.replica import Replica
 from tidemill.fleet.replicas import ReplicaSet
-from tidemill.gateway.routing import ModelCost, ModelSpec, ReplicaSpec
+from tidemill.gateway.routing.models import ModelCost, ModelSpec, ReplicaSpec
 from tidemill.ledger.pricing import Price
 from tidemill.tides.state import Objective
 

@@ -11,18 +11,18 @@ import msgspec
 import structlog
 
 from tidemill.app.children import Child, start_child
-from tidemill.app.config import Config
+from tidemill.app.config.platform import Config
 from tidemill.app.datadir import DataDir
 from tidemill.app.jobs import tenant_rules
 from tidemill.app.worker import Command, Report, WorkerSpec
 from tidemill.errors import Conflict, Unavailable
-from tidemill.gateway.batches import BatchRules
-from tidemill.gateway.board import create_board
-from tidemill.gateway.files import FileRules
-from tidemill.gateway.gauge import Load
-from tidemill.gateway.responses_shelf import ShelfRules
-from tidemill.gateway.routing import ModelSpec
-from tidemill.gateway.tally import Figures, Standings
+from tidemill.gateway.endpoints.batches import BatchRules
+from tidemill.gateway.endpoints.files import FileRules
+from tidemill.gateway.metrics import Figures, Standings
+from tidemill.gateway.protocols.responses.store import ShelfRules
+from tidemill.gateway.routing.demand import Load
+from tidemill.gateway.routing.models import ModelSpec
+from tidemill.gateway.routing.shared_state import create_board
 
 ANNOUNCE_WITHIN_S = 2.0
 """How long a change waits for the gateways to take it over; one that is busy takes it over a second later anyway."""
@@ -216,7 +216,8 @@ class Gateways:
         self._store_url = store_url
         self._tickets = itertools.count(1)
         self._board: Path | None = None
-        # The gateways look prompts up by Python's hash, and tell each other what they found (gateway.board).
+        # The gateways look prompts up by Python's hash, and tell each other what they found
+        # (gateway.routing.shared_state).
         self.environment = {"PYTHONHASHSEED": str(1 + secrets.randbelow(2**32 - 1))}
         self.processes = [GatewayProcess(index, self) for index in range(workers)]
 

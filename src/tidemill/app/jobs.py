@@ -6,15 +6,15 @@ from pathlib import Path
 
 import structlog
 
-from tidemill.app.config import Config
+from tidemill.app.config.platform import Config
 from tidemill.app.datadir import DataDir
 from tidemill.errors import ConfigError
 from tidemill.fleet.backend import Backend
-from tidemill.gateway.jobs import JobRules
+from tidemill.gateway.endpoints.jobs import JobRules
 from tidemill.store.engine import Store
 from tidemill.store.job_files import JobFiles
-from tidemill.store.job_wish import JobLimits
-from tidemill.work.job_book import JobBook
+from tidemill.store.job_submission import JobLimits
+from tidemill.work.jobs.controller import JobBook
 
 log = structlog.get_logger()
 

@@ -13,8 +13,8 @@ from prometheus_client.metrics_core import Metric
 from sqlalchemy import Connection, func, select
 
 from tidemill import __version__
-from tidemill.gateway.routing import ModelSpec
-from tidemill.gateway.tally import Figures, ModelFigures, Standings
+from tidemill.gateway.metrics import Figures, ModelFigures, Standings
+from tidemill.gateway.routing.models import ModelSpec
 from tidemill.meter.histogram import Histogram
 from tidemill.store.files import UNFINISHED
 from tidemill.store.schema import batches

@@ -1,8 +1,8 @@
 """Looking after upstreams: a coarse question whether each is well, asked by the supervisor for all gateway processes.
 
 Engines of one's own are watched by their own guard (`fleet.replica`). What a probe sees of an upstream comes on top of
-what the gateways learn from real requests (`gateway.breaker`): it finds an outage that no request has met yet, and
-the end of one, so that nobody has to be the guinea pig.
+what the gateways learn from real requests (`gateway.routing.circuit_breaker`): it finds an outage that no request has
+met yet, and the end of one, so that nobody has to be the guinea pig.
 """
 
 import asyncio

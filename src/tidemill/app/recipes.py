@@ -7,15 +7,15 @@ from pathlib import Path
 
 import msgspec
 
-from tidemill.app.config import Config
-from tidemill.app.fleet_config import GPU_ENGINES, OWN_ENGINES, FleetConfig
-from tidemill.app.model_config import ModelConfig
+from tidemill.app.config.fleet import GPU_ENGINES, OWN_ENGINES, FleetConfig
+from tidemill.app.config.models import ModelConfig
+from tidemill.app.config.platform import Config
 from tidemill.engines.launch import Command, EngineLaunch, MultiNode
 from tidemill.engines.llamacpp_child import LlamaCppLaunch
-from tidemill.engines.own import CONTROLS, LAUNCHERS, PROGRAMS
+from tidemill.engines.registry import CONTROLS, LAUNCHERS, PROGRAMS
 from tidemill.errors import ConfigError
 from tidemill.fleet.backend import Device
-from tidemill.fleet.kinds import canonical
+from tidemill.fleet.device_kinds import canonical
 from tidemill.fleet.recipe import MakeCommand, Recipe, Version
 
 EMBEDDED_CONTEXT = 4096

@@ -20,25 +20,25 @@ from prometheus_client.metrics_core import Metric
 from tidemill import __version__
 from tidemill.app.batches import BatchProcess
 from tidemill.app.bootstrap import FirstTenant, prepare_store
-from tidemill.app.config import Config
+from tidemill.app.config.platform import Config
 from tidemill.app.datadir import DataDir, Runtime
 from tidemill.app.fleet import Fleet
 from tidemill.app.gateways import Gateways
 from tidemill.app.jobs import job_book, job_files, job_limits
-from tidemill.app.metering import Metering
+from tidemill.app.meter_service import Metering
 from tidemill.app.metrics import Standing, Trough, families, read_trough
-from tidemill.app.rolling import Rolling
+from tidemill.app.rolls import Rolling
 from tidemill.app.tide import Tide
 from tidemill.errors import Conflict, TidemillError, Unavailable
 from tidemill.fleet.history import History
 from tidemill.fleet.roll import RollState
-from tidemill.fleet.standing import FleetState
+from tidemill.fleet.status import FleetState
 from tidemill.ledger.money import Nanos, parse_amount
 from tidemill.ledger.pricing import Price
 from tidemill.meter.reconcile import ReconcileReport
 from tidemill.store.engine import Store, open_store, store_url
 from tidemill.store.job_files import JobFiles
-from tidemill.store.job_wish import JobLimits
+from tidemill.store.job_submission import JobLimits
 from tidemill.store.keys import digest_of
 from tidemill.tides.state import Phase
 
@@ -104,7 +104,7 @@ class Supervisor:
         self._state = "starting"
         self._started_at = datetime.now(UTC)
         self._internal_token = secrets.token_urlsafe(32)
-        """See `gateway.internal`: made anew at each start, stored nowhere."""
+        """See `gateway.auth.internal_token`: made anew at each start, stored nowhere."""
         self.first_tenant: FirstTenant | None = None
 
     # What the control plane asks for

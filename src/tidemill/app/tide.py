@@ -13,20 +13,20 @@ import msgspec
 import structlog
 
 from tidemill.app.batches import BatchProcess
-from tidemill.app.config import Config
+from tidemill.app.config.models import ModelConfig
+from tidemill.app.config.platform import Config
 from tidemill.app.fleet import Fleet, objective_of
-from tidemill.app.model_config import ModelConfig
 from tidemill.errors import NotFound
 from tidemill.fleet.backend import Node
 from tidemill.fleet.controller import LIVING, Controller, JobBook
 from tidemill.fleet.history import History
-from tidemill.fleet.placing import share_of_slots
 from tidemill.fleet.recipe import Recipe
 from tidemill.fleet.replica import Replica, Use
-from tidemill.fleet.standing import FleetState, standing
+from tidemill.fleet.static_placement import share_of_slots
+from tidemill.fleet.status import FleetState, standing
 from tidemill.fleet.traffic import Meter, Traffic
-from tidemill.gateway.gauge import Load
-from tidemill.store.drained import drain, read_drained, undrain
+from tidemill.gateway.routing.demand import Load
+from tidemill.store.drains import drain, read_drained, undrain
 from tidemill.store.engine import Store
 from tidemill.tides.rules import RULES
 from tidemill.tides.slack import ReplicaLoad, adapted, filler_slots

@@ -26,25 +26,25 @@ from sqlalchemy import make_url
 
 from tidemill.app.logs import configure_logs
 from tidemill.errors import Unavailable
-from tidemill.gateway.admission import Admission
-from tidemill.gateway.batches import Batches, BatchRules
-from tidemill.gateway.board import Board
-from tidemill.gateway.door import Door
-from tidemill.gateway.files import FileRules, Files, open_blobs
-from tidemill.gateway.flight import Meter
-from tidemill.gateway.gateway import OPERATIONS, Gateway, RequestIds
-from tidemill.gateway.gauge import Load
-from tidemill.gateway.http import HttpServer
-from tidemill.gateway.internal import InternalRoad
-from tidemill.gateway.jobs import JobRules, TenantJobs
-from tidemill.gateway.key_rules import networks_of
-from tidemill.gateway.limits import Limits
-from tidemill.gateway.queueing import Queues
-from tidemill.gateway.responses_shelf import Shelf, ShelfRules
-from tidemill.gateway.routing import ModelSpec, Routes
-from tidemill.gateway.shares import BEAT_S, Shares
-from tidemill.gateway.tally import Figures, Standings, standings
-from tidemill.meter.leasing import Leasing
+from tidemill.gateway.admission.admission import Admission
+from tidemill.gateway.admission.fair_queue import Queues
+from tidemill.gateway.admission.limit_leases import BEAT_S, Shares
+from tidemill.gateway.admission.rate_limits import Limits
+from tidemill.gateway.auth.authenticator import Door
+from tidemill.gateway.auth.internal_token import InternalRoad
+from tidemill.gateway.auth.key_policy import networks_of
+from tidemill.gateway.endpoints.app import OPERATIONS, Gateway, RequestIds
+from tidemill.gateway.endpoints.batches import Batches, BatchRules
+from tidemill.gateway.endpoints.files import FileRules, Files, open_blobs
+from tidemill.gateway.endpoints.jobs import JobRules, TenantJobs
+from tidemill.gateway.metrics import Figures, Standings, standings
+from tidemill.gateway.protocols.responses.store import Shelf, ShelfRules
+from tidemill.gateway.proxy.inflight import Meter
+from tidemill.gateway.routing.demand import Load
+from tidemill.gateway.routing.models import ModelSpec, Routes
+from tidemill.gateway.routing.shared_state import Board
+from tidemill.http.server import HttpServer
+from tidemill.meter.balance_leases import Leasing
 from tidemill.meter.live import LiveTable
 from tidemill.meter.loader import LIVE_FILE, claim_directory
 from tidemill.meter.log import UsageLog
@@ -89,9 +89,9 @@ class WorkerSpec(msgspec.Struct, kw_only=True):
     batch: BatchRules
     jobs: JobRules | None = None
     internal_token: str
-    """See `gateway.internal`."""
+    """See `gateway.auth.internal_token`."""
     board: str | None = None
-    """See `gateway.board`."""
+    """See `gateway.routing.shared_state`."""
     responses: ShelfRules = ShelfRules()
     charge_header: bool = False
     """Answers say what they cost."""

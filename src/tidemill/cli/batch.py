@@ -10,7 +10,7 @@ from cyclopts import App, Parameter
 
 from tidemill.cli.locate import data_plane_url, running, source
 from tidemill.cli.output import complain, grouped, moment, print_json, print_table, print_text
-from tidemill.cli.place import HERE, Place
+from tidemill.cli.target import HERE, Place
 from tidemill.cli.tenant_client import TenantClient
 from tidemill.errors import NotFound
 

@@ -2,7 +2,7 @@
 
 from tidemill.cli.locate import source
 from tidemill.cli.output import print_json, print_text
-from tidemill.cli.place import HERE, Place
+from tidemill.cli.target import HERE, Place
 
 
 def invoice(*, tenant: str, month: str | None = None, place: Place = HERE) -> None:

@@ -9,7 +9,7 @@ from cyclopts import App, Parameter
 
 from tidemill.cli.locate import running, source
 from tidemill.cli.output import complain, grouped, moment, print_json, print_table, print_text, split_list
-from tidemill.cli.place import HERE, Place
+from tidemill.cli.target import HERE, Place
 from tidemill.errors import BadInput, Conflict, NotFound
 
 app = App(name="job")

@@ -4,7 +4,7 @@ from cyclopts import App
 
 from tidemill.cli.locate import running, source
 from tidemill.cli.output import complain, moment, print_json, print_table, print_text, split_list
-from tidemill.cli.place import HERE, Place
+from tidemill.cli.target import HERE, Place
 
 app = App(name="key")
 

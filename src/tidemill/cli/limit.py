@@ -6,7 +6,7 @@ from cyclopts import App
 
 from tidemill.cli.locate import running, source
 from tidemill.cli.output import grouped, moment, print_json, print_table, print_text
-from tidemill.cli.place import HERE, Place
+from tidemill.cli.target import HERE, Place
 
 app = App(name="limit")
 

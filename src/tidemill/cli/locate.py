@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Protocol
 
 from tidemill.cli.client import Json, Running
 from tidemill.cli.output import complain
-from tidemill.cli.place import Place
+from tidemill.cli.target import Place
 from tidemill.errors import BadInput, Unavailable
 
 if TYPE_CHECKING:
-    from tidemill.cli.stopped import Stopped
+    from tidemill.cli.offline import Stopped
 
 # As app.datadir lays them out.
 LOCK_FILE = "lock"
@@ -55,7 +55,7 @@ def source(place: Place) -> "Running | Stopped":
     """The platform if it runs, else its data, for a command that only reads."""
     if place.remote() is not None or is_running(place.directory()):
         return running(place)
-    from tidemill.cli.stopped import Stopped
+    from tidemill.cli.offline import Stopped
 
     directory = place.directory()
     complain(f"the platform on {directory} is stopped; this is what its data says.", kind="note")

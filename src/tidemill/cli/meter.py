@@ -4,7 +4,7 @@ from cyclopts import App
 
 from tidemill.cli.locate import running
 from tidemill.cli.output import print_json, print_text
-from tidemill.cli.place import HERE, Place
+from tidemill.cli.target import HERE, Place
 
 app = App(name="meter")
 

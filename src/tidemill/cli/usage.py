@@ -7,7 +7,7 @@ from cyclopts import Parameter
 
 from tidemill.cli.locate import source
 from tidemill.cli.output import grouped, moment, print_json, print_table, print_text
-from tidemill.cli.place import HERE, Place
+from tidemill.cli.target import HERE, Place
 
 
 def usage(

@@ -12,9 +12,9 @@ from tidemill.errors import BadInput
 from tidemill.ledger.devices import seconds_text
 from tidemill.ledger.money import format_amount
 from tidemill.store import jobs as job_store
-from tidemill.store.devices import meter_rows
-from tidemill.store.job_wish import JobLimits, JobWish
-from tidemill.store.job_wish import submit as submit_wish
+from tidemill.store.device_meters import meter_rows
+from tidemill.store.job_submission import JobLimits, JobWish
+from tidemill.store.job_submission import submit as submit_wish
 from tidemill.store.jobs import UNFINISHED, Attempt, Job, JobState
 from tidemill.store.tenants import Tenant, list_tenants, nearest_hint
 

@@ -13,9 +13,9 @@ from tidemill.ledger.limits import Limit, LimitKind, Per, Span, span_of, title_o
 from tidemill.ledger.money import format_amount
 from tidemill.store import limits as limit_store
 from tidemill.store.budgets import leased_in, spent_in, warned
-from tidemill.store.clock import store_time
+from tidemill.store.engine import store_time
 from tidemill.store.keys import Key, find_key, list_keys
-from tidemill.store.shares import rates_in_force, slots_in_use
+from tidemill.store.limit_leases import rates_in_force, slots_in_use
 from tidemill.store.tenants import Tenant, list_tenants, nearest_hint
 
 Json = dict[str, Any]

@@ -10,12 +10,12 @@ from typing import Protocol
 from prometheus_client.metrics_core import Metric
 
 from tidemill.fleet.roll import RollState
-from tidemill.fleet.standing import FleetState
+from tidemill.fleet.status import FleetState
 from tidemill.ledger.money import Nanos
 from tidemill.ledger.pricing import Price
 from tidemill.store.engine import Store
 from tidemill.store.job_files import JobFiles
-from tidemill.store.job_wish import JobLimits
+from tidemill.store.job_submission import JobLimits
 
 
 class ModelView(Protocol):

@@ -9,6 +9,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
+from tidemill.clock import from_micros, to_micros
 from tidemill.control.names import read_month, tenant_named
 from tidemill.control.platform import ModelView
 from tidemill.errors import BadInput
@@ -23,9 +24,8 @@ from tidemill.ledger.statement import record_to_json, statement_of_rows
 from tidemill.ledger.statement import to_json as statement_to_json
 from tidemill.ledger.usage import UsageRecord
 from tidemill.store.accounts import balance_at, credits_between, tenant_balance, tenant_balances
-from tidemill.store.clock import from_micros, to_micros
+from tidemill.store.device_meters import device_sums, meter_rows, to_be_read
 from tidemill.store.device_prices import device_price_versions
-from tidemill.store.devices import device_sums, meter_rows, to_be_read
 from tidemill.store.keys import Key, list_keys
 from tidemill.store.prices import current_prices, price_versions
 from tidemill.store.tenants import Tenant, list_tenants

@@ -11,7 +11,7 @@ import msgspec
 from tidemill.engines.openai import LIMIT_ALIASES, encode, stream_options
 from tidemill.engines.prometheus import counter_sum
 from tidemill.engines.protocol import Ask, Counters, Counts
-from tidemill.engines.running import sum_of_choices
+from tidemill.engines.running_usage import sum_of_choices
 from tidemill.engines.sse import SseTap, data_of, usage_object, usage_of
 
 _NOT_FOR_TENANTS = ("verbose", "return_progress", "id_slot")

@@ -7,7 +7,7 @@ sglang/srt/entrypoints/http_server.py, observability/metrics_collector.py (promp
 from tidemill.engines.launch import Command, Control, EngineLaunch, pairs, refuse_own
 from tidemill.engines.prometheus import counter_sum
 from tidemill.engines.protocol import Counters
-from tidemill.engines.running import RunningEngine
+from tidemill.engines.running_usage import RunningEngine
 
 PROGRAM = ("python", "-m", "sglang.launch_server")
 

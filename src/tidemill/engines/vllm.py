@@ -7,7 +7,7 @@ vllm/entrypoints/serve (health, sleep), v1/metrics/loggers.py (counters; prompt_
 from tidemill.engines.launch import Command, Control, EngineLaunch, pairs, refuse_own
 from tidemill.engines.prometheus import counter_sum
 from tidemill.engines.protocol import Counters
-from tidemill.engines.running import RunningEngine
+from tidemill.engines.running_usage import RunningEngine
 
 PROGRAM = ("vllm",)
 

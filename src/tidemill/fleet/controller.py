@@ -15,8 +15,8 @@ from typing import Protocol
 import msgspec
 import structlog
 
+from tidemill.clock import PROCESS_CLOCK, JumpTolerantClock
 from tidemill.fleet.backend import Device, Node
-from tidemill.fleet.steady import STEADY, SteadyClock
 from tidemill.tides.plan import plan
 from tidemill.tides.rules import RULES, Rules
 from tidemill.tides.state import (
@@ -170,7 +170,7 @@ class Controller:
         *,
         rules: Rules = RULES,
         interval_s: float = INTERVAL_S,
-        clock: SteadyClock = STEADY,
+        clock: JumpTolerantClock = PROCESS_CLOCK,
     ) -> None:
         self._sight = sight
         self._replicas = replicas

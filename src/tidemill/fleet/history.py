@@ -10,8 +10,8 @@ from functools import partial
 
 import structlog
 
+from tidemill.clock import PROCESS_CLOCK
 from tidemill.errors import TidemillError
-from tidemill.fleet.steady import STEADY
 from tidemill.store.demand import (
     BIN_S,
     Bin,
@@ -89,7 +89,7 @@ class History:
             self._unkept[model, name] = value
 
     def _refresh(self) -> None:
-        now = STEADY.seconds()
+        now = PROCESS_CLOCK.seconds()
         current = bin_of(now)
         with self._store.write() as connection:
             newest = last_bin(connection)
@@ -98,7 +98,7 @@ class History:
             mark_bin(connection, current)
             drop_bins(connection, bin_of(now - KEEP_S))
             unkept, self._unkept = self._unkept, {}
-            keep_measures(connection, unkept, STEADY.now())
+            keep_measures(connection, unkept, PROCESS_CLOCK.now())
             bins = read_bins(connection, bin_of(now - KEEP_S))
         self._kept |= unkept
         pasts = pasts_of(bins, current)

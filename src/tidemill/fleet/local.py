@@ -16,7 +16,7 @@ import structlog
 
 from tidemill.fleet import shim
 from tidemill.fleet.backend import CannotStart, Device, Ended, Launch, Node, Process
-from tidemill.fleet.visible import visible_devices
+from tidemill.fleet.device_visibility import visible_devices
 
 NODE = "local"
 HOST = "127.0.0.1"

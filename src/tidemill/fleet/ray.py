@@ -19,7 +19,7 @@ import structlog
 
 from tidemill.errors import Unavailable
 from tidemill.fleet.backend import CannotStart, Device, Ended, Launch, Node, Process
-from tidemill.fleet.ray_words import Command, Part, RayNode, Started, Word, decode_word, encode
+from tidemill.fleet.ray_messages import Command, Part, RayNode, Started, Word, decode_word, encode
 
 OPEN_WITHIN_S = 60.0
 AGAIN_AFTER_S = (1.0, 2.0, 5.0, 15.0)

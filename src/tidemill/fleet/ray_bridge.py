@@ -2,7 +2,7 @@
 
 Ray ends a driver's process when the cluster's head is gone for a minute, and takes 150 MB and a dozen threads; neither
 may concern the platform. The platform writes `Command`s to its standard input and reads `Word`s from its standard
-output (`fleet.ray_words`). The end of standard input is the platform's death: then this process goes, and Ray ends
+output (`fleet.ray_messages`). The end of standard input is the platform's death: then this process goes, and Ray ends
 everything that it has started.
 """
 
@@ -16,7 +16,7 @@ import time
 from typing import Any
 
 from tidemill.fleet import ray_runner, shim
-from tidemill.fleet.ray_words import Command, Part, RayNode, Started, Word, decode_command, encode
+from tidemill.fleet.ray_messages import Command, Part, RayNode, Started, Word, decode_command, encode
 
 NAMESPACE = "tidemill"
 CONNECT_WITHIN_S = 30.0

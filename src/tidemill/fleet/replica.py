@@ -14,13 +14,13 @@ from pathlib import Path
 import msgspec
 import structlog
 
+from tidemill.clock import PROCESS_CLOCK
 from tidemill.engines.capabilities import template_lacks
 from tidemill.engines.launch import MultiNode
 from tidemill.engines.prometheus import counter_sum
 from tidemill.fleet.backend import Backend, CannotStart, Device, Ended, Launch, Process
 from tidemill.fleet.ranks import by_node, free_port, host_of
 from tidemill.fleet.recipe import Recipe, Version
-from tidemill.fleet.steady import STEADY
 from tidemill.tides.state import Phase, ReplicaView
 
 RESTART_AFTER_S = (0.2, 1.0, 5.0, 15.0, 60.0)
@@ -93,7 +93,7 @@ class Replica:
         self.beside = beside
         """It runs in the idle class, on devices that another one holds."""
         self.phase = Phase.STARTING
-        self.since = STEADY.seconds()
+        self.since = PROCESS_CLOCK.seconds()
         self.why = "the platform starts"
         self.surge = False
         """It takes another one's place soon: until then it holds its devices, and counts for nothing else."""
@@ -106,7 +106,7 @@ class Replica:
         self.last_failure = ""
         """Why the last of them has."""
         self.lacks: tuple[str, ...] = ()
-        """See `gateway.routing.ModelSpec.lacks`."""
+        """See `gateway.routing.models.ModelSpec.lacks`."""
         self.ready_after_s: float | None = None
         """What the last start took, seconds."""
         self._backend = backend
@@ -167,9 +167,9 @@ class Replica:
     def move(self, phase: Phase, why: str) -> None:
         """Note where it is now, and why."""
         if phase is not self.phase:
-            self.since = STEADY.seconds()
+            self.since = PROCESS_CLOCK.seconds()
         self.phase, self.why = phase, why
-        self._note(self, Transition(STEADY.seconds(), self.name, phase, why))
+        self._note(self, Transition(PROCESS_CLOCK.seconds(), self.name, phase, why))
 
     def end(self, why: str, *, last_words: "LastWords | None" = None) -> asyncio.Task[None]:
         """Drain it and then end it; returns at once. See `LastWords`."""

@@ -13,9 +13,9 @@ import structlog
 
 from tidemill.errors import Conflict, NotFound
 from tidemill.fleet.backend import Backend, Device, Node
-from tidemill.fleet.placing import first_fit, share_of_slots
 from tidemill.fleet.recipe import Recipe, Version
 from tidemill.fleet.replica import Get, Post, Replica, Transition, Use
+from tidemill.fleet.static_placement import first_fit, share_of_slots
 from tidemill.tides.state import Phase, ReplicaView
 
 HISTORY = 50

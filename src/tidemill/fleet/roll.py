@@ -15,10 +15,10 @@ import structlog
 
 from tidemill.errors import Conflict, NotFound
 from tidemill.fleet.backend import Device
-from tidemill.fleet.placing import first_fit, share_of_slots
 from tidemill.fleet.recipe import Version
 from tidemill.fleet.replica import Replica
 from tidemill.fleet.replicas import ReplicaSet
+from tidemill.fleet.static_placement import first_fit, share_of_slots
 from tidemill.tides.state import Phase
 
 TRIES = 2

@@ -8,7 +8,6 @@ a flush each second bounds what the death of the machine can.
 import mmap
 import os
 import struct
-import time
 import zlib
 from pathlib import Path
 
@@ -135,8 +134,3 @@ def read_unfinished(path: Path) -> list[Unfinished]:
         first_us = first_us if 0 <= first_us - opened.started_us < LONGEST_US else 0
         found.append(Unfinished(opened, prompt, cached, completion, first_us, min(hold, MAX_NANOS), bool(estimated)))
     return found
-
-
-def now_us() -> int:
-    """The wall clock in microseconds since 1970 UTC."""
-    return time.time_ns() // 1000

@@ -27,9 +27,9 @@ from tidemill.meter.frames import (
 )
 from tidemill.meter.live import Unfinished, read_unfinished
 from tidemill.meter.records import decode_settled, settle, to_record
+from tidemill.store.balance_leases import leasing_workers, release_worker, return_lease
 from tidemill.store.budgets import charge_budgets
 from tidemill.store.engine import Store
-from tidemill.store.leases import leasing_workers, release_worker, return_lease
 from tidemill.store.schema import log_positions
 from tidemill.store.usage import store_records
 

@@ -11,8 +11,8 @@ from datetime import datetime
 import msgspec
 from sqlalchemy import Connection, Integer, func, insert, select, update
 
+from tidemill.clock import from_micros, to_micros
 from tidemill.ledger.usage import Status
-from tidemill.store.clock import from_micros, to_micros
 from tidemill.store.ids import new_id
 from tidemill.store.schema import engine_counters, usage_records
 

@@ -6,10 +6,10 @@ UTC, amounts are nanos.
 
 import msgspec
 
+from tidemill.clock import from_micros
 from tidemill.ledger.money import Nanos
 from tidemill.ledger.pricing import Charge, Price, Tier, rate_capped
 from tidemill.ledger.usage import DELIVERED, Status, TokenUsage, UsageRecord
-from tidemill.store.clock import from_micros
 
 
 class Opened(msgspec.Struct, array_like=True, frozen=True, gc=False):

@@ -2,7 +2,7 @@
 
     available = budget - spent - held
 
-The store has set the budget aside for this process (`store.leases`), so a hold is a comparison and an addition:
+The store has set the budget aside for this process (`store.balance_leases`), so a hold is a comparison and an addition:
 no lock, no round trip, and no burst of parallel requests can promise the same money twice.
 """
 

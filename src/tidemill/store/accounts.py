@@ -5,6 +5,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, func, insert, select, update
 
+from tidemill.clock import from_micros, to_micros
 from tidemill.ledger.money import Nanos
 from tidemill.ledger.posting import (
     Account,
@@ -16,7 +17,6 @@ from tidemill.ledger.posting import (
     tenant_account,
 )
 from tidemill.store.bulk import dialect_insert
-from tidemill.store.clock import from_micros, to_micros
 from tidemill.store.schema import accounts, entries, transactions
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, Row, Select, func, insert, select, tuple_, update
 
+from tidemill.clock import from_micros, to_micros
 from tidemill.errors import BadInput, Conflict, NotFound, TidemillError
-from tidemill.store.clock import from_micros, to_micros
 from tidemill.store.files import UNFINISHED, File, add_output, find_file
 from tidemill.store.schema import batches, files, tenants
 

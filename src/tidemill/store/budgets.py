@@ -12,12 +12,13 @@ import msgspec
 import structlog
 from sqlalchemy import ColumnElement, Connection, and_, case, delete, func, insert, or_, select, update
 
+from tidemill.clock import to_micros
 from tidemill.ledger.limits import Limit, LimitKind, Per, Span, span_of
 from tidemill.ledger.money import format_amount
 from tidemill.ledger.usage import UsageRecord
 from tidemill.store.accounts import tenant_balance
 from tidemill.store.bulk import dialect_insert
-from tidemill.store.clock import store_time, to_micros
+from tidemill.store.engine import store_time
 from tidemill.store.limits import limit_of
 from tidemill.store.revision import bump_revision
 from tidemill.store.schema import budget_leases, budgets, keys, limits, usage_records

@@ -10,9 +10,9 @@ from datetime import datetime
 import msgspec
 from sqlalchemy import Connection, delete, func, insert, select
 
+from tidemill.clock import to_micros
 from tidemill.ledger.usage import LINE_PREFIX
 from tidemill.store.bulk import dialect_insert
-from tidemill.store.clock import to_micros
 from tidemill.store.schema import demand_bins, model_measures, usage_records
 
 BIN_S = 300

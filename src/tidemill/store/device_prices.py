@@ -6,9 +6,9 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, insert, select
 
+from tidemill.clock import from_micros, to_micros
 from tidemill.ledger.devices import DevicePrice, DeviceTier
 from tidemill.ledger.money import Nanos
-from tidemill.store.clock import from_micros, to_micros
 from tidemill.store.ids import new_id
 from tidemill.store.schema import device_prices
 

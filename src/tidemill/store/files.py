@@ -7,9 +7,9 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, Row, delete, exists, func, insert, or_, select, tuple_
 
+from tidemill.clock import from_micros, to_micros
 from tidemill.errors import Conflict, NotFound, TidemillError
 from tidemill.store.bulk import dialect_insert
-from tidemill.store.clock import from_micros, to_micros
 from tidemill.store.schema import batches, files, tenants
 
 UNFINISHED = ("validating", "in_progress", "finalizing", "cancelling")

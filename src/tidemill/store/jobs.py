@@ -4,8 +4,8 @@
     running -> preempting -> queued (preempted, lost, out of money, the platform stopped)
     any of these -> cancelled | expired
 
-Tenants and operators make a job and ask for its cancelling; all else is the job book's (`work.job_book`). Each step
-names the states that it may leave, in the statement that takes it.
+Tenants and operators make a job and ask for its cancelling; all else is the job book's (`work.jobs.controller`). Each
+step names the states that it may leave, in the statement that takes it.
 """
 
 from collections.abc import Collection, Sequence
@@ -16,8 +16,8 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, Row, case, func, insert, select, tuple_, update
 
+from tidemill.clock import from_micros, to_micros
 from tidemill.errors import Conflict, NotFound, TidemillError
-from tidemill.store.clock import from_micros, to_micros
 from tidemill.store.ids import new_id
 from tidemill.store.schema import job_attempts, jobs, tenants
 

@@ -8,8 +8,8 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, Row, insert, select, update
 
+from tidemill.clock import from_micros, to_micros
 from tidemill.errors import Conflict, NotFound
-from tidemill.store.clock import from_micros, to_micros
 from tidemill.store.ids import new_id
 from tidemill.store.revision import bump_revision
 from tidemill.store.schema import keys

@@ -1,4 +1,4 @@
-"""Limits: set, listed, removed. What gateways have taken of them is in `store.shares` and `store.budgets`."""
+"""Limits: set, listed, removed. What gateways have taken of them is in `store.limit_leases` and `store.budgets`."""
 
 from datetime import datetime
 from typing import Any
@@ -6,9 +6,9 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, Row, delete, insert, select, update
 
+from tidemill.clock import to_micros
 from tidemill.errors import NotFound
 from tidemill.ledger.limits import Limit, LimitKind, Per
-from tidemill.store.clock import to_micros
 from tidemill.store.ids import new_id
 from tidemill.store.revision import bump_revision
 from tidemill.store.schema import budget_leases, budgets, limits, rate_shares, slot_shares

@@ -4,8 +4,8 @@ from datetime import datetime
 
 from sqlalchemy import Connection, Row, insert, select
 
+from tidemill.clock import from_micros, to_micros
 from tidemill.ledger.pricing import Price, PriceVersion, Tier
-from tidemill.store.clock import from_micros, to_micros
 from tidemill.store.ids import new_id
 from tidemill.store.revision import bump_revision
 from tidemill.store.schema import prices

@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, Row, delete, insert, select, update
 
+from tidemill.clock import from_micros, to_micros
 from tidemill.errors import Conflict, NotFound
-from tidemill.store.clock import from_micros, to_micros
 from tidemill.store.jobs import UNFINISHED
 from tidemill.store.schema import jobs, queues
 from tidemill.store.tenants import nearest_hint

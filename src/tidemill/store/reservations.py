@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, Row, case, insert, select, update
 
+from tidemill.clock import from_micros, to_micros
 from tidemill.errors import Conflict, NotFound
-from tidemill.store.clock import from_micros, to_micros
 from tidemill.store.schema import reservations
 from tidemill.store.tenants import nearest_hint
 

@@ -5,9 +5,9 @@ from datetime import datetime
 import msgspec
 from sqlalchemy import Connection, Row, insert, select, update
 
+from tidemill.clock import from_micros, to_micros
 from tidemill.errors import BadInput, Conflict, NotFound
 from tidemill.ledger.money import check_currency
-from tidemill.store.clock import from_micros, to_micros
 from tidemill.store.ids import new_id
 from tidemill.store.revision import bump_revision
 from tidemill.store.schema import tenants

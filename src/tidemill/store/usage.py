@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, Row, delete, func, select, tuple_
 
+from tidemill.clock import from_micros, to_micros
 from tidemill.ledger.invoice import LineSum, MonthUsage, TokenKind
 from tidemill.ledger.money import Nanos
 from tidemill.ledger.period import Period
@@ -15,8 +16,7 @@ from tidemill.ledger.statement import UsageTotals
 from tidemill.ledger.usage import LINE_PREFIX, Status, TokenUsage, UsageRecord
 from tidemill.store.accounts import post
 from tidemill.store.bulk import insert_rows
-from tidemill.store.clock import from_micros, to_micros
-from tidemill.store.devices import device_sums
+from tidemill.store.device_meters import device_sums
 from tidemill.store.ids import new_id
 from tidemill.store.schema import usage_records
 

@@ -1,8 +1,8 @@
 """What each device does, until when and why, in words."""
 
-from tidemill.tides.draft import Draft
-from tidemill.tides.interactive import Serving
-from tidemill.tides.sleeping import Sleepers
+from tidemill.tides.plan_builder import Draft
+from tidemill.tides.serving import Serving
+from tidemill.tides.sleepers import Sleepers
 from tidemill.tides.state import DeviceNote, JobPhase, JobView, Phase, ReplicaView
 
 _PHASES = {

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 
 import msgspec
 
-from tidemill.tides.board import ORDINARY, Tier, Unit, ends_soon
-from tidemill.tides.draft import Draft
-from tidemill.tides.line import Hold, Holds, Line, least
+from tidemill.tides.job_queue import Hold, Holds, Line, least
+from tidemill.tides.occupancy import ORDINARY, Tier, Unit, ends_soon
 from tidemill.tides.placement import Claim, Grant, kinds_of, place
+from tidemill.tides.plan_builder import Draft
 from tidemill.tides.quota import Share, gives_way, laxity_s
 from tidemill.tides.reservations import firm_room, lendable
 from tidemill.tides.state import JobPhase, JobView, PreemptJob, StartJob, WaitNote

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 import msgspec
 
-from tidemill.tides.board import ORDINARY, Board, Pool, Unit
+from tidemill.tides.occupancy import ORDINARY, Board, Pool, Unit
 
 
 class Claim(msgspec.Struct, frozen=True, gc=False):

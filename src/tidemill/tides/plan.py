@@ -6,14 +6,14 @@ coming free, else what somebody less important has. A plan is made anew each tim
 leads to a snapshot whose plan asks for nothing more, if nothing else happens.
 """
 
-from tidemill.tides.draft import Draft
+from tidemill.tides.backfill import fill, keep_deadlines
 from tidemill.tides.explain import explain
-from tidemill.tides.filling import fill, keep_deadlines
-from tidemill.tides.interactive import Serving, give_up, offer_replicas, serve_people
 from tidemill.tides.jobs import offer_jobs, run_jobs
+from tidemill.tides.plan_builder import Draft
 from tidemill.tides.reservations import keep_reservations, run_reserved_jobs
 from tidemill.tides.rules import RULES, Rules
-from tidemill.tides.sleeping import Sleepers
+from tidemill.tides.serving import Serving, give_up, offer_replicas, serve_people
+from tidemill.tides.sleepers import Sleepers
 from tidemill.tides.state import JobPhase, Plan, Promise, Snapshot
 
 

@@ -2,9 +2,9 @@
 
 from collections import defaultdict
 
-from tidemill.tides.board import ORDINARY, Unit
-from tidemill.tides.draft import Draft
+from tidemill.tides.occupancy import ORDINARY, Unit
 from tidemill.tides.placement import Claim, place
+from tidemill.tides.plan_builder import Draft
 from tidemill.tides.quota import turn
 from tidemill.tides.state import JobPhase, JobView, ReservationView, Reserve, StartJob
 

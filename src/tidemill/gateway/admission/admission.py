@@ -1,0 +1,197 @@
+"""Admission: what a request takes of its tenant's limits, money and turn, before work starts; all of it or nothing.
+
+The limits come first (`gateway.admission.rate_limits`), then the money (`gateway.admission.holds`), then, if the model
+is full, the queue (`gateway.admission.fair_queue`).
+"""
+
+import msgspec
+
+from tidemill.clock import now_us
+from tidemill.errors import Unavailable
+from tidemill.gateway.admission.fair_queue import ModelQueue, Place, Priority, Queues, priority_of
+from tidemill.gateway.admission.holds import CountPrompt, Hold, NotCovered, hold_now, hold_scarce, insufficient
+from tidemill.gateway.admission.rate_limits import Limits, Plan, Stay, estimate
+from tidemill.gateway.auth.snapshot import PricePoint, Principal
+from tidemill.gateway.protocols.dialect import dialect_of
+from tidemill.gateway.protocols.request import ModelRequest
+from tidemill.gateway.routing.models import Route
+from tidemill.http.server import Exchange
+from tidemill.ledger.pricing import Tier
+from tidemill.meter.balance_leases import Leasing, PurseId
+from tidemill.store.budgets import BudgetPeriod
+
+DO_NOT_RETRY = b"x-should-retry: false\r\n"
+"""OpenAI's clients try a 429 again unless they read this."""
+
+
+class Admitted(msgspec.Struct):
+    """All that a request has taken. It is to be settled or cancelled, once."""
+
+    hold: Hold
+    started_us: int
+    """The instant whose budgets are held: microseconds since 1970 UTC."""
+    stay: Stay | None = None
+    place: Place | None = None
+
+    def settle(self, leasing: Leasing, charge: int, used_tokens: int) -> None:
+        """The request has ended: it costs so much, and used so many tokens."""
+        leasing.settle_all(self.hold.purses, self.hold.amount, charge)
+        if self.stay is not None:
+            self.stay.leave(used_tokens)
+        if self.place is not None:
+            self.place.leave(used_tokens)
+
+    def cancel(self, leasing: Leasing) -> None:
+        """The request is not worked on after all."""
+        leasing.settle_all(self.hold.purses, self.hold.amount, 0)
+        if self.stay is not None:
+            self.stay.cancel()
+        if self.place is not None:
+            self.place.leave(0)
+
+
+class Admission:
+    """Admits the requests of one gateway process."""
+
+    def __init__(self, leasing: Leasing, limits: Limits | None = None, queues: Queues | None = None) -> None:
+        self._leasing = leasing
+        self._limits = limits
+        self._queues = queues
+
+    def admit_now(
+        self, exchange: Exchange, request: ModelRequest, route: Route, principal: Principal, price: PricePoint
+    ) -> Admitted | None:
+        """Admit a request if all that it needs is at hand. The hot path: nothing is waited for."""
+        plan = self._limits.plan(principal, request.model) if self._limits is not None else None
+        queue = self._queue(route, principal)
+        started_us = now_us()
+        hold = hold_now(request, route, price, self._leasing, self._purses(plan, principal, started_us))
+        if hold is None:
+            return None
+        if plan is None and queue is None:
+            return Admitted(hold, started_us)
+        place: Place | None = None
+        stay: Stay | None = None
+        try:
+            if queue is not None:
+                place = queue.enter_now(*_turn(request, principal, exchange))
+            if plan is not None and (queue is None or place is not None):
+                assert self._limits is not None
+                stay = self._limits.enter_now(plan, request, exchange.body)
+        finally:
+            if (queue is not None and place is None) or (plan is not None and stay is None):
+                self._leasing.settle_all(hold.purses, hold.amount, 0)
+                if place is not None:
+                    place.leave(0)
+        if (queue is not None and place is None) or (plan is not None and stay is None):
+            return None
+        if plan is not None:
+            self._note_limits(exchange, plan)
+        return Admitted(hold, started_us, stay, place)
+
+    async def admit(
+        self,
+        exchange: Exchange,
+        request: ModelRequest,
+        route: Route,
+        principal: Principal,
+        price: PricePoint,
+        count_prompt: CountPrompt,
+    ) -> Admitted | None:
+        """Admit a request, waiting for what it needs; None when its client has left meanwhile.
+
+        Raises RateLimited, BudgetExhausted, InsufficientQuota or QueueFull when there is no more of something, and
+        Unavailable when the store does not answer.
+        """
+        plan = self._limits.plan(principal, request.model) if self._limits is not None else None
+        queue = self._queue(route, principal)
+        stay = await self._enter(exchange, plan, request) if plan is not None else None
+        admitted: Admitted | None = None
+        try:
+            started_us = now_us()
+            purses = self._purses(plan, principal, started_us)
+            hold = await self._hold(exchange, request, route, principal, price, purses, plan, count_prompt)
+            admitted = Admitted(hold, started_us, stay)
+            if queue is not None and not exchange.gone:
+                admitted.place = await _take_turn(queue, exchange, request, principal)
+        except BaseException:
+            if admitted is not None:
+                admitted.cancel(self._leasing)
+            elif stay is not None:
+                stay.cancel()
+            raise
+        if exchange.gone:
+            admitted.cancel(self._leasing)
+            return None
+        return admitted
+
+    async def admit_count(self, exchange: Exchange, request: ModelRequest, principal: Principal) -> None:
+        """Let a request pass that only counts tokens: it takes a permit of each limit on requests a minute.
+
+        Raises RateLimited when there is no more, Unavailable when the store does not answer.
+        """
+        plan = self._limits.plan_of_count(principal, request.model) if self._limits is not None else None
+        if plan is not None:
+            await self._enter(exchange, plan, request)
+
+    def _queue(self, route: Route, principal: Principal) -> ModelQueue | None:
+        """Where the request may have to wait. A line that goes to a replica lent to batches takes nobody's place."""
+        if self._queues is None or (route.batch_only and principal.tier is Tier.BATCH and route.lends):
+            return None
+        return self._queues.of(route.spec.name)
+
+    async def _enter(self, exchange: Exchange, plan: Plan, request: ModelRequest) -> Stay:
+        assert self._limits is not None
+        try:
+            return await self._limits.enter(plan, request, exchange.body)
+        finally:
+            self._note_limits(exchange, plan)
+
+    async def _hold(
+        self,
+        exchange: Exchange,
+        request: ModelRequest,
+        route: Route,
+        principal: Principal,
+        price: PricePoint,
+        purses: tuple[PurseId, ...],
+        plan: Plan | None,
+        count_prompt: CountPrompt,
+    ) -> Hold:
+        try:
+            return await hold_scarce(request, route, price, self._leasing, purses, count_prompt)
+        except NotCovered as lack:
+            self._leasing.let_go(lack.purse)
+            if isinstance(lack.purse, BudgetPeriod):
+                assert plan is not None and self._limits is not None
+                exchange.extra += DO_NOT_RETRY
+                raise self._limits.budget_exhausted(plan, lack.purse, lack.needed, lack.available) from None
+            raise insufficient(principal, lack) from None
+        except Unavailable as failure:
+            raise Unavailable(
+                "Your balance cannot be checked now: the database does not answer, and what this gateway had in"
+                " advance is used up.",
+                hint="Try again in a moment.",
+            ) from failure
+
+    def _purses(self, plan: Plan | None, principal: Principal, started_us: int) -> tuple[PurseId, ...]:
+        if plan is None or self._limits is None:
+            return (principal.tenant_id,)
+        return self._limits.purses(plan, principal, started_us)
+
+    def _note_limits(self, exchange: Exchange, plan: Plan) -> None:
+        assert self._limits is not None
+        exchange.extra += self._limits.headers(plan, dialect_of(exchange))
+
+
+def _turn(request: ModelRequest, principal: Principal, exchange: Exchange) -> tuple[str, int, int, Priority]:
+    """What the queue has to know of a request: whose it is, with what weight, how much work, of which class."""
+    work = sum(estimate(request, exchange.body))
+    return principal.tenant_id, principal.weight, work, priority_of(request, principal)
+
+
+async def _take_turn(
+    queue: ModelQueue, exchange: Exchange, request: ModelRequest, principal: Principal
+) -> Place | None:
+    turn = _turn(request, principal, exchange)
+    return queue.enter_now(*turn) or await queue.enter(exchange, *turn)

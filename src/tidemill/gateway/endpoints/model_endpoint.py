@@ -1,0 +1,172 @@
+"""The way of a request: door, route, admission; then the engine (`gateway.proxy.fast_path`, `gateway.proxy.slow_path`).
+From the top."""
+
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+import msgspec
+
+from tidemill.engines.capabilities import refusal
+from tidemill.gateway.admission.admission import Admission, Admitted
+from tidemill.gateway.auth.authenticator import Door
+from tidemill.gateway.auth.snapshot import PricePoint, Principal
+from tidemill.gateway.errors import NoEmbeddings, NoReplica, UnsupportedParameter
+from tidemill.gateway.protocols.reply import Reply
+from tidemill.gateway.protocols.request import ModelRequest
+from tidemill.gateway.proxy.engine_errors import counted_prompt
+from tidemill.gateway.proxy.fast_path import Guard, set_off
+from tidemill.gateway.proxy.inflight import Flight, Meter
+from tidemill.gateway.proxy.slow_path import JSON, MAX_ERROR_BYTES, fly
+from tidemill.gateway.routing.models import Replica, Route, Routes
+from tidemill.gateway.routing.replica import Leg
+from tidemill.gateway.routing.selector import Way
+from tidemill.http.client import EngineLost
+from tidemill.http.server import Exchange
+
+__all__ = ["JSON", "Operation", "Serve", "count_prompt", "refuse_what_is_ignored"]
+
+COUNT_TIMEOUT_S = 10.0
+
+
+class Operation(msgspec.Struct, frozen=True):
+    """An endpoint that has a model work: how its requests are read, and how its answers are written."""
+
+    name: str
+    read: Callable[[bytes], ModelRequest]
+    reply: Callable[[ModelRequest, str], Reply]
+    """Takes the request's id, too."""
+
+
+Prepare = Callable[[ModelRequest, Principal], Awaitable[None]]
+
+
+class Serve:
+    """One operation of one gateway process."""
+
+    def __init__(
+        self,
+        operation: Operation,
+        door: Door,
+        routes: Routes,
+        admission: Admission,
+        meter: Meter,
+        *,
+        prepare: Prepare | None = None,
+    ) -> None:
+        """`prepare` completes a request with what the store knows."""
+        self._operation = operation
+        self._prepare = prepare
+        self._door = door
+        self._routes = routes
+        self._admission = admission
+        self._meter = meter
+
+    def begin(self, exchange: Exchange, guard: Guard) -> Coroutine[Any, Any, None] | None:
+        """Answer one request; what has to be waited for is given back. Raises TidemillError when it is refused."""
+        principal = self._door.admit(exchange)
+        if principal is None or self._prepare is not None:
+            return self(exchange)
+        request = self._operation.read(exchange.body)
+        way, price = self._find_way(exchange, request, principal)
+        try:
+            leg = way.first()
+        except NoReplica:
+            if not way.route.asleep:
+                raise
+            return self._go(exchange, request, principal, way, price)
+        admitted = self._admission.admit_now(exchange, request, way.asked, principal, price)
+        if admitted is None:
+            return self._go(exchange, request, principal, way, price)
+        return set_off(self._open(exchange, request, way, leg, principal, price, admitted), guard)
+
+    async def __call__(self, exchange: Exchange) -> None:
+        """The same, waiting for all that there is to wait for."""
+        principal = self._door.admit(exchange) or await self._door.ask_store(exchange)
+        request = self._operation.read(exchange.body)
+        if self._prepare is not None:
+            await self._prepare(request, principal)
+        await self._go(exchange, request, principal, *self._find_way(exchange, request, principal))
+
+    def _find_way(self, exchange: Exchange, request: ModelRequest, principal: Principal) -> tuple[Way, PricePoint]:
+        route = self._routes.find(request.model)
+        request.model = route.spec.name  # from here on, whichever of its names was used
+        refuse_what_is_ignored(request, route)
+        price = self._door.price(request.model, principal)
+        return Way(self._routes, route, request, principal, price, exchange), price
+
+    async def _go(
+        self, exchange: Exchange, request: ModelRequest, principal: Principal, way: Way, price: PricePoint
+    ) -> None:
+        route = way.asked
+        try:
+            leg = way.first()
+        except NoReplica:
+            if not route.asleep:
+                raise
+            if not await way.woken():
+                return  # the client has left
+            leg = way.first()
+        admitted = self._admission.admit_now(exchange, request, route, principal, price)
+        if admitted is None:
+            where = way.route, leg.replica
+            count = lambda: count_prompt(request, *where)  # noqa: E731
+            admitted = await self._admission.admit(exchange, request, route, principal, price, count)
+            if admitted is None:
+                return  # the client has left
+            try:
+                leg = way.first()  # others have gone their ways meanwhile
+            except BaseException:
+                admitted.cancel(self._meter.leasing)
+                raise
+        await fly(self._open(exchange, request, way, leg, principal, price, admitted))
+
+    def _open(
+        self,
+        exchange: Exchange,
+        request: ModelRequest,
+        way: Way,
+        leg: Leg,
+        principal: Principal,
+        price: PricePoint,
+        admitted: Admitted,
+    ) -> Flight:
+        try:
+            reply = self._operation.reply(request, exchange.request_id)
+            return Flight(self._meter, exchange, request, way, leg, principal, price, admitted, reply)
+        except BaseException:
+            admitted.cancel(self._meter.leasing)
+            raise
+
+
+def refuse_what_is_ignored(request: ModelRequest, route: Route) -> None:
+    """Raise UnsupportedParameter for a parameter that the model's engine would leave out without a word, NoEmbeddings
+    where there are none to be had.
+    """
+    if not (request.ask.generates or route.spec.embeds):
+        raise NoEmbeddings(
+            f"The model {request.model!r} gives no embeddings.",
+            hint="Ask another model, or your operator to switch them on for it.",
+            param="model",
+        )
+    refused = refusal(route.spec.engine, route.spec.lacks, request.ask)
+    if refused is not None:
+        name = request.own_name(refused.parameter)
+        message = f"{request.model!r} cannot honour '{name}'."
+        raise UnsupportedParameter(message, hint=refused.hint, param=name)
+
+
+async def count_prompt(request: ModelRequest, route: Route, replica: Replica) -> int | None:
+    """Have the engine count a prompt exactly; None when it cannot or does not answer."""
+    path = route.engine.count_path
+    if path is None or request.ask.path != b"/chat/completions":
+        return None
+    body = route.engine.body(request.ask, model=route.spec.upstream_model, output_cap=1)
+    try:
+        connection = await replica.pool.request(path, body, COUNT_TIMEOUT_S)
+        try:
+            answer = await connection.body(MAX_ERROR_BYTES)
+        finally:
+            connection.release()
+    except EngineLost:
+        return None
+    return counted_prompt(answer) if connection.status == 200 else None

@@ -1,0 +1,109 @@
+"""Replicas that sleep: their weights lie in the host's memory, and whoever else may have their devices meanwhile.
+
+An engine that loads its weights anew takes minutes; one that wakes takes seconds (vLLM's sleep mode, SGLang's memory
+saver). So a replica that is given up may sleep instead of ending, and one that is wanted wakes, where its own devices
+can be had.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import msgspec
+
+from tidemill.tides.occupancy import Unit
+from tidemill.tides.placement import Claim, Grant, place
+from tidemill.tides.plan_builder import Draft
+from tidemill.tides.state import Phase, ReplicaView, StopReplica
+
+
+class Sleepers:
+    """Those that sleep, by model, and which of them this plan wakes."""
+
+    def __init__(self, draft: Draft) -> None:
+        self._draft = draft
+        self._by_model: dict[str, list[ReplicaView]] = defaultdict(list)
+        for replica in draft.snapshot.replicas:
+            if replica.phase is Phase.ASLEEP:
+                self._by_model[replica.model].append(replica)
+        self._woken: set[str] = set()
+
+    def place(self, claim: Claim, model: str) -> Grant | None:
+        """Devices for a replica of the model: free ones, else such as are coming, else of somebody who gives way, the
+        least important first; each time a sleeper's own rather than others."""
+        board = self._draft.board
+        homes = [frozenset(each.devices) for each in self._by_model[model] if each.id not in self._woken]
+        if not homes:
+            return place(board, claim)
+        for each in self._tries(claim):
+            for home in (*homes, None):
+                grant = place(board, msgspec.structs.replace(each, only=home))
+                if grant is not None:
+                    return grant
+        return None
+
+    def _tries(self, claim: Claim) -> Iterator[Claim]:
+        may = claim.may
+        yield msgspec.structs.replace(claim, may=None, now=True)
+        yield msgspec.structs.replace(claim, may=None)
+        if may is not None:
+            for most in sorted({unit.tier for unit in self._draft.board.units.values()}):
+                yield msgspec.structs.replace(claim, may=partial(_up_to, most, may))
+
+    def on(self, model: str, devices: tuple[str, ...]) -> str | None:
+        """The sleeper of the model whose devices these are; it is woken with that."""
+        for each in self._by_model[model]:
+            if each.id not in self._woken and set(each.devices) == set(devices):
+                self._woken.add(each.id)
+                return each.id
+        return None
+
+    def settle(self) -> None:
+        """At the end of a plan: who gives way may sleep rather than end, as many of a model as it says; and sleepers
+        that cannot be woken any more end."""
+        draft = self._draft
+        limit = {model.name: model.sleepers for model in draft.snapshot.models}
+        asleep: Counter[str] = Counter()
+        homes: dict[str, set[str]] = defaultdict(set)
+        for name, sleepers in self._by_model.items():
+            for each in sleepers:
+                if each.id in self._woken:
+                    continue
+                gone = [device for device in each.devices if not self._up(device)]
+                if gone or asleep[name] >= limit.get(name, 0):
+                    why = f"{gone[0]} is lost or was taken out" if gone else "no more of its model may sleep"
+                    draft.stop_replicas.append(StopReplica(each.id, why))
+                else:
+                    asleep[name] += 1
+                    homes[name] |= set(each.devices)
+        for replica in draft.snapshot.replicas:
+            if replica.dozing:
+                asleep[replica.model] += 1
+                homes[replica.model] |= set(replica.devices)
+        views = {replica.id: replica for replica in draft.snapshot.replicas}
+        for index, stop in enumerate(draft.stop_replicas):
+            view = views[stop.replica]
+            if view.phase is not Phase.READY or asleep[view.model] >= limit.get(view.model, 0):
+                continue
+            if homes[view.model] & set(view.devices) or not all(map(self._up, view.devices)):
+                continue
+            asleep[view.model] += 1
+            homes[view.model] |= set(view.devices)
+            draft.stop_replicas[index] = msgspec.structs.replace(stop, sleep=True)
+
+    def beside(self, device: str) -> list[str]:
+        """Who sleeps at a device."""
+        return [
+            each.id
+            for sleepers in self._by_model.values()
+            for each in sleepers
+            if device in each.devices and each.id not in self._woken
+        ]
+
+    def _up(self, device: str) -> bool:
+        view = self._draft.board.device.get(device)
+        return view is not None and view.up
+
+
+def _up_to(most: int, may: Callable[[Unit], bool], unit: Unit) -> bool:
+    return unit.tier <= most and may(unit)

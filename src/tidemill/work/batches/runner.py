@@ -1,0 +1,365 @@
+"""The batch runner: lines of batches go through the platform's own data plane, as many at a time as there is slack.
+
+The data plane meters and bills a line as it does any request, under a request id that is the line's own. What is
+recorded of a line, and when it is run again, is written down in docs/batch.md.
+"""
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any
+
+import msgspec
+import structlog
+
+from tidemill.clock import PROCESS_CLOCK
+from tidemill.errors import Unavailable
+from tidemill.store.batches import Batch, BatchStatus
+from tidemill.tides.state import BacklogView
+from tidemill.work.batches.active_batch import BatchInHand
+from tidemill.work.batches.attempt import (
+    BROKE,
+    LONGEST_WAIT_S,
+    Again,
+    Call,
+    Done,
+    Lost,
+    Send,
+    judge,
+    judge_lost,
+    refused,
+)
+from tidemill.work.batches.backlog import backlogs
+from tidemill.work.batches.lifecycle import Lifecycle
+from tidemill.work.batches.lines import decode_line
+from tidemill.work.batches.results import request_id
+from tidemill.work.batches.slack import Slack
+
+log = structlog.get_logger()
+
+LOOK_EVERY_S = 0.5
+"""How often the store is asked for new batches, and told how far the others have come."""
+SYNC_EVERY_S = 1.0
+MAX_HANDS = 128
+HANDS_PER_MODEL = 16
+"""Batches in hand, each with its index in memory: 5 MB for 50,000 lines. The others wait, once they are validated."""
+AT_A_TIME = 2
+"""Batches that are validated or put away at a time."""
+FINISH_S = 600.0
+"""How long lines in flight may go on once their batch was cancelled or has expired."""
+SWEEP_EVERY_S = 30.0
+ORPHANS_EVERY_S = 3600.0
+CAREFUL_LINES = 16
+"""So many lines of a tenant run one after the other once its balance did not cover one: what lines in flight together
+hold may be far more than they will cost."""
+HOLD_S = 30.0
+"""How long a batch rests that could not be worked on for a fault of the platform."""
+
+_decode_stream = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+
+
+class Pause(msgspec.Struct):
+    """A tenant's lines for a model rest: they were refused for a while."""
+
+    until: float = 0.0
+    refusals: int = 0
+
+
+class BatchRunner:
+    """Works on the batches of one site. There is one runner for a site (its process holds a lock)."""
+
+    def __init__(self, lifecycle: Lifecycle, send: Send, slack: Slack, names: Callable[[], Mapping[str, str]]) -> None:
+        self._lifecycle = lifecycle
+        self._send = send
+        self._slack = slack
+        self._names = names
+        self._hands: dict[str, BatchInHand] = {}
+        self._busy: dict[str, asyncio.Task[None]] = {}
+        """Batches that are being taken in hand or put away."""
+        self._few = asyncio.Semaphore(AT_A_TIME)
+        self._held: dict[str, float] = {}
+        """Batches that rest, and until when."""
+        self._running: Counter[str] = Counter()
+        """Lines in flight, by model."""
+        self._alone: set[str] = set()
+        """Models that a line is tried alone on."""
+        self._pauses: dict[tuple[str, str], Pause] = {}
+        """By tenant and model."""
+        self._careful: dict[str, int] = {}
+        """Tenants whose balance is scarce, and after how many lines more they are believed to have one again."""
+        self._wake = asyncio.Event()
+        self._look_again = asyncio.Event()
+        self._sweep_orphans_at = 0.0
+        self._unheld: list[Batch] = []
+        """Batches that are validated and wait until there is room for them in hand."""
+        self._full = False
+        """The disk has refused a result: no line is begun until it is recorded."""
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Work until `stop` is set. What runs then goes on; see `close`."""
+        chores = [
+            asyncio.create_task(_every(LOOK_EVERY_S, self._look, self._look_again)),
+            asyncio.create_task(_every(SYNC_EVERY_S, self._sync)),
+            asyncio.create_task(_every(SWEEP_EVERY_S, self._sweep)),
+        ]
+        stopped = asyncio.create_task(stop.wait())
+        while not stop.is_set():
+            self._dispatch()
+            waking = asyncio.create_task(self._wake.wait())
+            await asyncio.wait([waking, stopped], timeout=LOOK_EVERY_S / 2, return_when=asyncio.FIRST_COMPLETED)
+            waking.cancel()
+            self._wake.clear()
+        for chore in chores:
+            chore.cancel()
+        await asyncio.gather(*chores, return_exceptions=True)
+
+    async def close(self, grace_s: float) -> None:
+        """Let lines in flight end for `grace_s` seconds and record them; the others will be run again."""
+        lines = [task for hand in self._hands.values() for task in hand.running.values()]
+        if lines:
+            await asyncio.wait(lines, timeout=grace_s)
+        for task in lines:
+            task.cancel()
+        await asyncio.gather(*lines, *self._busy.values(), return_exceptions=True)
+        for hand in self._hands.values():
+            try:
+                hand.results.sync()
+                self._lifecycle.note(hand)
+            except (OSError, Unavailable) as error:
+                log.warning("a batch is left as it is on disk", batch=hand.batch.batch_id, reason=str(error))
+            hand.close()
+
+    def cut_off(self) -> None:
+        """Have `close` wait no longer for lines in flight."""
+        for hand in self._hands.values():
+            for task in hand.running.values():
+                task.cancel()
+
+    def wake(self) -> None:
+        """The slack has changed: look for lines to begin."""
+        self._wake.set()
+
+    def backlogs(self) -> list[BacklogView]:
+        """The work that is left, by model, the most urgent first."""
+        return backlogs(self._hands.values(), self._unheld)
+
+    # What is to be done
+
+    async def _look(self) -> None:
+        """Find new batches, cancelled and expired ones; tell the store how far the others are."""
+        loop = asyncio.get_running_loop()
+        found = await asyncio.to_thread(self._lifecycle.open)
+        self._unheld = [batch for batch in found if batch.batch_id not in self._hands]
+        for batch in found:
+            hand = self._hands.get(batch.batch_id)
+            if hand is None:
+                rests = batch.batch_id in self._busy or self._held.get(batch.batch_id, 0.0) > loop.time()
+                if not rests and (batch.in_progress_at is None or self._may_take(batch)):
+                    self._begin(batch.batch_id, self._take(batch))
+            elif batch.status is BatchStatus.CANCELLING:
+                hand.close_as(BatchStatus.CANCELLED, loop.time())
+        for hand in list(self._hands.values()):
+            if hand.batch.expires_at.timestamp() <= PROCESS_CLOCK.seconds():
+                hand.close_as(BatchStatus.EXPIRED, loop.time())
+            if hand.closing_since and loop.time() - hand.closing_since > FINISH_S:
+                for task in hand.running.values():
+                    task.cancel()
+            async with hand.lock:
+                if not hand.finishing:
+                    await asyncio.to_thread(self._lifecycle.note, hand)
+
+    def _dispatch(self) -> None:
+        """Begin as many lines as there are slots for, the most urgent batch's first; end batches that are done."""
+        now = asyncio.get_running_loop().time()
+        hands = sorted(self._hands.values(), key=lambda hand: hand.deadline)
+        if not self._full:
+            for model in sorted({model for hand in hands for model in hand.index.models}):
+                self._fill(model, hands, now)
+        for hand in hands:
+            if hand.idle and self._held.get(hand.batch.batch_id, 0.0) <= now:
+                hand.finishing = True
+                self._begin(hand.batch.batch_id, self._put_away(hand))
+
+    def _fill(self, model: str, hands: list[BatchInHand], now: float) -> None:
+        free = self._slack.slots(model) - self._running[model]
+        if free <= 0 or model in self._alone:
+            return
+        hands = [hand for hand in hands if not self._paused(hand.batch.tenant_id, model, now)]
+        for hand in hands:
+            suspect = hand.next_suspect(model, now)
+            if suspect is not None:
+                if not self._running[model]:  # else wait until those in flight have ended
+                    hand.take_suspect(model)
+                    self._alone.add(model)
+                    self._start(hand, suspect, model)
+                return
+        for hand in hands:
+            tenant_id = hand.batch.tenant_id
+            while free > 0 and not (tenant_id in self._careful and self._in_flight(tenant_id)):
+                place = hand.next_place(model, now)
+                if place is None:
+                    break
+                free -= 1
+                self._start(hand, place, model)
+
+    def _start(self, hand: BatchInHand, place: int, model: str) -> None:
+        self._running[model] += 1
+        hand.running[place] = asyncio.create_task(self._work_on(hand, place, model))
+
+    # A line
+
+    async def _work_on(self, hand: BatchInHand, place: int, model: str) -> None:
+        now = asyncio.get_running_loop().time
+        try:
+            custom_id, verdict = await self._attempt(hand, place)
+            if isinstance(verdict, Again):
+                hand.put_back(place, now() + verdict.after_s)
+                if verdict.pause:
+                    self._pause(hand.batch.tenant_id, model, verdict.after_s)
+            else:
+                self._succeeded(hand.batch.tenant_id, model)
+                self._record(hand, place, custom_id, verdict)
+        except asyncio.CancelledError:
+            hand.put_back(place, now())
+            raise
+        except Exception:
+            log.exception("a line of a batch could not be worked on", batch=hand.batch.batch_id, place=place)
+            hand.put_back(place, now() + HOLD_S)
+        finally:
+            del hand.running[place]
+            self._running[model] -= 1
+            if not self._running[model]:
+                self._alone.discard(model)
+            self._wake.set()
+
+    async def _attempt(self, hand: BatchInHand, place: int) -> tuple[str, Again | Done]:
+        custom_id, url, body = decode_line(await asyncio.to_thread(hand.read, place))
+        batch, tries = hand.batch, hand.tries(place)
+        named = request_id(batch.batch_id, hand.index.numbers[place])
+        if bytes(_decode_stream(body).get("stream", b"false")) == b"true":
+            return custom_id, refused("A batch's answers are not streamed. Leave 'stream' out.", named, "stream")
+        call = Call(path=url, body=bytes(body), tenant_id=batch.tenant_id, key_id=batch.key_id, request_id=named)
+        try:
+            answer = await self._send(call)
+        except Lost as lost:
+            return custom_id, judge_lost(lost, tries)
+        if answer.status == BROKE:
+            self._careful[batch.tenant_id] = CAREFUL_LINES
+        return custom_id, judge(answer, named, tries, alone=self._in_flight(batch.tenant_id) == 1)
+
+    def _record(self, hand: BatchInHand, place: int, custom_id: str, done: Done) -> None:
+        try:
+            hand.record(place, custom_id, done)
+        except OSError as error:
+            self._full = True
+            hand.unrecorded[place] = (custom_id, done)
+            log.error("a result cannot be recorded; no line is begun until it is", reason=error.strerror)
+
+    def _succeeded(self, tenant_id: str, model: str) -> None:
+        """The data plane has not turned a line away."""
+        self._pauses.pop((tenant_id, model), None)
+        if tenant_id in self._careful:
+            self._careful[tenant_id] -= 1
+            if not self._careful[tenant_id]:
+                del self._careful[tenant_id]
+
+    def _pause(self, tenant_id: str, model: str, after_s: float) -> None:
+        pause = self._pauses.setdefault((tenant_id, model), Pause())
+        now = asyncio.get_running_loop().time()
+        if pause.until <= now:  # else it is one of those that were refused together
+            pause.refusals += 1
+            pause.until = now + min(max(after_s, 0.25 * 2**pause.refusals), LONGEST_WAIT_S)
+
+    def _paused(self, tenant_id: str, model: str, now: float) -> bool:
+        pause = self._pauses.get((tenant_id, model))
+        return pause is not None and pause.until > now
+
+    def _in_flight(self, tenant_id: str) -> int:
+        return sum(len(hand.running) for hand in self._hands.values() if hand.batch.tenant_id == tenant_id)
+
+    # Batches and chores
+
+    async def _take(self, batch: Batch) -> None:
+        async with self._few:
+            hand = await asyncio.to_thread(self._lifecycle.take, batch, self._names())
+        if hand is not None and self._may_take(hand.batch):
+            self._hands[batch.batch_id] = hand
+        elif hand is not None:
+            hand.close()
+
+    def _may_take(self, batch: Batch) -> bool:
+        """There is room for one more batch in hand. One that is to end at once always has it."""
+        if batch.outcome is not None or batch.status is BatchStatus.CANCELLING:
+            return True
+        if batch.expires_at.timestamp() <= PROCESS_CLOCK.seconds():
+            return True
+        alike = sum(hand.batch.model == batch.model for hand in self._hands.values())
+        return len(self._hands) < MAX_HANDS and alike < HANDS_PER_MODEL
+
+    async def _put_away(self, hand: BatchInHand) -> None:
+        try:
+            async with self._few, hand.lock:
+                await asyncio.to_thread(self._lifecycle.put_away, hand)
+        except BaseException:
+            hand.finishing = False
+            raise
+        del self._hands[hand.batch.batch_id]
+        self._look_again.set()
+
+    def _begin(self, batch_id: str, doing: Coroutine[Any, Any, None]) -> None:
+        self._busy[batch_id] = asyncio.create_task(self._guarded(batch_id, doing))
+
+    async def _guarded(self, batch_id: str, doing: Coroutine[Any, Any, None]) -> None:
+        """What goes wrong with one batch is no other's business; it rests, and is tried again."""
+        try:
+            await doing
+            self._held.pop(batch_id, None)
+        except Exception as error:
+            rest_s = 1.0 if isinstance(error, Unavailable) else HOLD_S
+            self._held[batch_id] = asyncio.get_running_loop().time() + rest_s
+            log.exception("a batch cannot be worked on for now", batch=batch_id)
+        finally:
+            del self._busy[batch_id]
+            self._wake.set()
+
+    async def _sync(self) -> None:
+        """Put results on disk, also those that it had no room for."""
+        still_full = False
+        for hand in list(self._hands.values()):
+            for place, (custom_id, done) in list(hand.unrecorded.items()):
+                try:
+                    hand.record(place, custom_id, done)
+                except OSError:
+                    still_full = True
+                    break
+                del hand.unrecorded[place]
+            async with hand.lock:
+                if not hand.finishing:
+                    await asyncio.to_thread(hand.results.sync)
+        self._full = still_full
+        self._wake.set()
+
+    async def _sweep(self) -> None:
+        now = asyncio.get_running_loop().time()
+        orphans = now >= self._sweep_orphans_at
+        await asyncio.to_thread(self._lifecycle.sweep, orphans=orphans)
+        if orphans:
+            self._sweep_orphans_at = now + ORPHANS_EVERY_S
+
+
+async def _every(seconds: float, chore: Callable[[], Awaitable[None]], sooner: asyncio.Event | None = None) -> None:
+    sooner = sooner or asyncio.Event()
+    while True:
+        sooner.clear()
+        try:
+            await chore()
+        except Unavailable as error:
+            log.warning("the store does not answer; batches go on where they can", reason=str(error))
+            await asyncio.sleep(1.0)
+        except Exception:
+            log.exception("a chore of the batch runner failed")
+            await asyncio.sleep(1.0)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await sooner.wait()
