@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from tests.support.plane import model
-from tidemill.app.batch_worker import LineModel, RunnerCommand
+from tidemill.app.batch_worker import RunnerCommand, RunnerModel
 from tidemill.app.batches import BatchProcess
 from tidemill.app.config.models import ModelConfig
 from tidemill.app.config.platform import Config
@@ -42,7 +42,7 @@ TWO = tuple(ReplicaSpec(f"mock/{index}", "http://127.0.0.1:1/v1", ready=True) fo
 def test_half_of_the_slots_are_for_batches(tmp_path: Path, changes: Any, parallel: int) -> None:
     kept = Kept(tmp_path, aliases=("other",), **changes)
     kept.process.announce_models()
-    assert kept.said == [RunnerCommand(do="models", models=[LineModel("mock", ("other",), parallel)])]
+    assert kept.said == [RunnerCommand(do="models", models=[RunnerModel("mock", ("other",), parallel)])]
 
 
 def test_who_waits_at_the_gateway_or_at_the_engine(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tidemill.app import gateways as gateways_module
 from tidemill.app.config.platform import Config
 from tidemill.app.datadir import DataDir
 from tidemill.app.gateways import FIRST_STARTS, Gateways
-from tidemill.app.worker import Command, Report
+from tidemill.app.worker import GatewayCommand, GatewayReport
 from tidemill.errors import Conflict, Unavailable
 
 RESTART_AFTER_S = 0.05
@@ -59,14 +59,14 @@ class Actor:
         self._over.set()
 
     def commands(self) -> list[str]:
-        return [msgspec.json.decode(line, type=Command).do for line in self.heard[1:]]
+        return [msgspec.json.decode(line, type=GatewayCommand).do for line in self.heard[1:]]
 
 
-def says(*reports: Report) -> list[bytes]:
+def says(*reports: GatewayReport) -> list[bytes]:
     return [msgspec.json.encode(report) + b"\n" for report in reports]
 
 
-LISTENING = Report(say="listening")
+LISTENING = GatewayReport(say="listening")
 
 
 class Stage:
@@ -179,7 +179,7 @@ async def test_one_that_never_listens_is_given_up(stage: Stage) -> None:
 
 
 async def test_a_port_that_is_taken_is_said(stage: Stage) -> None:
-    stage.plans = [lambda: Actor(says(Report(say="failed", message="Address already in use")), lasts=False)]
+    stage.plans = [lambda: Actor(says(GatewayReport(say="failed", message="Address already in use")), lasts=False)]
     gateways = stage.gateways()
     with pytest.raises(Conflict, match="Port 8080 cannot be listened on: Address already in use"):
         await gateways.start()
@@ -227,9 +227,9 @@ async def test_a_change_is_announced_to_those_that_listen(stage: Stage) -> None:
     def answer(actor: Actor) -> Callable[[bytes], None]:
         def tell(line: bytes) -> None:
             actor.heard.append(line)
-            ticket = msgspec.json.decode(line, type=Command).ticket
-            gateways.processes[0]._hear(Report(say="refreshed", ticket=ticket))
-            gateways.processes[1]._hear(Report(say="refreshed", ticket=ticket))
+            ticket = msgspec.json.decode(line, type=GatewayCommand).ticket
+            gateways.processes[0]._hear(GatewayReport(say="refreshed", ticket=ticket))
+            gateways.processes[1]._hear(GatewayReport(say="refreshed", ticket=ticket))
 
         return tell
 
@@ -258,5 +258,5 @@ async def test_a_change_waits_for_nobody_who_is_dead(stage: Stage) -> None:
 async def test_requests_that_were_cut_off_are_told(stage: Stage) -> None:
     gateways = stage.gateways()
     await gateways.start()
-    gateways.processes[0]._hear(Report(say="stopped", all_finished=False))
+    gateways.processes[0]._hear(GatewayReport(say="stopped", all_finished=False))
     assert not await gateways.stop(1.0)

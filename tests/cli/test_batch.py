@@ -31,9 +31,9 @@ def test_batches_are_listed_shown_and_cancelled(run: Run, up: Up) -> None:
 def test_a_stopped_platforms_batches_can_be_read(run: Run, up: Up, data: object) -> None:
     tenant = run("tenant", "create", "acme", "--data", up.data, "--json").json
     batch = make(up.platform, tenant["id"], "one")
-    from tidemill.cli.offline import Stopped
+    from tidemill.cli.offline import OfflinePlatform
 
-    stopped = Stopped(up.data)
+    stopped = OfflinePlatform(up.data)
     assert [each["id"] for each in stopped.batches(None, unfinished=True, limit=10)["batches"]] == [batch]
     assert stopped.batch(batch)["status"] == "validating"
 

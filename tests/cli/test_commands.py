@@ -126,15 +126,15 @@ def test_records_that_come_late_are_not_missed(run: Run, up: Up, monkeypatch: py
     up.platform.settled = [record(up.platform, f"req_{n}", tenant["id"]) for n in range(1, 4)]
     late = [record(up.platform, "req_0", tenant["id"])]
     pages: list[Any] = []
-    original = client.Running._json
+    original = client.AdminClient._json
 
-    def between(self: client.Running, method: str, path: str, *arguments: Any, **named: Any) -> Any:
+    def between(self: client.AdminClient, method: str, path: str, *arguments: Any, **named: Any) -> Any:
         pages.append(path)
         if len(pages) == 2:
             up.platform.settled = late
         return original(self, method, path, *arguments, **named)
 
-    monkeypatch.setattr(client.Running, "_json", between)
+    monkeypatch.setattr(client.AdminClient, "_json", between)
     found = run("usage", "--tenant", "acme", "--records", "--json", "--data", up.data).json
     assert [row["request_id"] for row in found["records"]] == ["req_0", "req_1", "req_2", "req_3"]
     assert found["requests"] == 4 and len(pages) == 4

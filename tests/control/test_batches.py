@@ -11,7 +11,7 @@ from tests.control.world import FakePlatform, record
 from tidemill.store.batches import (
     Batch,
     BatchStatus,
-    Counts,
+    LineCounts,
     LineError,
     create_batch,
     fail_batch,
@@ -123,7 +123,7 @@ def test_what_does_not_exist(api: Api, tenants: list[str]) -> None:
 def test_counts_are_as_the_runner_notes_them(api: Api, platform: FakePlatform, tenants: list[str]) -> None:
     batch_id = make(platform, tenants[0], "b")
     with platform.store.write() as connection:
-        note_counts(connection, batch_id, Counts(2, 1, 10, 4, 20, 0))
+        note_counts(connection, batch_id, LineCounts(2, 1, 10, 4, 20, 0))
     found = api.get(f"/batches/{batch_id}")
     assert [found[name] for name in ("completed", "failed", "input_tokens", "cached_tokens", "output_tokens")] == [
         2,

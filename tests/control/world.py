@@ -9,12 +9,12 @@ from prometheus_client.core import CounterMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from tidemill.errors import NotFound
-from tidemill.fleet.recipe import Version
+from tidemill.fleet.recipe import WeightsVersion
 from tidemill.fleet.roll import RollState
-from tidemill.fleet.status import DeviceState, FleetState, ModelState, NodeState, ReplicaState, WaitState
+from tidemill.fleet.status import DeviceStatus, FleetStatus, ModelStatus, NodeStatus, ReplicaStatus, WaitStatus
 from tidemill.ledger.money import Nanos, parse_amount
 from tidemill.ledger.pricing import Price, PriceVersion, rate_capped
-from tidemill.ledger.usage import Status, TokenUsage, UsageRecord
+from tidemill.ledger.usage import RequestStatus, TokenUsage, UsageRecord
 from tidemill.store.engine import Store, open_store, store_url
 from tidemill.store.job_files import JobFiles
 from tidemill.store.job_submission import JobLimits
@@ -85,18 +85,20 @@ class FakePlatform:
         self.woken += 1
 
     def roll(self, model: str, path: str, version: str) -> RollState:
-        self.rolled = RollState(model, Version(version, path), Version("", "old.gguf"), of=2, began_at=1.0)
+        self.rolled = RollState(
+            model, WeightsVersion(version, path), WeightsVersion("", "old.gguf"), of=2, began_at=1.0
+        )
         return self.rolled
 
     def rolls(self) -> list[RollState]:
         return [self.rolled] if self.rolled is not None else []
 
-    def fleet(self) -> FleetState:
+    def fleet(self) -> FleetStatus:
         out = "n/0" in self.drained
-        return FleetState(
-            nodes=(NodeState(name="n", up=True, drained=False, devices=1, why=""),),
+        return FleetStatus(
+            nodes=(NodeStatus(name="n", up=True, drained=False, devices=1, why=""),),
             devices=(
-                DeviceState(
+                DeviceStatus(
                     device="n/0",
                     node="n",
                     kind="cpu",
@@ -108,7 +110,7 @@ class FakePlatform:
                 ),
             ),
             replicas=(
-                ReplicaState(
+                ReplicaStatus(
                     name="mock/0",
                     model="mock",
                     version="",
@@ -123,7 +125,7 @@ class FakePlatform:
                 ),
             ),
             models=(
-                ModelState(
+                ModelStatus(
                     name="mock",
                     ready=1,
                     min_replicas=0,
@@ -137,7 +139,7 @@ class FakePlatform:
                     late=0.0,
                 ),
             ),
-            waiting=(WaitState("job job_1", "2 devices"),),
+            waiting=(WaitStatus("job job_1", "2 devices"),),
         )
 
     async def drain(self, name: str, why: str) -> None:
@@ -217,7 +219,7 @@ def record(
     usage: TokenUsage = TokenUsage(1000, 200, 300),  # noqa: B008
     at: datetime = OCTOBER,
     device_ns: int = 1_000_000,
-    status: Status = Status.OK,
+    status: RequestStatus = RequestStatus.OK,
 ) -> UsageRecord:
     """A settled request that finished at `at`."""
     price = prices(platform)[model, currency]
@@ -229,7 +231,7 @@ def record(
         model=model,
         replica=f"{model}/0",
         usage=usage,
-        estimated=status is Status.CLIENT_CLOSED,
+        estimated=status is RequestStatus.CLIENT_CLOSED,
         status=status,
         streamed=True,
         price_id=price.price_id,

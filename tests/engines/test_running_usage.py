@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tests.engines.contract import contract
 from tests.engines.streams import cut, event, feed, payloads, words
 from tidemill.engines.capabilities import refusal
-from tidemill.engines.protocol import Ask, Counters, Counts
-from tidemill.engines.running_usage import FILLER_PRIORITY, RunningEngine, RunningTap
+from tidemill.engines.protocol import Ask, Counters, TokenCounts
+from tidemill.engines.running_usage import FILLER_PRIORITY, RunningUsageEngine, RunningUsageTap
 from tidemill.engines.sglang import SglangEngine
 from tidemill.engines.vllm import VllmEngine
 
@@ -39,8 +39,10 @@ def last(completion: int, prompt: int = 30, cached: int = 16) -> bytes:
     return event({**HEAD, "choices": [], "usage": usage(prompt, completion, cached)})
 
 
-def tap(*, wants_usage: bool = False, wants_running: bool = False, choices: int = 1, prompts: int = 1) -> RunningTap:
-    return RunningTap(wants_usage=wants_usage, wants_running=wants_running, choices=choices, prompts=prompts)
+def tap(
+    *, wants_usage: bool = False, wants_running: bool = False, choices: int = 1, prompts: int = 1
+) -> RunningUsageTap:
+    return RunningUsageTap(wants_usage=wants_usage, wants_running=wants_running, choices=choices, prompts=prompts)
 
 
 def ask(*, filler: bool = False, generates: bool = True, **fields: Any) -> Ask:
@@ -58,7 +60,7 @@ def ask(*, filler: bool = False, generates: bool = True, **fields: Any) -> Ask:
     )
 
 
-def sent(engine: RunningEngine, given: Ask) -> dict[str, Any]:
+def sent(engine: RunningUsageEngine, given: Ask) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(engine.body(given, model="m", output_cap=7))
     return found
 
@@ -67,10 +69,10 @@ def test_counts_run_along_and_stay_with_us() -> None:
     running = tap()
     for n in range(1, 6):
         out = running.feed(chunk(f"w{n}", n))
-        assert (running.exact, running.counts) == (True, Counts(30, 0, n))
+        assert (running.exact, running.counts) == (True, TokenCounts(30, 0, n))
         assert "usage" not in payloads(out)[0]
     assert running.feed(last(5) + DONE) == b""
-    assert running.done and running.counts == Counts(30, 16, 5)
+    assert running.done and running.counts == TokenCounts(30, 16, 5)
 
 
 def test_a_client_gets_the_usage_that_it_asks_for() -> None:
@@ -83,21 +85,21 @@ def test_a_client_gets_the_usage_that_it_asks_for() -> None:
 def test_something_after_the_usage_does_not_matter() -> None:
     running = tap()
     [found] = payloads(running.feed(chunk("a", 3, system_fingerprint="f", sglext={"x": 1})))
-    assert running.counts == Counts(30, 0, 3)
+    assert running.counts == TokenCounts(30, 0, 3)
     assert "usage" not in found and found["sglext"] == {"x": 1} and found["choices"][0]["delta"]["content"] == "a"
 
 
 def test_choices_are_added_up_and_share_their_prompt() -> None:
     running = tap(choices=2)
     running.feed(chunk("a", 2, index=0) + chunk("b", 5, index=1) + chunk("a", 3, index=0))
-    assert running.counts == Counts(30, 0, 8)
+    assert running.counts == TokenCounts(30, 0, 8)
 
 
 def test_several_prompts_count_each() -> None:
     running = tap(choices=4, prompts=2)
     for index, prompt in enumerate((10, 10, 25, 25)):
         running.feed(chunk("a", 1, index=index, prompt=prompt))
-    assert running.counts == Counts(35, 0, 4)
+    assert running.counts == TokenCounts(35, 0, 4)
 
 
 @given(data=st.data(), texts=st.lists(words, min_size=1, max_size=6))
@@ -107,7 +109,7 @@ def test_however_the_bytes_come(data: st.DataObject, texts: list[str]) -> None:
     found = payloads(feed(running, data.draw(cut(stream))))
     assert [each["choices"][0]["delta"]["content"] for each in found] == texts
     assert all("usage" not in each for each in found)
-    assert running.counts == Counts(30, 16, len(texts)) and running.done
+    assert running.counts == TokenCounts(30, 16, len(texts)) and running.done
 
 
 def test_an_error_in_the_stream_is_seen() -> None:
@@ -117,7 +119,7 @@ def test_an_error_in_the_stream_is_seen() -> None:
 
 
 @pytest.mark.parametrize("engine", [VllmEngine(), SglangEngine()], ids=lambda each: each.kind)
-def test_ours_are_asked_for_a_stream_with_running_counts(engine: RunningEngine) -> None:
+def test_ours_are_asked_for_a_stream_with_running_counts(engine: RunningUsageEngine) -> None:
     found = sent(engine, ask(messages=[], max_completion_tokens=9000, priority=-5, stream_options={"x": 1}))
     assert found["stream"] is True and found["max_tokens"] == 7 and "max_completion_tokens" not in found
     assert found["stream_options"] == {"x": 1, "include_usage": True, "continuous_usage_stats": True}
@@ -126,7 +128,7 @@ def test_ours_are_asked_for_a_stream_with_running_counts(engine: RunningEngine) 
 
 
 @pytest.mark.parametrize("engine", [VllmEngine, SglangEngine])
-def test_what_can_wait_is_sent_with_a_priority_where_the_engine_has_them(engine: type[RunningEngine]) -> None:
+def test_what_can_wait_is_sent_with_a_priority_where_the_engine_has_them(engine: type[RunningUsageEngine]) -> None:
     with_priorities, without = engine(priority_scheduling=True), engine()
     assert sent(with_priorities, ask(messages=[], filler=True))["priority"] == FILLER_PRIORITY
     assert "priority" not in sent(with_priorities, ask(messages=[]))
@@ -134,12 +136,12 @@ def test_what_can_wait_is_sent_with_a_priority_where_the_engine_has_them(engine:
 
 
 @pytest.mark.parametrize("engine", [VllmEngine(), SglangEngine()], ids=lambda each: each.kind)
-def test_embeddings_are_not_streamed(engine: RunningEngine) -> None:
+def test_embeddings_are_not_streamed(engine: RunningUsageEngine) -> None:
     assert sent(engine, ask(input=["a"], generates=False)) == {"input": ["a"], "model": "m"}
 
 
 @pytest.mark.parametrize("engine", [VllmEngine(), SglangEngine()], ids=lambda each: each.kind)
-def test_what_we_take_out_and_put_in_are_fields_of_the_real_engine(engine: RunningEngine) -> None:
+def test_what_we_take_out_and_put_in_are_fields_of_the_real_engine(engine: RunningUsageEngine) -> None:
     recorded = contract(engine.kind)["request_fields"]
     known = set(recorded["chat"]) | set(recorded["completion"])
     assert set(engine.not_for_tenants) <= known
@@ -154,7 +156,7 @@ def test_what_is_ignored_in_silence_is_refused(kind: str) -> None:
 
 
 @pytest.mark.parametrize("engine", [VllmEngine(), SglangEngine()], ids=lambda each: each.kind)
-def test_counters_are_the_real_engines(engine: RunningEngine) -> None:
+def test_counters_are_the_real_engines(engine: RunningUsageEngine) -> None:
     names = {name.removesuffix("_total") for name in contract(engine.kind)["metrics"]}
     assert {f"{engine.kind}:prompt_tokens", f"{engine.kind}:generation_tokens"} <= names
     page = (
@@ -169,14 +171,16 @@ def test_counters_are_the_real_engines(engine: RunningEngine) -> None:
 @pytest.mark.parametrize(
     ("name", "choices", "prompts", "counts"),
     [
-        ("chat", 1, 1, Counts(93, 0, 24)),
-        ("two", 2, 1, Counts(93, 0, 48)),
-        ("prompts", 2, 2, Counts(9, 0, 48)),
-        ("cached", 1, 1, Counts(437, 384, 24)),
+        ("chat", 1, 1, TokenCounts(93, 0, 24)),
+        ("two", 2, 1, TokenCounts(93, 0, 48)),
+        ("prompts", 2, 2, TokenCounts(9, 0, 48)),
+        ("cached", 1, 1, TokenCounts(437, 384, 24)),
     ],
 )
 @given(data=st.data())
-def test_streams_of_a_real_vllm(name: str, choices: int, prompts: int, counts: Counts, data: st.DataObject) -> None:
+def test_streams_of_a_real_vllm(
+    name: str, choices: int, prompts: int, counts: TokenCounts, data: st.DataObject
+) -> None:
     """Recorded from vLLM 0.32.0 on CPUs, started by `engines.vllm.command`, asked with `VllmEngine.body`: a tiny model
     with random weights, 24 tokens a choice.
     """

@@ -20,7 +20,7 @@ from tests.support.platform import start_platform, wait_until
 from tests.support.upstream import DONE, LAST_CHUNK, STREAM_HEAD, Asked, Caller, completion, finish, role, usage, word
 from tests.support.upstream import usage_object as tokens
 from tests.support.wire import get
-from tidemill.ledger.usage import Status
+from tidemill.ledger.usage import RequestStatus
 from tidemill.meter.log import RECORD_RESERVE
 
 SEGMENT = 32 * 1024
@@ -79,7 +79,7 @@ async def test_what_cannot_be_metered_is_not_accepted_and_it_goes_on_once_there_
         assert (await plane.send(get("/readyz"))).status == 200
         records = await plane.settled()
         assert len(records) == served + len(streams) + 1 == len(upstream.asked)
-        assert {each.status for each in records} == {Status.OK}
+        assert {each.status for each in records} == {RequestStatus.OK}
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 from tidemill.clock import JumpTolerantClock
 from tidemill.fleet import controller as controller_module
 from tidemill.fleet.backend import CannotStart, Device, Node
-from tidemill.fleet.controller import Controller
+from tidemill.fleet.controller import FleetController
 from tidemill.tides.state import (
     BacklogView,
     Demand,
@@ -41,7 +41,7 @@ class World:
         self.startups: list[tuple[str, float]] = []
         self.changed: Callable[[], None] = lambda: None
         self.rented: tuple[ReservationView, ...] = ()
-        self.controller = Controller(self, _Replicas(self), _Jobs(self), interval_s=0.05)
+        self.controller = FleetController(self, _Replicas(self), _Jobs(self), interval_s=0.05)
 
     def phase(self, name: str, phase: Phase) -> None:
         view = self.replicas[name]
@@ -335,7 +335,7 @@ async def test_the_loop_outlives_whatever_happens_in_it(world: World) -> None:
 
 async def test_an_event_is_planned_for_soon() -> None:
     world = World()
-    world.controller = Controller(world, _Replicas(world), _Jobs(world), interval_s=60.0)
+    world.controller = FleetController(world, _Replicas(world), _Jobs(world), interval_s=60.0)
     running = asyncio.create_task(world.controller.run())
     await asyncio.sleep(0.05)
     world.jobs["j"] = queued("j")
@@ -350,7 +350,7 @@ def test_a_wall_clock_that_jumps_takes_nothing_from_anyone() -> None:
     world = World(devices=2)
     wall, steady = [1_000_000.0], [50.0]
     clock = JumpTolerantClock(lambda: wall[0], lambda: steady[0])
-    world.controller = Controller(world, _Replicas(world), _Jobs(world), clock=clock)
+    world.controller = FleetController(world, _Replicas(world), _Jobs(world), clock=clock)
     tomorrow = wall[0] + 86_400.0
     world.rented = (ReservationView(id="r", tenant="t", devices=2, start=tomorrow, end=tomorrow + 86_400.0),)
     world.jobs = {name: queued(name) for name in ("one", "two")}

@@ -13,7 +13,7 @@ from tests.fleet.fleets import FarBackend, ready, recipe, replica_set, slots, un
 from tests.fleet.processes import gone
 from tidemill.errors import Conflict, NotFound
 from tidemill.fleet.backend import Node
-from tidemill.fleet.replica import Replica, Use
+from tidemill.fleet.replica import Replica, ReplicaLoadSample
 from tidemill.fleet.replicas import HISTORY
 from tidemill.fleet.static_placement import first_fit, share_of_slots
 from tidemill.tides.state import Phase
@@ -98,9 +98,9 @@ async def test_a_program_that_is_not_there(tmp_path: Path) -> None:
         await ready(found)
     from dataclasses import replace
 
-    from tidemill.engines.launch import Command
+    from tidemill.engines.launch import CommandLine
 
-    missing = replace(missing, command=lambda version, devices, part: Command(("no-such-vllm", "{port}")))
+    missing = replace(missing, command=lambda version, devices, part: CommandLine(("no-such-vllm", "{port}")))
     async with replica_set(tmp_path, missing) as found:
         await until(lambda: any("there is no program 'no-such-vllm'" in each.why for each in found.history("m")))
 
@@ -144,7 +144,7 @@ async def test_draining_believes_the_gateways(tmp_path: Path) -> None:
     async with replica_set(tmp_path, recipe(weights(tmp_path), min_replicas=0)) as found:
         found.start("m", ["local/0"])
         await ready(found)
-        found.note_use({"m/0": Use(people=1), "m/9": Use(filler=1)})
+        found.note_use({"m/0": ReplicaLoadSample(people=1), "m/9": ReplicaLoadSample(filler=1)})
         assert found.views()[0].in_flight == 1
         ending = found.stop("m/0", "given up")
         await asyncio.sleep(1.2)
@@ -169,7 +169,7 @@ async def test_one_that_dies_while_it_drains_stays_dead(tmp_path: Path) -> None:
     async with replica_set(tmp_path, recipe(weights(tmp_path, interval_ms=50.0), min_replicas=0)) as found:
         found.start("m", ["local/0"])
         (replica,) = await ready(found)
-        found.note_use({"m/0": Use(people=1)})
+        found.note_use({"m/0": ReplicaLoadSample(people=1)})
         ending = found.stop("m/0", "rolled")
         os.kill(replica.pid or 0, signal.SIGKILL)
         await asyncio.sleep(0.5)

@@ -12,7 +12,7 @@ from tests.fleet.fleets import ready, recipe, replica_set, until, weights
 from tidemill.app.engine_http import post
 from tidemill.engines import vllm
 from tidemill.errors import Conflict
-from tidemill.fleet.replica import Replica, Use
+from tidemill.fleet.replica import Replica, ReplicaLoadSample
 from tidemill.fleet.replicas import ReplicaSet
 from tidemill.fleet.roll import Rolls
 from tidemill.tides.state import Phase
@@ -49,7 +49,7 @@ async def test_it_ends_what_it_works_on_before_it_sleeps(tmp_path: Path) -> None
     async with replica_set(tmp_path, recipe(weights(tmp_path))) as found:
         (replica,) = await ready(found)
         found.keeps_minimum = False
-        found.note_use({"m/0": Use(people=1)})
+        found.note_use({"m/0": ReplicaLoadSample(people=1)})
         found.sleep("m/0", "nobody asks")
         await asyncio.sleep(1.0)
         assert replica.phase is Phase.DRAINING
@@ -159,7 +159,7 @@ async def test_a_roll_gives_a_sleepers_device_to_nobody(tmp_path: Path) -> None:
         _, other = await ready(found)
         found.keeps_minimum = False
         home = other.devices[0].id
-        found.note_use({other.name: Use(people=1)})
+        found.note_use({other.name: ReplicaLoadSample(people=1)})
         found.sleep(other.name, "nobody asks")
 
         async def kept(model: str, version: object) -> None:

@@ -5,7 +5,7 @@ import msgspec
 from tests.support.data_plane import Start
 from tests.support.fleet import either
 from tests.support.upstream import Asked, Caller
-from tidemill.gateway.metrics import MAX_CODES, Figures, Tally, standings
+from tidemill.gateway.metrics import MAX_CODES, MetricsSnapshot, RequestMetrics, process_gauges
 from tidemill.meter.histogram import Histogram
 
 
@@ -22,7 +22,7 @@ async def test_the_figures_agree_with_the_records(start: Start) -> None:
     assert (await plane.ask(key="sk-tm-none")).status == 401
     assert (await plane.ask(model="none")).status == 404
     records = await plane.settled()
-    figures = plane.meter.tally.figures(plane.leasing, plane.log)
+    figures = plane.meter.metrics.figures(plane.leasing, plane.log)
     of_model = figures.models["mock"]["standard"]
     assert of_model.requests == {"ok": 3, "engine_error": 1}
     assert of_model.prompt == sum(each.prompt for each in records) == 300
@@ -33,7 +33,7 @@ async def test_the_figures_agree_with_the_records(start: Start) -> None:
     assert figures.shortages == 1, "the first request found an empty wallet"
     assert figures.records == 4
     assert figures.commits is not None and sum(figures.commits.counts) == plane.log.commits
-    now = standings(plane.routes, plane.queues.queued())
+    now = process_gauges(plane.routes, plane.queues.queued())
     assert (now.active, now.queued, now.broken) == ({"mock/0": 0}, {}, [])
 
 
@@ -45,28 +45,28 @@ async def test_a_replica_in_trouble_shows_as_broken(start: Start) -> None:
     await upstream.stop()
     for _ in range(3):
         await plane.ask()
-    assert standings(plane.routes, {}).broken == ["mock/0"]
+    assert process_gauges(plane.routes, {}).broken == ["mock/0"]
 
 
 def test_figures_add_up_and_survive_the_pipe() -> None:
-    def one(count: int) -> Figures:
-        tally = Tally()
+    def one(count: int) -> MetricsSnapshot:
+        metrics = RequestMetrics()
         for _ in range(count):
-            tally.refuse("overloaded")
+            metrics.refuse("overloaded")
         commits = Histogram((10, 20))
         commits.note(15)
-        return Figures(refused=tally._refused, shortages=count, records=2 * count, commits=commits)
+        return MetricsSnapshot(refused=metrics._refused, shortages=count, records=2 * count, commits=commits)
 
-    total = Figures()
+    total = MetricsSnapshot()
     for count in (1, 2):
-        total.add(msgspec.json.decode(msgspec.json.encode(one(count)), type=Figures))
+        total.add(msgspec.json.decode(msgspec.json.encode(one(count)), type=MetricsSnapshot))
     assert (total.refused, total.shortages, total.records) == ({"overloaded": 3}, 3, 6)
     assert total.commits is not None and total.commits.counts == [0, 2, 0]
 
 
 def test_codes_are_bounded() -> None:
-    tally = Tally()
+    metrics = RequestMetrics()
     for number in range(MAX_CODES * 3):
-        tally.refuse(f"code{number}")
-    assert len(tally._refused) <= MAX_CODES + 1
-    assert sum(tally._refused.values()) == MAX_CODES * 3
+        metrics.refuse(f"code{number}")
+    assert len(metrics._refused) <= MAX_CODES + 1
+    assert sum(metrics._refused.values()) == MAX_CODES * 3

@@ -21,7 +21,7 @@ from tests.support.upstream import (
     usage_object,
     word,
 )
-from tidemill.http.client import Connection
+from tidemill.http.client import EngineConnection
 
 STREAM = (role(), word("one "), word("two"), finish(), usage(7, 3, 2), DONE)
 
@@ -129,7 +129,7 @@ async def test_a_connection_that_is_lost_before_it_is_used(start: Start) -> None
     pool = plane.routes.by_name["mock"].replicas[0].pool
     connect = pool.connect
 
-    async def connect_and_lose() -> Connection:
+    async def connect_and_lose() -> EngineConnection:
         connection = await connect()
         connection.connection_lost(ConnectionResetError())
         return connection

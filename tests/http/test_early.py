@@ -19,8 +19,8 @@ async def whole(asked: Asked, caller: Caller) -> None:
 
 def forget(plane: Plane) -> None:
     """From here on the gateway knows no key, and may ask the store at once."""
-    plane.door.snapshot = EMPTY
-    plane.door._asked_at = float("-inf")
+    plane.authenticator.snapshot = EMPTY
+    plane.authenticator._asked_at = float("-inf")
 
 
 def head(key: str, more: bytes, path: str = CHAT) -> bytes:

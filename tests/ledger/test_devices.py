@@ -11,10 +11,10 @@ from tests.ledger.values import NOVEMBER
 from tidemill.ledger.devices import (
     MAX_HOUR,
     US_PER_HOUR,
+    DeviceMeter,
     DevicePrice,
     DeviceSum,
     DeviceTier,
-    Meter,
     charge_for,
     hold_for,
     read,
@@ -31,8 +31,8 @@ PLENTY = 2**80
 prices = st.integers(0, MAX_HOUR)
 
 
-def meter(hour: int = parse_amount("2"), devices: int = 3, started: datetime = BEGAN, hold: int = 0) -> Meter:
-    return Meter(
+def meter(hour: int = parse_amount("2"), devices: int = 3, started: datetime = BEGAN, hold: int = 0) -> DeviceMeter:
+    return DeviceMeter(
         meter_id="mtr_1",
         tenant_id="acme",
         currency="CNY",

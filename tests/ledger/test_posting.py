@@ -26,7 +26,7 @@ from tidemill.ledger.posting import (
     usage_charge,
     verify_balance,
 )
-from tidemill.ledger.usage import Status, TokenUsage, UsageRecord
+from tidemill.ledger.usage import RequestStatus, TokenUsage, UsageRecord
 
 NOW = datetime(2026, 11, 24, tzinfo=UTC)
 
@@ -187,7 +187,7 @@ class Books(RuleBasedStateMachine):
             price=PRICES[price],
             usage=TokenUsage(tokens, tokens // 3, tokens),
             cap=left,
-            status=Status.BALANCE_EXHAUSTED,
+            status=RequestStatus.BALANCE_EXHAUSTED,
         )
         charge = usage_charge("txn", [one])
         if charge is not None:

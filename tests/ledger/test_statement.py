@@ -15,7 +15,7 @@ from tidemill.ledger.statement import (
     to_json,
     usage_statement,
 )
-from tidemill.ledger.usage import Status, TokenUsage, UsageRecord
+from tidemill.ledger.usage import RequestStatus, TokenUsage, UsageRecord
 
 
 @given(months)
@@ -85,7 +85,7 @@ def test_as_json() -> None:
 
 
 def test_a_record_as_json() -> None:
-    one = record(status=Status.CLIENT_CLOSED)
+    one = record(status=RequestStatus.CLIENT_CLOSED)
     plain = record_to_json(msgspec.structs.replace(one, first_token_at=one.finished_at - timedelta(milliseconds=5)))
     assert json.loads(json.dumps(plain)) == plain
     assert plain["status"] == "client_closed"

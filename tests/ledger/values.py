@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tidemill.ledger.money import Nanos, parse_amount
 from tidemill.ledger.period import parse_period
 from tidemill.ledger.pricing import Price, PriceVersion, rate_capped
-from tidemill.ledger.usage import Status, TokenUsage, UsageRecord
+from tidemill.ledger.usage import RequestStatus, TokenUsage, UsageRecord
 
 NOVEMBER = parse_period("2026-11", "Asia/Shanghai")
 UNCAPPED = Nanos(2**63 - 1)
@@ -45,7 +45,7 @@ def record(
     cap: Nanos = UNCAPPED,
     at: datetime = NOVEMBER.start + timedelta(days=3),
     device_ns: int = 1_000_000,
-    status: Status = Status.OK,
+    status: RequestStatus = RequestStatus.OK,
 ) -> UsageRecord:
     charge = rate_capped(usage, price.price, cap)
     return UsageRecord(

@@ -11,7 +11,7 @@ from tests.meter.conftest import OCTOBER
 from tests.store.databases import Databases, FlakyStore
 from tests.store.values import balance_of, grant
 from tidemill.errors import Unavailable
-from tidemill.meter.balance_leases import DRY_FOR_S, IDLE_FOR_S, SLICES, Leasing
+from tidemill.meter.balance_leases import DRY_FOR_S, IDLE_FOR_S, SLICES, BalanceLeases
 from tidemill.store.balance_leases import leased
 from tidemill.store.tenants import create_tenant
 
@@ -31,8 +31,8 @@ class World:
             grant(connection, tenant.tenant_id, TENANT_BALANCE)
         self.tenant = tenant.tenant_id
 
-    def process(self, name: str = "w1") -> Leasing:
-        return Leasing(self.store, name, self.executor, clock=lambda: self.now)
+    def process(self, name: str = "w1") -> BalanceLeases:
+        return BalanceLeases(self.store, name, self.executor, clock=lambda: self.now)
 
     def leased(self) -> int:
         with self.store.read() as connection:
@@ -45,7 +45,7 @@ def world(databases: Databases) -> Iterator[World]:
         yield World(databases, executor)
 
 
-async def settled(leasing: Leasing, tenant: str) -> None:
+async def settled(leasing: BalanceLeases, tenant: str) -> None:
     """Until the background refill is over."""
     while (refill := leasing.purse(tenant).refill) is not None:
         await asyncio.gather(refill, return_exceptions=True)

@@ -14,7 +14,7 @@ from tests.store.databases import Databases
 from tests.store.values import grant
 from tidemill.clock import to_micros
 from tidemill.ledger.limits import Limit, LimitKind, Per, span_of
-from tidemill.ledger.usage import Status, TokenUsage
+from tidemill.ledger.usage import RequestStatus, TokenUsage
 from tidemill.meter.balance_leases import extend_lease_in, return_lease_in
 from tidemill.meter.frames import allocate_segment, frame
 from tidemill.meter.loader import Loader, claim_directory
@@ -80,7 +80,7 @@ class Books:
         outcome = settle(
             opened,
             usage,
-            status=Status.OK,
+            status=RequestStatus.OK,
             estimated=False,
             hold=10**9,
             first_token_us=0,

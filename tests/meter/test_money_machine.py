@@ -33,8 +33,8 @@ from tests.meter.values import START_US
 from tests.store.databases import FlakyStore
 from tests.store.values import LONG_AGO, ZONE, assert_clean, grant
 from tidemill.errors import Unavailable
-from tidemill.ledger.usage import Status, TokenUsage
-from tidemill.meter.balance_leases import DRY_FOR_S, IDLE_FOR_S, Leasing
+from tidemill.ledger.usage import RequestStatus, TokenUsage
+from tidemill.meter.balance_leases import DRY_FOR_S, IDLE_FOR_S, BalanceLeases
 from tidemill.meter.live import LiveTable
 from tidemill.meter.loader import LIVE_FILE, Loader, claim_directory
 from tidemill.meter.log import LogFull, UsageLog
@@ -70,7 +70,7 @@ class Process:
         self.directory, self._lock = claim_directory(meter_dir, name)
         self.log = UsageLog(self.directory, machine.loop, segment_bytes=8192)
         self.live = LiveTable(self.directory / LIVE_FILE, 32)
-        self.leasing = Leasing(store, name, executor, clock=lambda: machine.now)
+        self.leasing = BalanceLeases(store, name, executor, clock=lambda: machine.now)
         self.alive = True
 
     def die(self) -> None:
@@ -196,7 +196,7 @@ class Money(RuleBasedStateMachine):
         return settle(
             flight.opened,
             usage,
-            status=Status.OK,
+            status=RequestStatus.OK,
             estimated=False,
             hold=flight.hold,
             first_token_us=START_US,

@@ -5,21 +5,21 @@ from hypothesis import strategies as st
 
 from tests.meter.values import START_US, opened
 from tidemill.ledger.pricing import Price, rate
-from tidemill.ledger.usage import Status, TokenUsage
+from tidemill.ledger.usage import RequestStatus, TokenUsage
 from tidemill.meter.records import decode_opened, decode_settled, encode_opened, encode_settled, settle, to_record
 
 tokens = st.integers(0, 2**28)
 prices = st.tuples(*[st.integers(0, 10**16)] * 3)
 
 
-@given(tokens, tokens, tokens, prices, st.integers(0, 2**62), st.sampled_from(list(Status)), st.booleans())
+@given(tokens, tokens, tokens, prices, st.integers(0, 2**62), st.sampled_from(list(RequestStatus)), st.booleans())
 def test_a_settlement_is_rated_and_capped(
     prompt: int,
     cached: int,
     completion: int,
     price: tuple[int, int, int],
     hold: int,
-    status: Status,
+    status: RequestStatus,
     estimated: bool,
 ) -> None:
     usage = TokenUsage(prompt, cached, completion)

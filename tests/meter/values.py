@@ -2,7 +2,7 @@
 
 from tests.meter.conftest import OCTOBER
 from tidemill.clock import to_micros
-from tidemill.ledger.usage import Status, TokenUsage
+from tidemill.ledger.usage import RequestStatus, TokenUsage
 from tidemill.meter.records import Opened, Settled, settle
 
 PRICE = (4_000_000_000, 1_000_000_000, 16_000_000_000)
@@ -37,7 +37,7 @@ def settled(
     usage: TokenUsage = TokenUsage(100, 20, 50),  # noqa: B008
     *,
     hold: int = 10**12,
-    status: Status = Status.OK,
+    status: RequestStatus = RequestStatus.OK,
     finished_us: int | None = None,
 ) -> Settled:
     return settle(

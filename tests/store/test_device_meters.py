@@ -13,15 +13,15 @@ from sqlalchemy import update
 
 from tests.store.conftest import new_tenant
 from tests.store.values import LONG_AGO, OCTOBER, ZONE, assert_clean, balance_of, grant
-from tidemill.ledger.devices import DeviceTier, Meter, charge_for, hold_for
+from tidemill.ledger.devices import DeviceMeter, DeviceTier, charge_for, hold_for
 from tidemill.ledger.money import Nanos, parse_amount
 from tidemill.ledger.period import parse_period
 from tidemill.store.accounts import tenant_balance
 from tidemill.store.balance_leases import extend_lease, leased, return_lease
 from tidemill.store.device_meters import (
     InsufficientBalance,
-    MeterWish,
-    ReadingWish,
+    MeterReading,
+    MeterStart,
     begin_meters,
     device_sums,
     meter_rows,
@@ -39,21 +39,21 @@ from tidemill.store.usage import month_usage
 HOUR = parse_amount("3.6")
 
 
-def price_of(store: Store, hour: int = HOUR, tier: DeviceTier = DeviceTier.PREEMPTIBLE) -> MeterWish:
+def price_of(store: Store, hour: int = HOUR, tier: DeviceTier = DeviceTier.PREEMPTIBLE) -> MeterStart:
     with store.write() as connection:
         price = set_device_price(connection, kind="h800", currency="CNY", tier=tier, hour=Nanos(hour), now=LONG_AGO)
-    return MeterWish(price=price, tier=tier, devices=2, hold_s=100.0, job_id="job_1", attempt=1)
+    return MeterStart(price=price, tier=tier, devices=2, hold_s=100.0, job_id="job_1", attempt=1)
 
 
-def begin(store: Store, acme: Tenant, wish: MeterWish, at: datetime = OCTOBER) -> Meter:
+def begin(store: Store, acme: Tenant, wish: MeterStart, at: datetime = OCTOBER) -> DeviceMeter:
     with store.write() as connection:
         (meter,) = begin_meters(connection, tenant_id=acme.tenant_id, currency="CNY", wishes=[wish], now=at)
     return meter
 
 
-def read_at(store: Store, acme: Tenant, meter: Meter, seconds: float, *, final: bool = False) -> bool:
+def read_at(store: Store, acme: Tenant, meter: DeviceMeter, seconds: float, *, final: bool = False) -> bool:
     until = meter.started_at + timedelta(seconds=seconds)
-    wish = ReadingWish(meter_id=meter.meter_id, until=until, hold_s=100.0, final=final)
+    wish = MeterReading(meter_id=meter.meter_id, until=until, hold_s=100.0, final=final)
     with store.write() as connection:
         return read_meters(connection, acme.tenant_id, [wish], zone=ZONE).get(meter.meter_id, True)
 
@@ -207,7 +207,7 @@ def test_meters_and_gateways_never_promise_more_than_there_is(
     start = parse_period("2026-10", ZONE).end - timedelta(seconds=1000)
     granted, running = 0, {}
     billed: dict[str, int] = {}
-    every: dict[str, Meter] = {}
+    every: dict[str, DeviceMeter] = {}
     for what, first, second, third in steps:
         if what == "grant" and first:
             granted += first
@@ -255,7 +255,7 @@ def test_meters_that_are_read_together_share_what_is_free(store: Store, beyond: 
     wish = price_of(store)
     meters = [begin(store, tenant, wish) for _ in seconds]
     wishes = [
-        ReadingWish(
+        MeterReading(
             meter_id=meter.meter_id,
             until=meter.started_at + timedelta(seconds=second),
             hold_s=100.0,

@@ -15,7 +15,7 @@ from tidemill.ledger.windows import AHEAD_S, RateReport, RateShare
 from tidemill.store.balance_leases import leasing_workers, release_worker
 from tidemill.store.engine import Store
 from tidemill.store.keys import KeyPolicy, create_key, find_key, rotate_key
-from tidemill.store.limit_leases import Exchanged, exchange, rates_in_force, slots_in_use
+from tidemill.store.limit_leases import LimitReply, exchange, rates_in_force, slots_in_use
 from tidemill.store.limits import find_limit, list_limits, remove_limit, set_limit
 from tidemill.store.revision import current_revision
 from tidemill.store.tenants import Tenant
@@ -27,7 +27,7 @@ def put(store: Store, tenant: Tenant, kind: str, amount: int, **more: object) ->
         return set_limit(connection, Limit(**values), now=OCTOBER)  # type: ignore[arg-type]
 
 
-def ask(store: Store, worker: str, limit: Limit, need: int = 0, *, spent: int = 0, held: int = 0) -> Exchanged:
+def ask(store: Store, worker: str, limit: Limit, need: int = 0, *, spent: int = 0, held: int = 0) -> LimitReply:
     """A report of a limit per minute."""
     report = RateReport({int(time.time()): spent} if spent else {}, held, need=need, least=max(need, 1), want=need)
     with store.write() as connection:

@@ -19,7 +19,7 @@ from tidemill.ledger.period import parse_period, period_of
 from tidemill.ledger.posting import REVENUE_USAGE, TransactionKind
 from tidemill.ledger.pricing import MAX_PRICE, Price, PriceVersion
 from tidemill.ledger.statement import usage_statement
-from tidemill.ledger.usage import MAX_TOKENS, Status, TokenUsage, UsageRecord
+from tidemill.ledger.usage import MAX_TOKENS, RequestStatus, TokenUsage, UsageRecord
 from tidemill.store.accounts import account_balance, find_transaction
 from tidemill.store.engine import Store
 from tidemill.store.schema import transactions, usage_records
@@ -89,7 +89,7 @@ def test_the_first_word_on_a_request_stands(store: Store, acme: Tenant) -> None:
 
 
 def test_free_records_are_kept_without_a_transaction(store: Store, acme: Tenant) -> None:
-    keep(store, of(acme, price=PRICES["prc_free"]), of(acme, usage=TokenUsage(), status=Status.ENGINE_ERROR))
+    keep(store, of(acme, price=PRICES["prc_free"]), of(acme, usage=TokenUsage(), status=RequestStatus.ENGINE_ERROR))
     assert len(kept(store)) == 2
     with store.read() as connection:
         assert connection.execute(select(transactions)).first() is None
@@ -211,7 +211,7 @@ asked = st.lists(
         usages,
         st.just(UNCAPPED) | st.integers(0, 10**9).map(Nanos),
         finishes | edges,
-        st.sampled_from(list(Status)),
+        st.sampled_from(list(RequestStatus)),
         st.booleans(),
     ),
     max_size=15,

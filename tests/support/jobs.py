@@ -18,7 +18,7 @@ from tidemill.ledger.money import Nanos, parse_amount
 from tidemill.ledger.posting import credit_grant
 from tidemill.store.accounts import post, tenant_balance, verify_books
 from tidemill.store.balance_leases import leased
-from tidemill.store.device_meters import MeterRow, meter_rows, verify_meters
+from tidemill.store.device_meters import MeterTotals, meter_rows, verify_meters
 from tidemill.store.device_prices import set_device_price
 from tidemill.store.engine import Store, open_store, store_url
 from tidemill.store.ids import new_id
@@ -26,7 +26,7 @@ from tidemill.store.job_files import JobFiles
 from tidemill.store.jobs import Attempt, Job, JobSpec, JobState, create_job, find_job, list_attempts, new_job_id
 from tidemill.store.migrate import migrate
 from tidemill.store.tenants import Tenant, create_tenant, list_tenants
-from tidemill.work.jobs.controller import JobBook
+from tidemill.work.jobs.controller import JobController
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_classifier.py"
 WITHIN_S = 30.0
@@ -51,7 +51,7 @@ class Jobs:
         self.files = JobFiles(directory / "jobs")
         self.skew_s = 0.0
         clock = JumpTolerantClock(lambda: time.time() + self.skew_s)
-        self.book = JobBook(self.store, self.backend, self.files, tick_s=tick_s, clock=clock)
+        self.book = JobController(self.store, self.backend, self.files, tick_s=tick_s, clock=clock)
 
     def _found(self, balance: str) -> None:
         now = datetime.now(UTC)
@@ -139,7 +139,7 @@ class Jobs:
         with self.store.read() as connection:
             return list_attempts(connection, job_id)
 
-    def rows(self) -> list[MeterRow]:
+    def rows(self) -> list[MeterTotals]:
         with self.store.read() as connection:
             return meter_rows(connection, tenant_id=self.tenant.tenant_id)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.tides.fleets import NOW, actions, carried_out, check, devices, fleets, job, model, settled, snapshot
 from tidemill.tides.plan import plan
 from tidemill.tides.rules import Rules
-from tidemill.tides.state import BacklogView, JobView, QueueView, Snapshot
+from tidemill.tides.state import BacklogView, FleetSnapshot, JobView, QueueView
 
 KINDS = ("h100", "h20")
 TURN = Rules(turn=True)
@@ -18,13 +18,13 @@ TURN = Rules(turn=True)
 
 @given(fleets(KINDS), st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_every_plan_can_be_carried_out(before: Snapshot, turn: bool) -> None:
+def test_every_plan_can_be_carried_out(before: FleetSnapshot, turn: bool) -> None:
     check(before, plan(before, Rules(turn=turn)))
 
 
 @given(fleets(), st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_a_plan_that_was_carried_out_asks_for_nothing_more(before: Snapshot, turn: bool) -> None:
+def test_a_plan_that_was_carried_out_asks_for_nothing_more(before: FleetSnapshot, turn: bool) -> None:
     rules = Rules(turn=turn)
     first = plan(before, rules)
     if first.reserve:  # devices that have become a reservation's can be lent from then on
@@ -42,14 +42,14 @@ def test_a_plan_that_was_carried_out_asks_for_nothing_more(before: Snapshot, tur
 
 @given(fleets(KINDS))
 @settings(max_examples=100, deadline=None)
-def test_the_same_snapshot_gives_the_same_plan(before: Snapshot) -> None:
-    copied = msgspec.json.decode(msgspec.json.encode(before), type=Snapshot)
+def test_the_same_snapshot_gives_the_same_plan(before: FleetSnapshot) -> None:
+    copied = msgspec.json.decode(msgspec.json.encode(before), type=FleetSnapshot)
     assert plan(before) == plan(copied)
 
 
 @given(fleets(KINDS), st.booleans())
 @settings(max_examples=100, deadline=None)
-def test_plans_come_to_rest(before: Snapshot, turn: bool) -> None:
+def test_plans_come_to_rest(before: FleetSnapshot, turn: bool) -> None:
     """With nothing new to do, a fleet doesn't go on exchanging one piece of work for another."""
     rules = Rules(turn=turn)
     now = msgspec.structs.replace(

@@ -10,7 +10,7 @@ from tests.tides.fleets import NOW, carried_out, check, devices, job, model, rep
 from tidemill.tides.plan import plan
 from tidemill.tides.quota import presses
 from tidemill.tides.rules import RULES
-from tidemill.tides.state import BacklogView, JobPhase, JobView, Plan, QueueView, Snapshot
+from tidemill.tides.state import BacklogView, FleetSnapshot, JobPhase, JobView, Plan, QueueView
 
 EIGHT = devices(4, 4)
 IDS = [view.id for view in EIGHT]
@@ -28,7 +28,7 @@ def why(decided: Plan, name: str) -> str:
     return next(note.why for note in decided.waiting if note.work == f"job {name}")
 
 
-def run_through(now: Snapshot, seconds: float = 60, times: int = 100) -> tuple[Snapshot, set[str]]:
+def run_through(now: FleetSnapshot, seconds: float = 60, times: int = 100) -> tuple[FleetSnapshot, set[str]]:
     """Carry plans out until all jobs have ended, or so many times. Returns the jobs that ever ran, too."""
     ran: set[str] = set()
     for _ in range(times):

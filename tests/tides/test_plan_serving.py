@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.tides.fleets import NOW, carried_out, devices, fleets, job, model, replica, settled, snapshot
 from tidemill.tides.plan import plan
 from tidemill.tides.rules import Rules
-from tidemill.tides.state import BacklogView, Demand, DeviceView, JobPhase, ModelView, Phase, ReplicaView, Snapshot
+from tidemill.tides.state import BacklogView, Demand, DeviceView, FleetSnapshot, JobPhase, ModelView, Phase, ReplicaView
 
 FOUR = devices(4)
 IDS = [view.id for view in FOUR]
@@ -195,7 +195,7 @@ def test_a_replica_on_a_device_that_was_taken_out_serves_until_another_does() ->
 
 @given(fleets(reserve=False))
 @settings(max_examples=150, deadline=None)
-def test_no_model_waits_for_a_device_that_a_preemptible_job_holds(before: Snapshot) -> None:
+def test_no_model_waits_for_a_device_that_a_preemptible_job_holds(before: FleetSnapshot) -> None:
     decided = plan(before)
     refused = {note.work for note in decided.waiting if "nothing that holds such devices" in note.why}
     going = {each.job for each in decided.preempt_jobs}
@@ -212,7 +212,7 @@ def test_no_model_waits_for_a_device_that_a_preemptible_job_holds(before: Snapsh
 
 @given(fleets(reserve=False))
 @settings(max_examples=100, deadline=None)
-def test_minimum_replicas_are_there_once_plans_were_carried_out(before: Snapshot) -> None:
+def test_minimum_replicas_are_there_once_plans_were_carried_out(before: FleetSnapshot) -> None:
     """Wherever one device is enough, and no more models than devices that can be had."""
     models = tuple(msgspec.structs.replace(each, devices=1, min_replicas=1) for each in before.models)
     now = msgspec.structs.replace(
@@ -234,7 +234,7 @@ def test_minimum_replicas_are_there_once_plans_were_carried_out(before: Snapshot
         assert serving == {each.name for each in models}
 
 
-def nodes_of(where: Snapshot, name: str = "qwen") -> list[str]:
+def nodes_of(where: FleetSnapshot, name: str = "qwen") -> list[str]:
     return sorted(
         each.devices[0].split("/")[0]
         for each in where.replicas

@@ -20,13 +20,13 @@ import uvloop
 from sqlalchemy import make_url
 
 from tidemill.app.logs import configure_logs
-from tidemill.gateway.auth.internal_token import NotOurs
+from tidemill.gateway.auth.internal_token import InvalidInternalToken
 from tidemill.gateway.endpoints.files import FileRules
-from tidemill.http.client import Address, Connection, EngineLost, Pool
+from tidemill.http.client import ConnectionPool, EngineAddress, EngineConnection, EngineLost
 from tidemill.store.blobs import BlobStore
 from tidemill.store.engine import open_store
 from tidemill.tides.state import BacklogView
-from tidemill.work.batches.attempt import Answer, Call, Lost
+from tidemill.work.batches.attempt import LineAnswer, LineCall, NoAnswer
 from tidemill.work.batches.lifecycle import Lifecycle
 from tidemill.work.batches.lines import LineRules
 from tidemill.work.batches.runner import BatchRunner
@@ -44,7 +44,7 @@ REPORT_S = 0.5
 log = structlog.get_logger()
 
 
-class LineModel(msgspec.Struct, frozen=True):
+class RunnerModel(msgspec.Struct, frozen=True):
     """A model, as the runner needs to know it."""
 
     name: str
@@ -65,14 +65,14 @@ class RunnerSpec(msgspec.Struct, kw_only=True):
     """Where the data plane listens, without `/v1`."""
     token: str
     """See `gateway.auth.internal_token`."""
-    models: list[LineModel]
+    models: list[RunnerModel]
 
 
 class RunnerCommand(msgspec.Struct, kw_only=True):
     """What the supervisor says later on."""
 
     do: Literal["models", "load", "slots", "stop"]
-    models: list[LineModel] = []
+    models: list[RunnerModel] = []
     waiting: dict[str, int] = {}
     """Interactive requests that wait, by model."""
     slots: dict[str, int] = {}
@@ -88,14 +88,14 @@ class RunnerReport(msgspec.Struct, kw_only=True):
     """The work that is left."""
 
 
-class Loopback:
-    """The way of a line into the platform's own data plane (`work.batches.attempt.Send`)."""
+class LoopbackSender:
+    """The way of a line into the platform's own data plane (`work.batches.attempt.SendLine`)."""
 
     def __init__(self, url: str, token: str, loop: asyncio.AbstractEventLoop) -> None:
-        self._pool = Pool(Address(url), loop)
+        self._pool = ConnectionPool(EngineAddress(url), loop)
         self._authorization = b"Authorization: Tidemill %b\r\n" % token.encode()
 
-    async def __call__(self, call: Call) -> Answer:
+    async def __call__(self, call: LineCall) -> LineAnswer:
         headers = b"%bx-tidemill-tenant: %b\r\nx-tidemill-key: %b\r\nx-tidemill-request: %b\r\n" % (
             self._authorization,
             call.tenant_id.encode(),
@@ -112,24 +112,26 @@ class Loopback:
             finally:
                 connection.release()
         except EngineLost as lost:
-            raise Lost(str(lost), sent=lost.sent) from lost
+            raise NoAnswer(str(lost), sent=lost.sent) from lost
         except BaseException:
             if line.connection is not None:
                 line.connection.abort()
             raise
-        if connection.status == 401 and NotOurs.code.encode() in body:
-            raise Lost("The data plane does not know this runner.", sent=False)  # one of them is of an earlier start
-        return Answer(connection.status, body, _seconds(connection.headers.get(b"retry-after", b"")))
+        if connection.status == 401 and InvalidInternalToken.code.encode() in body:
+            raise NoAnswer(
+                "The data plane does not know this runner.", sent=False
+            )  # one of them is of an earlier start
+        return LineAnswer(connection.status, body, _seconds(connection.headers.get(b"retry-after", b"")))
 
     def sweep(self, now: float) -> None:
         self._pool.sweep(now)
 
 
 class _OnTheLine:
-    """See `http.client.Owner`."""
+    """See `http.client.AnswerOwner`."""
 
     def __init__(self) -> None:
-        self.connection: Connection | None = None
+        self.connection: EngineConnection | None = None
         self.given_up = False
 
 
@@ -137,15 +139,15 @@ def _seconds(text: bytes) -> float:
     return float(text) if text.isdigit() and len(text) < 6 else 0.0
 
 
-class Known:
+class RunnerModels:
     """What the supervisor has said of the models."""
 
-    def __init__(self, models: list[LineModel]) -> None:
+    def __init__(self, models: list[RunnerModel]) -> None:
         self.slack = TideSlack()
         self.names: dict[str, str] = {}
         self.learn(models)
 
-    def learn(self, models: list[LineModel]) -> None:
+    def learn(self, models: list[RunnerModel]) -> None:
         self.names = {name: model.name for model in models for name in (*model.names, model.name)}
         self.slack.parallel = {model.name: model.parallel for model in models}
 
@@ -157,8 +159,8 @@ async def work(spec: RunnerSpec, commands: asyncio.StreamReader) -> None:
     blobs = await asyncio.to_thread(BlobStore, Path(spec.files.directory))
     rules = LineRules(max_lines=spec.max_lines, max_line_bytes=spec.max_line_bytes)
     lock = await _locked(Path(spec.files.directory) / "runner.lock")
-    known = Known(spec.models)
-    send = Loopback(spec.gateway_url, spec.token, loop)
+    known = RunnerModels(spec.models)
+    send = LoopbackSender(spec.gateway_url, spec.token, loop)
     lifecycle = Lifecycle(store, blobs, rules, keep_s=spec.files.keep_s)
     runner = BatchRunner(lifecycle, send, known.slack, lambda: known.names)
     stop = asyncio.Event()
@@ -173,7 +175,7 @@ async def work(spec: RunnerSpec, commands: asyncio.StreamReader) -> None:
     os.close(lock)
 
 
-async def _obey(commands: asyncio.StreamReader, known: Known, more: Callable[[], None]) -> float:
+async def _obey(commands: asyncio.StreamReader, known: RunnerModels, more: Callable[[], None]) -> float:
     """Carry out the supervisor's commands; returns the grace period when it is time to stop. `more`: to be called when
     more lines may be begun."""
     stop = asyncio.Event()
@@ -240,7 +242,7 @@ async def _tell_backlogs(runner: BatchRunner) -> None:
         await asyncio.sleep(REPORT_S)
 
 
-async def _sweep(send: Loopback) -> None:
+async def _sweep(send: LoopbackSender) -> None:
     while True:
         await asyncio.sleep(SWEEP_S)
         send.sweep(asyncio.get_running_loop().time())

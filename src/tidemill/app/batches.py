@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from tidemill.app.batch_worker import LineModel, RunnerCommand, RunnerReport, RunnerSpec
+from tidemill.app.batch_worker import RunnerCommand, RunnerModel, RunnerReport, RunnerSpec
 from tidemill.app.children import Child, start_child
 from tidemill.app.config.platform import Config
 from tidemill.app.datadir import DataDir
@@ -153,7 +153,7 @@ class BatchProcess:
         if models != [backlog.model for backlog in self.backlogs]:
             self.on_backlog()
 
-    def _models(self) -> list[LineModel]:
+    def _models(self) -> list[RunnerModel]:
         found = []
         for spec in self._specs():
             config = self._config.models[spec.name]
@@ -161,7 +161,7 @@ class BatchProcess:
             if parallel is None:
                 slots = None if spec.slots is None else max(spec.slots // 2, 1) * len(spec.replicas)
                 parallel = UPSTREAM_PARALLEL if slots is None else slots
-            found.append(LineModel(spec.name, spec.aliases, parallel))
+            found.append(RunnerModel(spec.name, spec.aliases, parallel))
         return found
 
     def _tell(self, command: RunnerCommand) -> None:

@@ -12,7 +12,7 @@ from tidemill.errors import ConfigError
 from tidemill.ledger.money import parse_amount
 from tidemill.ledger.period import period_of
 from tidemill.ledger.posting import credit_grant
-from tidemill.ledger.pricing import Tier
+from tidemill.ledger.pricing import PriceTier
 from tidemill.store.accounts import post
 from tidemill.store.device_prices import set_device_price
 from tidemill.store.engine import Store
@@ -48,7 +48,7 @@ def prepare_store(store: Store, config: Config, keep_key: Callable[[str], None])
             for currency, price in currencies.items():
                 set_price(connection, model=model, currency=currency, price=price.price(), now=now)
                 batch = price.batch_price()
-                set_price(connection, model=model, currency=currency, price=batch, now=now, tier=Tier.BATCH)
+                set_price(connection, model=model, currency=currency, price=batch, now=now, tier=PriceTier.BATCH)
         for kind, by_currency in config.device_prices.items():
             for currency, device_price in by_currency.items():
                 for tier, hour in device_price.hours().items():

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from tidemill.http.client import Address, EngineLost, Pool
+from tidemill.http.client import ConnectionPool, EngineAddress, EngineLost
 
 PAGE_BYTES = 4 * 1024 * 1024
 """A page that is longer is not read."""
@@ -30,7 +30,7 @@ async def fetch(
     base_url: str, path: bytes, timeout_s: float, api_key: str | None, *, method: bytes = b"GET", body: bytes = b""
 ) -> tuple[int, bytes] | None:
     """Ask for a small page: status and body; None when it does not come in time."""
-    pool = Pool(Address(base_url, api_key), asyncio.get_running_loop())
+    pool = ConnectionPool(EngineAddress(base_url, api_key), asyncio.get_running_loop())
     try:
         async with asyncio.timeout(timeout_s):
             connection = await pool.request(path, body, timeout_s, method=method)

@@ -14,7 +14,7 @@ from tidemill.gateway.endpoints.jobs import JobRules
 from tidemill.store.engine import Store
 from tidemill.store.job_files import JobFiles
 from tidemill.store.job_submission import JobLimits
-from tidemill.work.jobs.controller import JobBook
+from tidemill.work.jobs.controller import JobController
 
 log = structlog.get_logger()
 
@@ -57,8 +57,8 @@ def tenant_rules(config: Config, config_dir: Path, data: DataDir) -> JobRules:
     return JobRules(config.jobs.tenants, str(files.root.resolve()), files.user, job_limits(config, files))
 
 
-def job_book(config: Config, store: Store, backend: Backend, files: JobFiles) -> JobBook:
+def job_book(config: Config, store: Store, backend: Backend, files: JobFiles) -> JobController:
     """A job book that is not open yet."""
     if config.jobs.tenants and not config.jobs.user and os.geteuid() == 0:
         log.warning("jobs of tenants run as root", hint="Name another user in [jobs] user, or run Tidemill as one.")
-    return JobBook(store, backend, files, zone=config.timezone, keep_s=config.jobs.keep_days * 86_400)
+    return JobController(store, backend, files, zone=config.timezone, keep_s=config.jobs.keep_days * 86_400)

@@ -28,7 +28,7 @@ SAME_FAILURE_S = 300.0
 log = structlog.get_logger()
 
 
-class Metering:
+class MeterService:
     """Stores the usage logs of this machine's gateways, and samples its engines."""
 
     def __init__(self, store: Store, data: DataDir, *, zone: str, progress: Callable[[str], None]) -> None:

@@ -10,13 +10,13 @@ import msgspec
 from tidemill.app.config.fleet import GPU_ENGINES, OWN_ENGINES, FleetConfig
 from tidemill.app.config.models import ModelConfig
 from tidemill.app.config.platform import Config
-from tidemill.engines.launch import Command, EngineLaunch, MultiNode
+from tidemill.engines.launch import CommandLine, EngineLaunch, MultiNode
 from tidemill.engines.llamacpp_child import LlamaCppLaunch
 from tidemill.engines.registry import CONTROLS, LAUNCHERS, PROGRAMS
 from tidemill.errors import ConfigError
 from tidemill.fleet.backend import Device
 from tidemill.fleet.device_kinds import canonical
-from tidemill.fleet.recipe import MakeCommand, Recipe, Version
+from tidemill.fleet.recipe import MakeCommand, Recipe, WeightsVersion
 
 EMBEDDED_CONTEXT = 4096
 
@@ -38,7 +38,7 @@ def recipe_of(name: str, model: ModelConfig, fleet: FleetConfig, config_dir: Pat
         engine=model.engine,
         command=command_of(name, model),
         control=CONTROLS[model.engine],
-        version=Version(model.version, weights_of(name, model, model.path, config_dir)),
+        version=WeightsVersion(model.version, weights_of(name, model, model.path, config_dir)),
         devices=devices_of(model),
         kinds=tuple(canonical(kind) for kind in model.kinds),
         spans=model.engine in GPU_ENGINES,
@@ -63,7 +63,7 @@ def command_of(name: str, model: ModelConfig) -> MakeCommand:
         return llamacpp_command(name, model)
     make = gpu_command(name, model)
     try:
-        make(Version(path=name), (), None)
+        make(WeightsVersion(path=name), (), None)
     except ConfigError as error:
         raise ConfigError(f"models.{name}.launch.{error.message}", hint=error.hint) from error
     return make
@@ -73,7 +73,7 @@ def gpu_command(name: str, model: ModelConfig) -> MakeCommand:
     """vLLM's or SGLang's own server (`engines.vllm`, `engines.sglang`)."""
     keys = model.launch
 
-    def command(version: Version, devices: Sequence[Device], part: MultiNode | None) -> Command:
+    def command(version: WeightsVersion, devices: Sequence[Device], part: MultiNode | None) -> CommandLine:
         launch = EngineLaunch(
             model=version.path,
             served_name=model.upstream_model or name,
@@ -97,7 +97,7 @@ def gpu_command(name: str, model: ModelConfig) -> MakeCommand:
             extra_args=keys.extra_args,
         )
         made = LAUNCHERS[model.engine].command(launch, keys.command or PROGRAMS[model.engine])
-        return Command(made.argv, {**made.env, **keys.env})
+        return CommandLine(made.argv, {**made.env, **keys.env})
 
     return command
 
@@ -105,7 +105,7 @@ def gpu_command(name: str, model: ModelConfig) -> MakeCommand:
 def llamacpp_command(name: str, model: ModelConfig) -> MakeCommand:
     """The child process that runs llama.cpp (`engines.llamacpp_child`)."""
 
-    def command(version: Version, devices: Sequence[Device], part: MultiNode | None) -> Command:
+    def command(version: WeightsVersion, devices: Sequence[Device], part: MultiNode | None) -> CommandLine:
         launch = LlamaCppLaunch(
             path=version.path,
             alias=name,
@@ -116,7 +116,7 @@ def llamacpp_command(name: str, model: ModelConfig) -> MakeCommand:
             embeddings=model.embeddings,
         )
         line = msgspec.json.encode(launch).decode().replace(f'"port":{PORT}', '"port":{port}')
-        return Command((sys.executable, "-m", "tidemill.engines.llamacpp_child", line))
+        return CommandLine((sys.executable, "-m", "tidemill.engines.llamacpp_child", line))
 
     return command
 

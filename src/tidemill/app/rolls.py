@@ -14,7 +14,7 @@ from tidemill.app.config.platform import Config
 from tidemill.app.datadir import DataDir
 from tidemill.app.recipes import weights_of
 from tidemill.errors import BadInput, ConfigError, NotFound
-from tidemill.fleet.recipe import Version
+from tidemill.fleet.recipe import WeightsVersion
 from tidemill.fleet.replicas import ReplicaSet
 from tidemill.fleet.roll import Rolls, RollState
 
@@ -24,27 +24,27 @@ _VERSION = re.compile(r"[^\x00-\x1f\x7f]{1,100}")
 log = structlog.get_logger()
 
 
-class Rolled(msgspec.Struct, frozen=True):
+class RolledModel(msgspec.Struct, frozen=True):
     """What a model was rolled to, and what the configuration said then."""
 
-    to: Version
-    configured: Version
+    to: WeightsVersion
+    configured: WeightsVersion
 
 
-class Rolling:
+class PlatformRolls:
     """The rolls of this platform."""
 
     def __init__(self, config: Config, data: DataDir, replicas: ReplicaSet) -> None:
         self._config = config
         self._data = data
         self._replicas = replicas
-        self._kept: dict[str, Rolled] = {}
+        self._kept: dict[str, RolledModel] = {}
         self._rolls = Rolls(replicas, self._keep)
 
     def restore(self) -> None:
         """Have models start with what they were rolled to. Before the fleet is started."""
         try:
-            kept = msgspec.json.decode((self._data.path / FILE).read_bytes(), type=dict[str, Rolled])
+            kept = msgspec.json.decode((self._data.path / FILE).read_bytes(), type=dict[str, RolledModel])
         except FileNotFoundError:
             return
         except (OSError, msgspec.DecodeError) as error:
@@ -75,7 +75,7 @@ class Rolling:
             weights = weights_of(model, config, path, Path("/"))
         except ConfigError as error:
             raise BadInput(f"path: there is no file {path} on the platform's machine.", param="path") from error
-        return self._rolls.begin(model, Version(version or Path(path).stem, weights))
+        return self._rolls.begin(model, WeightsVersion(version or Path(path).stem, weights))
 
     def states(self) -> list[RollState]:
         """The last roll of each model since the platform's start."""
@@ -84,7 +84,7 @@ class Rolling:
     async def close(self) -> None:
         await self._rolls.close()
 
-    async def _keep(self, model: str, version: Version) -> None:
-        self._kept[model] = Rolled(version, self._replicas.recipes[model].version)
+    async def _keep(self, model: str, version: WeightsVersion) -> None:
+        self._kept[model] = RolledModel(version, self._replicas.recipes[model].version)
         text = msgspec.json.format(msgspec.json.encode(self._kept)).decode() + "\n"
         await asyncio.to_thread(self._data.write, FILE, text)

@@ -25,14 +25,14 @@ from tidemill.app.datadir import DataDir, Runtime
 from tidemill.app.fleet import Fleet
 from tidemill.app.gateways import Gateways
 from tidemill.app.jobs import job_book, job_files, job_limits
-from tidemill.app.meter_service import Metering
-from tidemill.app.metrics import Standing, Trough, families, read_trough
-from tidemill.app.rolls import Rolling
+from tidemill.app.meter_service import MeterService
+from tidemill.app.metrics import BatchBacklog, PlatformMetrics, families, read_trough
+from tidemill.app.rolls import PlatformRolls
 from tidemill.app.tide import Tide
 from tidemill.errors import Conflict, TidemillError, Unavailable
-from tidemill.fleet.history import History
+from tidemill.fleet.history import DemandHistory
 from tidemill.fleet.roll import RollState
-from tidemill.fleet.status import FleetState
+from tidemill.fleet.status import FleetStatus
 from tidemill.ledger.money import Nanos, parse_amount
 from tidemill.ledger.pricing import Price
 from tidemill.meter.reconcile import ReconcileReport
@@ -52,7 +52,7 @@ ControlApp = Callable[["Supervisor", str], Any]
 Progress = Callable[[str], None]
 
 
-class ModelState(msgspec.Struct, frozen=True):
+class ServedModelState(msgspec.Struct, frozen=True):
     """A model as the control plane shows it."""
 
     name: str
@@ -147,12 +147,12 @@ class Supervisor:
         """The gateways have loaded what the store holds now."""
         await self._gateways.refresh()
 
-    def models(self) -> list[ModelState]:
+    def models(self) -> list[ServedModelState]:
         states = []
         for spec in self._fleet.specs():
             ready = sum(replica.ready for replica in spec.replicas)
             states.append(
-                ModelState(
+                ServedModelState(
                     name=spec.name,
                     engine=spec.engine,
                     state="ready" if ready else "starting",
@@ -195,7 +195,7 @@ class Supervisor:
     def rolls(self) -> list[RollState]:
         return self._rolling.states()
 
-    def fleet(self) -> FleetState:
+    def fleet(self) -> FleetStatus:
         return self._tide.standing()
 
     async def drain(self, name: str, why: str) -> None:
@@ -219,9 +219,9 @@ class Supervisor:
         loader = self._metering.loader
         return list(
             families(
-                Standing(
+                PlatformMetrics(
                     figures=self._gateways.figures(),
-                    standings=[process.standings for process in processes],
+                    gauges=[process.gauges for process in processes],
                     gateways_ready=sum(process.listening for process in processes),
                     gateway_restarts=sum(process.restarts for process in processes),
                     specs=self._fleet.specs(),
@@ -238,7 +238,7 @@ class Supervisor:
             )
         )
 
-    def _read_trough(self) -> Trough:
+    def _read_trough(self) -> BatchBacklog:
         with self.store.read() as connection:
             return read_trough(connection)
 
@@ -275,13 +275,13 @@ class Supervisor:
         self.first_tenant = await asyncio.to_thread(
             prepare_store, store, self.config, lambda key: self.data.write("first-key", key + "\n")
         )
-        self._metering = Metering(store, self.data, zone=self.config.timezone, progress=self._progress)
+        self._metering = MeterService(store, self.data, zone=self.config.timezone, progress=self._progress)
         await self._metering.recover()
         if store.is_sqlite:
             await asyncio.to_thread(self._metering.loader.release_strays)
         self._fleet = Fleet(self.config, self._config_dir, self.data, self._models_changed)
         self._metering.watch(self._fleet)
-        self._rolling = Rolling(self.config, self.data, self._fleet.replicas)
+        self._rolling = PlatformRolls(self.config, self.data, self._fleet.replicas)
         self._rolling.restore()
         self._job_files = await asyncio.to_thread(job_files, self.config, self._config_dir, self.data)
         self.jobs = job_book(self.config, store, self._fleet.backend, self._job_files)
@@ -314,7 +314,7 @@ class Supervisor:
             self._batches,
             self.jobs,
             store,
-            history=History(store),
+            history=DemandHistory(store),
             rolling=lambda: {state.model for state in self.rolls() if state.under_way},
         )
         await self._tide.open()

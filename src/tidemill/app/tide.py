@@ -18,14 +18,14 @@ from tidemill.app.config.platform import Config
 from tidemill.app.fleet import Fleet, objective_of
 from tidemill.errors import NotFound
 from tidemill.fleet.backend import Node
-from tidemill.fleet.controller import LIVING, Controller, JobBook
-from tidemill.fleet.history import History
+from tidemill.fleet.controller import LIVING, FleetController, JobSource
+from tidemill.fleet.history import DemandHistory
 from tidemill.fleet.recipe import Recipe
-from tidemill.fleet.replica import Replica, Use
+from tidemill.fleet.replica import Replica, ReplicaLoadSample
 from tidemill.fleet.static_placement import share_of_slots
-from tidemill.fleet.status import FleetState, standing
-from tidemill.fleet.traffic import Meter, Traffic
-from tidemill.gateway.routing.demand import Load
+from tidemill.fleet.status import FleetStatus, standing
+from tidemill.fleet.traffic import CapacityMeter, ModelTraffic
+from tidemill.gateway.routing.demand import DemandReport
 from tidemill.store.drains import drain, read_drained, undrain
 from tidemill.store.engine import Store
 from tidemill.tides.rules import RULES
@@ -57,8 +57,8 @@ class ModelTide:
         self.config = config
         self.recipe = recipe
         self.objective = objective_of(config)
-        self.traffic = Traffic(now, percentile=self.objective.percentile)
-        self.meter = Meter(measures.get("capacity", 0.0), percentile=self.objective.percentile)
+        self.traffic = ModelTraffic(now, percentile=self.objective.percentile)
+        self.meter = CapacityMeter(measures.get("capacity", 0.0), percentile=self.objective.percentile)
         self.startup_s = measures.get("startup_s", FIRST_STARTUP_S)
         self.seen_startup = "startup_s" in measures
         self.limits: dict[str, float] = {}
@@ -80,17 +80,17 @@ class ModelTide:
 
 
 class Tide:
-    """Plans this platform's fleet; what `fleet.controller.Sight` asks for."""
+    """Plans this platform's fleet; what `fleet.controller.FleetView` asks for."""
 
     def __init__(
         self,
         config: Config,
         fleet: Fleet,
         batches: BatchProcess,
-        jobs: JobBook,
+        jobs: JobSource,
         store: Store,
         *,
-        history: History,
+        history: DemandHistory,
         rolling: Callable[[], Collection[str]],
     ) -> None:
         """`rolling`: models that are being rolled to another version; who rolls them decides on their replicas."""
@@ -101,7 +101,7 @@ class Tide:
         self._history = history
         self._rolling = rolling
         self._models: dict[str, ModelTide] = {}
-        self._loads: dict[int, Load] = {}
+        self._loads: dict[int, DemandReport] = {}
         """What each gateway process has in flight."""
         self._waiting: Mapping[str, int] = {}
         self._done: Counter[str] = Counter()
@@ -109,7 +109,7 @@ class Tide:
         self._drained: dict[str, str] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._adapt_at = 0.0
-        self.controller = Controller(self, fleet.replicas, jobs, rules=msgspec.structs.replace(RULES, turn=True))
+        self.controller = FleetController(self, fleet.replicas, jobs, rules=msgspec.structs.replace(RULES, turn=True))
 
     async def open(self) -> None:
         """Read what is remembered. Raises Unavailable."""
@@ -139,7 +139,7 @@ class Tide:
 
     # What the gateways report
 
-    def note_load(self, process: int, load: Load | None) -> None:
+    def note_load(self, process: int, load: DemandReport | None) -> None:
         """A gateway process has reported, or has died (None)."""
         now = time.monotonic()
         if load is None:
@@ -162,18 +162,18 @@ class Tide:
         if any(name not in before and not self._ready(name) for name in self._waiting if name in self._models):
             self.controller.poke()
 
-    def _uses(self) -> dict[str, Use]:
-        uses: dict[str, Use] = {}
+    def _uses(self) -> dict[str, ReplicaLoadSample]:
+        uses: dict[str, ReplicaLoadSample] = {}
         for load in self._loads.values():
             for replica, used in load.replicas.items():
-                before = uses.get(replica, Use())
-                uses[replica] = Use(before.people + used.people, before.filler + used.filler)
+                before = uses.get(replica, ReplicaLoadSample())
+                uses[replica] = ReplicaLoadSample(before.people + used.people, before.filler + used.filler)
         return uses
 
     def _ready(self, model: str) -> list[Replica]:
         return [each for each in self._fleet.replicas.of(model) if each.ready and not each.batch_only]
 
-    # What the controller asks for (`fleet.controller.Sight`)
+    # What the controller asks for (`fleet.controller.FleetView`)
 
     def nodes(self) -> Sequence[Node]:
         return self._fleet.replicas.nodes
@@ -318,7 +318,7 @@ class Tide:
 
     # What operators ask for
 
-    def standing(self) -> FleetState:
+    def standing(self) -> FleetStatus:
         """How the fleet stands, as of the last plan."""
         replicas = list(self._fleet.replicas.replicas.values())
         return standing(self.nodes(), replicas, self._drained, self.controller.last)

@@ -10,7 +10,7 @@ from cyclopts import App, Parameter
 
 from tidemill.cli.locate import data_plane_url, running, source
 from tidemill.cli.output import complain, grouped, moment, print_json, print_table, print_text
-from tidemill.cli.target import HERE, Place
+from tidemill.cli.target import HERE, Target
 from tidemill.cli.tenant_client import TenantClient
 from tidemill.errors import NotFound
 
@@ -39,7 +39,7 @@ def submit(
     endpoint: str = "/v1/chat/completions",
     url: Url = None,
     wait: bool = False,
-    place: Place = HERE,
+    place: Target = HERE,
 ) -> None:
     """Upload a file of requests, one a line, and have them worked on: as a tenant, with its key.
 
@@ -68,7 +68,7 @@ def submit(
 
 
 @app.command
-def results(batch: str, /, *, key: Key, errors: bool = False, url: Url = None, place: Place = HERE) -> None:
+def results(batch: str, /, *, key: Key, errors: bool = False, url: Url = None, place: Target = HERE) -> None:
     """Print what the lines of a batch gave, a JSON object a line: as a tenant, with its key.
 
     Parameters
@@ -97,7 +97,7 @@ def results(batch: str, /, *, key: Key, errors: bool = False, url: Url = None, p
 
 
 @app.command(name="list")
-def list_(*, tenant: str | None = None, open: bool = False, limit: int = 100, place: Place = HERE) -> None:
+def list_(*, tenant: str | None = None, open: bool = False, limit: int = 100, place: Target = HERE) -> None:
     """List the batches of all tenants, newest first.
 
     Parameters
@@ -145,7 +145,7 @@ def list_(*, tenant: str | None = None, open: bool = False, limit: int = 100, pl
 
 
 @app.command
-def show(batch: str, /, *, place: Place = HERE) -> None:
+def show(batch: str, /, *, place: Target = HERE) -> None:
     """Show a batch: how far it has come, what it has cost, and what is wrong with its lines.
 
     Parameters
@@ -178,7 +178,7 @@ def show(batch: str, /, *, place: Place = HERE) -> None:
 
 
 @app.command
-def cancel(batch: str, /, *, place: Place = HERE) -> None:
+def cancel(batch: str, /, *, place: Target = HERE) -> None:
     """Have a batch cancelled, as its tenant may: lines in flight end and are billed, the others are not begun.
 
     Parameters

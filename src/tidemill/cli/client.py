@@ -19,11 +19,11 @@ API = "/api/v1"
 Json = dict[str, Any]
 
 
-class Refused(TidemillError):
+class RequestRefused(TidemillError):
     """The platform's own error, as it worded it."""
 
 
-class Running:
+class AdminClient:
     """A running platform. Each method is one of the API's routes. Raises Unavailable when it does not answer."""
 
     def __init__(self, url: str, token: str) -> None:
@@ -244,7 +244,7 @@ class Running:
     def _refused(self, status: int, raw: bytes) -> TidemillError:
         try:
             error = json.loads(raw)["error"]
-            return Refused(str(error["message"]), hint=str(error["hint"] or ""), param=error["param"])
+            return RequestRefused(str(error["message"]), hint=str(error["hint"] or ""), param=error["param"])
         except (ValueError, KeyError, TypeError):
             hint = "Is the port right?"
             return Unavailable(f"{self.url} answers {status}, but not as Tidemill's control plane does.", hint=hint)

@@ -6,7 +6,7 @@ from cyclopts import App, Parameter
 
 from tidemill.cli.locate import running
 from tidemill.cli.output import grouped, print_json, print_text
-from tidemill.cli.target import HERE, Place
+from tidemill.cli.target import HERE, Target
 
 app = App(name="credit")
 
@@ -18,7 +18,7 @@ def grant(
     amount: Annotated[str, Parameter(allow_leading_hyphen=True)],
     memo: str = "",
     idempotency_key: str | None = None,
-    place: Place = HERE,
+    place: Target = HERE,
 ) -> None:
     """Grant a tenant credit to spend.
 

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import msgspec
 from cyclopts import Parameter
 
-from tidemill.cli.demo_platform import Answer, DemoPlatform, terminable
-from tidemill.cli.demo_stage import Stage
+from tidemill.cli.demo_platform import DemoAnswer, DemoPlatform, terminable
+from tidemill.cli.demo_stage import DemoStage
 from tidemill.cli.output import grouped, print_json
 from tidemill.errors import BadInput, TidemillError
 from tidemill.ledger.money import format_amount, parse_amount
@@ -64,7 +64,7 @@ class StoryBroken(TidemillError):
     """Something that the demo claims did not come out so. That is a defect: please report it."""
 
 
-class Facts(msgspec.Struct):
+class DemoFacts(msgspec.Struct):
     """What the demo has seen, for --json and for its own conclusions. Amounts are decimal strings."""
 
     seconds: float = 0.0
@@ -106,7 +106,7 @@ def demo(
     """
     if svg is not None and not svg.parent.is_dir():
         raise BadInput(f"There is no directory {svg.parent} for the picture.", param="svg")
-    stage = Stage(quiet=as_json)
+    stage = DemoStage(quiet=as_json)
     facts = play(stage)
     if svg is not None:
         stage.save(svg, title="tidemill demo")
@@ -117,10 +117,10 @@ def demo(
         raise StoryBroken(f"This did not hold: {'; '.join(broken)}.", hint="Please report it, with --json's output.")
 
 
-def play(stage: Stage) -> Facts:
+def play(stage: DemoStage) -> DemoFacts:
     """Tell the story on `stage`. Raises TidemillError when the platform does not start or does not answer."""
     began = time.monotonic()
-    facts = Facts()
+    facts = DemoFacts()
     stage.title("Tidemill", "one model, three tenants, one meter")
     with (
         terminable(),
@@ -139,13 +139,13 @@ def play(stage: Stage) -> Facts:
 class _Story:
     """The acts, in order."""
 
-    def __init__(self, stage: Stage, platform: DemoPlatform, facts: Facts) -> None:
+    def __init__(self, stage: DemoStage, platform: DemoPlatform, facts: DemoFacts) -> None:
         self.stage = stage
         self.platform = platform
         self.facts = facts
         self.operator = platform.operator()
         self.keys: dict[str, str] = {}
-        self.answers: list[Answer] = []
+        self.answers: list[DemoAnswer] = []
         self.month = datetime.now(UTC).strftime("%Y-%m")
 
     def tell(self) -> None:
@@ -171,7 +171,7 @@ class _Story:
     def streams(self) -> None:
         self.stage.act("Streams side by side", "POST /v1/chat/completions, as OpenAI's clients send it")
         asked = {ACME: (LETTER, 7), HAIZHOU: (HARBOUR, 1)}
-        answers = {name: Answer() for name in asked}
+        answers = {name: DemoAnswer() for name in asked}
         for name, (prompt, seed) in asked.items():
             self._ask(name, answers[name], prompt, max_tokens=130, stream=True, seed=seed)
         finished = lambda: all(answer.done for answer in answers.values())  # noqa: E731
@@ -182,7 +182,7 @@ class _Story:
 
     def burst(self) -> None:
         self.stage.act("A limit that holds", f"{BURST} requests at once on {TENANTS[SHOAL][1]} USD, enough for ten")
-        answers = [Answer() for _ in range(BURST)]
+        answers = [DemoAnswer() for _ in range(BURST)]
         for number, answer in enumerate(answers):
             self._ask(SHOAL, answer, f"Tell me fact {number} about tides.", max_tokens=BURST_TOKENS, stream=False)
         with self._watching_balance():
@@ -205,7 +205,7 @@ class _Story:
     def last_of_the_balance(self) -> None:
         left = self.operator.grant_credit(SHOAL, TOP_UP, "demo", None)["balance"]
         self.stage.act("A stream that eats the rest", f"{STORY_TOKENS:,} tokens wanted, {left} USD there")
-        answer = Answer()
+        answer = DemoAnswer()
         self._ask(SHOAL, answer, STORY, max_tokens=STORY_TOKENS, stream=True, seed=7)
         with self._watching_balance():
             self.stage.live(lambda: self.stage.one(SHOAL, answer, None), lambda: answer.done)
@@ -267,7 +267,9 @@ class _Story:
         self.facts.holds["the engine's own counters = the records"] = equal
         self.stage.margin_and_meter(margin, found)
 
-    def _ask(self, tenant: str, answer: Answer, prompt: str, *, max_tokens: int, stream: bool, seed: int = 1) -> None:
+    def _ask(
+        self, tenant: str, answer: DemoAnswer, prompt: str, *, max_tokens: int, stream: bool, seed: int = 1
+    ) -> None:
         wanted: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": prompt}], **WRITING}
         wanted |= {"max_tokens": max_tokens, "stream": stream, "seed": seed}
         if stream:
@@ -276,7 +278,7 @@ class _Story:
         arguments = (self.keys[tenant], answer)
         threading.Thread(target=self.platform.chat, args=arguments, kwargs=wanted, daemon=True).start()
 
-    def _record(self, tenant: str, answer: Answer) -> Mapping[str, Any]:
+    def _record(self, tenant: str, answer: DemoAnswer) -> Mapping[str, Any]:
         """The usage record of an answer; it is on disk before the answer ends, so it is there."""
         for record in self.operator.usage(tenant, None, records=True)["records"]:
             if record["request_id"] == answer.request_id:

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tidemill.cli.client import Json, Running
+from tidemill.cli.client import AdminClient, Json
 from tidemill.cli.output import complain
 from tidemill.errors import Unavailable
 
@@ -72,12 +72,12 @@ class DemoPlatform:
     ) -> None:
         self._stop()
 
-    def operator(self) -> Running:
+    def operator(self) -> AdminClient:
         """A client of the control plane with the admin token."""
         token = (self.data / "admin-token").read_text().strip()
-        return Running(f"http://127.0.0.1:{self.control_port}", token)
+        return AdminClient(f"http://127.0.0.1:{self.control_port}", token)
 
-    def chat(self, key: str, answer: "Answer", **wanted: Any) -> None:
+    def chat(self, key: str, answer: "DemoAnswer", **wanted: Any) -> None:
         """Send a chat request and follow its answer into `answer`, which may be looked at meanwhile."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=ANSWER_WITHIN_S)
         try:
@@ -138,7 +138,7 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class Answer:
+class DemoAnswer:
     """A chat answer while it comes, streamed or whole."""
 
     def __init__(self) -> None:

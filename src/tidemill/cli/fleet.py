@@ -6,7 +6,7 @@ from cyclopts import App
 
 from tidemill.cli.locate import running
 from tidemill.cli.output import grouped, moment, print_json, print_table, print_text
-from tidemill.cli.target import HERE, Place
+from tidemill.cli.target import HERE, Target
 
 app = App(name="fleet")
 
@@ -14,7 +14,7 @@ GIB = 2**30
 
 
 @app.command(name="list")
-def list_(*, place: Place = HERE) -> None:
+def list_(*, place: Target = HERE) -> None:
     """List the replicas, and what is planned for each model. Work is in tokens of prefill a second."""
     found = running(place).fleet()
     if place.json:
@@ -76,7 +76,7 @@ def list_(*, place: Place = HERE) -> None:
 
 
 @app.command
-def devices(*, place: Place = HERE) -> None:
+def devices(*, place: Target = HERE) -> None:
     """List the nodes' devices and who holds them."""
     found = running(place).fleet()
     if place.json:
@@ -98,7 +98,7 @@ def devices(*, place: Place = HERE) -> None:
 
 
 @app.command
-def why(*, place: Place = HERE) -> None:
+def why(*, place: Target = HERE) -> None:
     """Say what each device does, until when and why; and what each waiting piece of work waits for."""
     found = running(place).fleet_why()
     if place.json:
@@ -114,7 +114,7 @@ def why(*, place: Place = HERE) -> None:
 
 
 @app.command
-def drain(name: str, /, *, why: str = "", place: Place = HERE) -> None:
+def drain(name: str, /, *, why: str = "", place: Target = HERE) -> None:
     """Take a node or a device out: nothing new starts there; what runs there goes on elsewhere, or ends in order.
 
     Parameters
@@ -132,7 +132,7 @@ def drain(name: str, /, *, why: str = "", place: Place = HERE) -> None:
 
 
 @app.command
-def undrain(name: str, /, *, place: Place = HERE) -> None:
+def undrain(name: str, /, *, place: Target = HERE) -> None:
     """Put a node or a device back.
 
     Parameters

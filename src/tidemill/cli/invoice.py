@@ -2,10 +2,10 @@
 
 from tidemill.cli.locate import source
 from tidemill.cli.output import print_json, print_text
-from tidemill.cli.target import HERE, Place
+from tidemill.cli.target import HERE, Target
 
 
-def invoice(*, tenant: str, month: str | None = None, place: Place = HERE) -> None:
+def invoice(*, tenant: str, month: str | None = None, place: Target = HERE) -> None:
     """A tenant's invoice of a month, as text; a draft while the month is not over.
 
     Parameters

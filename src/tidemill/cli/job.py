@@ -9,7 +9,7 @@ from cyclopts import App, Parameter
 
 from tidemill.cli.locate import running, source
 from tidemill.cli.output import complain, grouped, moment, print_json, print_table, print_text, split_list
-from tidemill.cli.target import HERE, Place
+from tidemill.cli.target import HERE, Target
 from tidemill.errors import BadInput, Conflict, NotFound
 
 app = App(name="job")
@@ -39,7 +39,7 @@ def submit(
     env: tuple[str, ...] = (),
     workdir: Path | None = None,
     wait: Annotated[bool, Parameter(negative="")] = False,
-    place: Place = HERE,
+    place: Target = HERE,
 ) -> int:
     """Have a command run on devices, as soon as there is room for it. Write it behind --.
 
@@ -121,7 +121,7 @@ def list_(
     state: str | None = None,
     unfinished: Annotated[bool, Parameter(negative="")] = False,
     limit: int = 100,
-    place: Place = HERE,
+    place: Target = HERE,
 ) -> None:
     """List jobs, newest first.
 
@@ -170,7 +170,7 @@ def list_(
 
 
 @app.command
-def show(job: str, /, *, place: Place = HERE) -> None:
+def show(job: str, /, *, place: Target = HERE) -> None:
     """One job, each attempt at it, and what it has cost until now.
 
     Parameters
@@ -193,7 +193,7 @@ def logs(
     follow: Annotated[bool, Parameter(name=["--follow", "-f"], negative="")] = False,
     attempt: int | None = None,
     rank: int = 0,
-    place: Place = HERE,
+    place: Target = HERE,
 ) -> None:
     """What a job has said.
 
@@ -245,7 +245,7 @@ def logs(
 
 
 @app.command
-def wait(job: str, /, *, place: Place = HERE) -> int:
+def wait(job: str, /, *, place: Target = HERE) -> int:
     """Return when a job is over: exit code 0 if it has succeeded, else 1.
 
     Parameters
@@ -257,7 +257,7 @@ def wait(job: str, /, *, place: Place = HERE) -> int:
 
 
 @app.command
-def cancel(job: str, /, *, place: Place = HERE) -> None:
+def cancel(job: str, /, *, place: Target = HERE) -> None:
     """Cancel a job. One that runs gets its signal and its grace.
 
     Parameters
@@ -275,7 +275,7 @@ def cancel(job: str, /, *, place: Place = HERE) -> None:
 
 
 @app.command
-def artifacts(job: str, path: str | None = None, /, *, to: Path | None = None, place: Place = HERE) -> None:
+def artifacts(job: str, path: str | None = None, /, *, to: Path | None = None, place: Target = HERE) -> None:
     """List what a job has made for its owner, or download one of it.
 
     Parameters
@@ -310,7 +310,7 @@ def artifacts(job: str, path: str | None = None, /, *, to: Path | None = None, p
         print_text(f"{target}: {grouped(size)} bytes")
 
 
-def _wait(place: Place, job: str) -> int:
+def _wait(place: Target, job: str) -> int:
     client = running(place)
     while (found := client.job(job))["state"] not in OVER:
         time.sleep(LOOK_EVERY_S)

@@ -4,7 +4,7 @@ from cyclopts import App
 
 from tidemill.cli.locate import running, source
 from tidemill.cli.output import complain, moment, print_json, print_table, print_text, split_list
-from tidemill.cli.target import HERE, Place
+from tidemill.cli.target import HERE, Target
 
 app = App(name="key")
 
@@ -17,7 +17,7 @@ def create(
     expires: str | None = None,
     models: str = "",
     ips: str = "",
-    place: Place = HERE,
+    place: Target = HERE,
 ) -> None:
     """Make an API key and print it, once: only its digest is kept.
 
@@ -44,7 +44,7 @@ def create(
 
 
 @app.command(name="list")
-def list_(*, tenant: str | None = None, place: Place = HERE) -> None:
+def list_(*, tenant: str | None = None, place: Target = HERE) -> None:
     """List the API keys, revoked ones included.
 
     Parameters
@@ -74,7 +74,7 @@ def list_(*, tenant: str | None = None, place: Place = HERE) -> None:
 
 
 @app.command
-def rotate(key: str, /, *, overlap: str = "24h", place: Place = HERE) -> None:
+def rotate(key: str, /, *, overlap: str = "24h", place: Target = HERE) -> None:
     """Replace an API key: print a new one with its policies and limits, and let the old one expire.
 
     Parameters
@@ -97,7 +97,7 @@ def rotate(key: str, /, *, overlap: str = "24h", place: Place = HERE) -> None:
 
 
 @app.command
-def revoke(key: str, /, *, place: Place = HERE) -> None:
+def revoke(key: str, /, *, place: Target = HERE) -> None:
     """Revoke an API key, at once and for good.
 
     Parameters

@@ -6,7 +6,7 @@ from cyclopts import App
 
 from tidemill.cli.locate import running, source
 from tidemill.cli.output import grouped, moment, print_json, print_table, print_text
-from tidemill.cli.target import HERE, Place
+from tidemill.cli.target import HERE, Target
 
 app = App(name="limit")
 
@@ -23,7 +23,7 @@ def set_(
     budget: str | None = None,
     per: str | None = None,
     soft: int | None = None,
-    place: Place = HERE,
+    place: Target = HERE,
 ) -> None:
     """Put limits in force, each in the place of one of its kind on the same tenant, key and model.
 
@@ -67,7 +67,7 @@ def set_(
 
 
 @app.command(name="list")
-def list_(*, tenant: str | None = None, place: Place = HERE) -> None:
+def list_(*, tenant: str | None = None, place: Target = HERE) -> None:
     """List the limits and what is used of them.
 
     Parameters
@@ -107,7 +107,7 @@ def list_(*, tenant: str | None = None, place: Place = HERE) -> None:
 
 
 @app.command
-def remove(limit: str, /, *, place: Place = HERE) -> None:
+def remove(limit: str, /, *, place: Target = HERE) -> None:
     """Take a limit out of force.
 
     Parameters

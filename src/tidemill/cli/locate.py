@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from tidemill.cli.client import Json, Running
+from tidemill.cli.client import AdminClient, Json
 from tidemill.cli.output import complain
-from tidemill.cli.target import Place
+from tidemill.cli.target import Target
 from tidemill.errors import BadInput, Unavailable
 
 if TYPE_CHECKING:
-    from tidemill.cli.offline import Stopped
+    from tidemill.cli.offline import OfflinePlatform
 
 # As app.datadir lays them out.
 LOCK_FILE = "lock"
@@ -22,7 +22,7 @@ TOKEN_FILE = "admin-token"
 TOKEN_VARIABLE = "TIDEMILL_ADMIN_TOKEN"
 
 
-class Source(Protocol):
+class PlatformSource(Protocol):
     """What can be read of a platform, whether it runs or not."""
 
     def tenants(self) -> Json: ...
@@ -39,7 +39,7 @@ class Source(Protocol):
     def reservations(self, tenant: str | None, *, over: bool) -> Json: ...
 
 
-def running(place: Place) -> Running:
+def running(place: Target) -> AdminClient:
     """The running platform, for a command that changes something. Raises Unavailable when it does not run."""
     url = place.remote()
     directory = place.directory()
@@ -48,20 +48,20 @@ def running(place: Place) -> Running:
             f"The platform on {directory} is not running; this command needs it.",
             hint=f"Start it: tidemill up --data {directory}",
         )
-    return Running(url or _control_url(directory), admin_token(place))
+    return AdminClient(url or _control_url(directory), admin_token(place))
 
 
-def source(place: Place) -> "Running | Stopped":
+def source(place: Target) -> "AdminClient | OfflinePlatform":
     """The platform if it runs, else its data, for a command that only reads."""
     if place.remote() is not None or is_running(place.directory()):
         return running(place)
-    from tidemill.cli.offline import Stopped
+    from tidemill.cli.offline import OfflinePlatform
 
     directory = place.directory()
     complain(f"the platform on {directory} is stopped; this is what its data says.", kind="note")
     if unloaded(directory):
         complain("it was killed: usage of its last moments is missing until it has been started again.", kind="note")
-    return Stopped(directory)
+    return OfflinePlatform(directory)
 
 
 def unloaded(directory: Path) -> bool:
@@ -90,7 +90,7 @@ def is_running(directory: Path) -> bool:
         os.close(fd)
 
 
-def data_plane_url(place: Place, url: str | None) -> str:
+def data_plane_url(place: Target, url: str | None) -> str:
     """Where tenants send requests: `url`, else that of the platform that runs here. Raises Unavailable, BadInput."""
     if url is not None:
         return url
@@ -115,7 +115,7 @@ def _runtime(directory: Path, key: str) -> str:
         ) from error
 
 
-def admin_token(place: Place) -> str:
+def admin_token(place: Target) -> str:
     """The admin token: TIDEMILL_ADMIN_TOKEN, or the file in the data directory. Raises Unavailable."""
     token = os.environ.get(TOKEN_VARIABLE, "").strip()
     if token:

@@ -7,13 +7,13 @@ from cyclopts import Parameter
 
 from tidemill.cli.locate import running
 from tidemill.cli.output import grouped, print_json, print_table, print_text
-from tidemill.cli.target import HERE, Place
+from tidemill.cli.target import HERE, Target
 
 
 def margin(
     *,
     month: Annotated[str | None, Parameter(help="The month, such as 2026-11; the current one if not given.")] = None,
-    place: Place = HERE,
+    place: Target = HERE,
 ) -> None:
     """Set what each model earned, by tenant, against what its replicas and upstreams cost, idle time included."""
     found = running(place).margin(month)

@@ -8,7 +8,7 @@ from cyclopts import App, Parameter
 
 from tidemill.cli.locate import running, source
 from tidemill.cli.output import complain, grouped, print_json, print_table, print_text
-from tidemill.cli.target import HERE, Place
+from tidemill.cli.target import HERE, Target
 from tidemill.errors import Conflict
 
 app = App(name="model")
@@ -17,7 +17,7 @@ LOOK_EVERY_S = 0.3
 
 
 @app.command(name="list")
-def list_(*, place: Place = HERE) -> None:
+def list_(*, place: Target = HERE) -> None:
     """List the models, how they do, and their prices per million tokens."""
     found = source(place).models()
     if place.json:
@@ -54,7 +54,7 @@ def roll(
     path: str,
     version: str = "",
     wait: Annotated[bool, Parameter(negative="--no-wait")] = True,
-    place: Place = HERE,
+    place: Target = HERE,
 ) -> None:
     """Roll a model to other weights, replica by replica, without a request that fails.
 

@@ -8,9 +8,9 @@ import msgspec
 
 from tidemill.cli.output import grouped, print_json, print_table, print_text
 from tidemill.engines import sglang, vllm
-from tidemill.engines.catalogue import GpuSpec, ModelSpec, gpus, model_named, models
+from tidemill.engines.catalogue import CatalogueModel, GpuSpec, gpus, model_named, models
 from tidemill.engines.catalogue.models import BYTES_PER_KV, BYTES_PER_WEIGHT, WEIGHT_PRECISIONS, KvPrecision
-from tidemill.engines.fit import Fit, Wish, fits, parse_nodes, parse_tokens, shortfall
+from tidemill.engines.fit import Fit, FitRequest, fits, parse_nodes, parse_tokens, shortfall
 from tidemill.engines.launch import EngineLaunch, MultiNode, launch_for
 from tidemill.engines.memory import CHUNK_TOKENS, GIB
 from tidemill.engines.roofline import BANDWIDTH_SHARE, COMPUTE_SHARE, NETWORK_GBS
@@ -45,7 +45,7 @@ def show_fit(
     if not 1 <= concurrency <= 100_000:
         raise BadInput("The concurrency is from 1 to 100000 sequences.")
     tokens = min(DEFAULT_CONTEXT, spec.max_context) if context is None else parse_tokens(context)
-    wish = Wish(context=tokens, sequences=concurrency, precision=wanted, kv=cached)
+    wish = FitRequest(context=tokens, sequences=concurrency, precision=wanted, kv=cached)
     found = fits(spec, groups, wish)
     if json:
         print_json(_document(spec, found, wish, engine))
@@ -68,7 +68,7 @@ def _worth_showing(found: Sequence[Fit]) -> Sequence[Fit]:
     return fitting or sorted(found, key=lambda fit: (-fit.max_sequences, fit.need.total))[:3]
 
 
-def _print_model(spec: ModelSpec, wish: Wish) -> None:
+def _print_model(spec: CatalogueModel, wish: FitRequest) -> None:
     parts = [f"{spec.total / 1e9:.1f}B parameters"]
     if spec.moe is not None:
         shared = f" and {spec.moe.shared} shared" if spec.moe.shared else ""
@@ -130,7 +130,7 @@ def _rounded(rate: float) -> str:
     return grouped(value) if value < 10_000 else f"{grouped(value // 1000)}k"
 
 
-def _arithmetic(spec: ModelSpec, fit: Fit, wish: Wish) -> list[str]:
+def _arithmetic(spec: CatalogueModel, fit: Fit, wish: FitRequest) -> list[str]:
     """How the first row comes about."""
     need, gpu = fit.need, fit.group.gpu
     values = spec.kv_values(kv_heads=max(1, -(-spec.kv_heads // fit.layout.tp)))
@@ -180,7 +180,7 @@ def _no_estimate(gpu: GpuSpec) -> list[str]:
     return [f"No estimate of speed: {gpu.name} has no published bandwidth or compute.", *_uncertain(gpu)]
 
 
-def _launches(spec: ModelSpec, fit: Fit, wish: Wish) -> list[EngineLaunch]:
+def _launches(spec: CatalogueModel, fit: Fit, wish: FitRequest) -> list[EngineLaunch]:
     """One for each node of a replica."""
     launch = launch_for(
         fit.layout,
@@ -199,7 +199,7 @@ def _launches(spec: ModelSpec, fit: Fit, wish: Wish) -> list[EngineLaunch]:
     return [msgspec.structs.replace(launch, multi_node=rank) for rank in ranks]
 
 
-def _start(spec: ModelSpec, fit: Fit, wish: Wish, engine: str) -> list[str]:
+def _start(spec: CatalogueModel, fit: Fit, wish: FitRequest, engine: str) -> list[str]:
     launches = _launches(spec, fit, wish)
     lines = [f"Start it, one replica, with {engine}" + (" (HEAD is the first node):" if len(launches) > 1 else ":")]
     if fit.precision != spec.native and fit.precision in ("int8", "int4"):
@@ -213,7 +213,7 @@ def _start(spec: ModelSpec, fit: Fit, wish: Wish, engine: str) -> list[str]:
     return lines
 
 
-def _document(spec: ModelSpec, found: Sequence[Fit], wish: Wish, engine: str) -> dict[str, Any]:
+def _document(spec: CatalogueModel, found: Sequence[Fit], wish: FitRequest, engine: str) -> dict[str, Any]:
     return {
         "model": spec.name,
         "hub_id": spec.hub_id,
@@ -226,7 +226,7 @@ def _document(spec: ModelSpec, found: Sequence[Fit], wish: Wish, engine: str) ->
     }
 
 
-def _layout_document(spec: ModelSpec, fit: Fit, wish: Wish, engine: str) -> dict[str, Any]:
+def _layout_document(spec: CatalogueModel, fit: Fit, wish: FitRequest, engine: str) -> dict[str, Any]:
     need, found, layout = fit.need, fit.estimate, fit.layout
     document: dict[str, Any] = {
         "nodes": str(fit.group),
@@ -275,14 +275,14 @@ def show_models(*, json: bool) -> None:
     print_table(columns, [_model_row(spec) for spec in known])
 
 
-def _model_row(spec: ModelSpec) -> tuple[str, ...]:
+def _model_row(spec: CatalogueModel) -> tuple[str, ...]:
     kv = f"{spec.layers * spec.kv_values() * BYTES_PER_KV['bf16'] / 1024:.1f} KiB"
     active = f"{spec.active / 1e9:.2f}B" if spec.moe is not None else ""
     context = grouped(spec.max_context)
     return spec.name, spec.hub_id, f"{spec.total / 1e9:.2f}B", active, spec.native, context, kv, spec.licence
 
 
-def _model_document(spec: ModelSpec) -> dict[str, Any]:
+def _model_document(spec: CatalogueModel) -> dict[str, Any]:
     document: dict[str, Any] = msgspec.to_builtins(spec)
     return {**document, "parameters": spec.total, "active_parameters": spec.active}
 

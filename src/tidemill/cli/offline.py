@@ -20,8 +20,8 @@ T = TypeVar("T")
 Json = dict[str, Any]
 
 
-class Stopped:
-    """A stopped platform's data directory, read-only. The methods answer as those of `client.Running`."""
+class OfflinePlatform:
+    """A stopped platform's data directory, read-only. The methods answer as those of `client.AdminClient`."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory

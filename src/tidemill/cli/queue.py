@@ -4,7 +4,7 @@ from cyclopts import App
 
 from tidemill.cli.locate import running, source
 from tidemill.cli.output import print_json, print_table, print_text
-from tidemill.cli.target import HERE, Place
+from tidemill.cli.target import HERE, Target
 
 app = App(name="queue")
 
@@ -18,7 +18,7 @@ def set_(
     quota: int = 0,
     borrow: int | None = None,
     weight: int = 1,
-    place: Place = HERE,
+    place: Target = HERE,
 ) -> None:
     """Make a queue of jobs, or change it. A tenant's own queue has the tenant's name.
 
@@ -44,7 +44,7 @@ def set_(
 
 
 @app.command(name="list")
-def list_(*, place: Place = HERE) -> None:
+def list_(*, place: Target = HERE) -> None:
     """List the queues that were set."""
     found = source(place).queues()
     if place.json:
@@ -66,7 +66,7 @@ def list_(*, place: Place = HERE) -> None:
 
 
 @app.command
-def remove(name: str, /, *, place: Place = HERE) -> None:
+def remove(name: str, /, *, place: Target = HERE) -> None:
     """Remove a queue that has no unfinished jobs.
 
     Parameters

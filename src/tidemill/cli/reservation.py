@@ -6,7 +6,7 @@ from cyclopts import App, Parameter
 
 from tidemill.cli.locate import running, source
 from tidemill.cli.output import grouped, moment, print_json, print_table, print_text
-from tidemill.cli.target import HERE, Place
+from tidemill.cli.target import HERE, Target
 
 app = App(name="reservation")
 
@@ -21,7 +21,7 @@ def create(
     from_: Annotated[str, Parameter(name="--from")] = "now",
     lend: Annotated[bool, Parameter(negative="")] = False,
     price: str | None = None,
-    place: Place = HERE,
+    place: Target = HERE,
 ) -> None:
     """Keep devices for a tenant from one instant to another. It pays for them, used or not.
 
@@ -59,7 +59,7 @@ def list_(
     *,
     tenant: str | None = None,
     over: Annotated[bool, Parameter(name="--all", negative="")] = False,
-    place: Place = HERE,
+    place: Target = HERE,
 ) -> None:
     """List reservations, by their beginning.
 
@@ -106,7 +106,7 @@ def list_(
 
 
 @app.command
-def cancel(reservation: str, /, *, place: Place = HERE) -> None:
+def cancel(reservation: str, /, *, place: Target = HERE) -> None:
     """Give a reservation up. It is billed until now.
 
     Parameters

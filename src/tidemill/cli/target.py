@@ -12,7 +12,7 @@ DEFAULT_DATA = Path("data")
 
 @Parameter(name="*", group="Platform")
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class Target:
     """The flags that every command has."""
 
     data: Path | None = None
@@ -34,5 +34,5 @@ class Place:
         return self.data or Path(os.environ.get("TIDEMILL_DATA") or DEFAULT_DATA)
 
 
-HERE = Place()
+HERE = Target()
 """No flags given."""

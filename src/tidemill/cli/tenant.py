@@ -4,13 +4,13 @@ from cyclopts import App
 
 from tidemill.cli.locate import running, source
 from tidemill.cli.output import complain, grouped, moment, print_json, print_table, print_text
-from tidemill.cli.target import HERE, Place
+from tidemill.cli.target import HERE, Target
 
 app = App(name="tenant")
 
 
 @app.command
-def create(name: str, /, *, currency: str | None = None, place: Place = HERE) -> None:
+def create(name: str, /, *, currency: str | None = None, place: Target = HERE) -> None:
     """Make a tenant.
 
     Parameters
@@ -30,7 +30,7 @@ def create(name: str, /, *, currency: str | None = None, place: Place = HERE) ->
 
 
 @app.command
-def weight(name: str, weight: int, /, *, place: Place = HERE) -> None:
+def weight(name: str, weight: int, /, *, place: Target = HERE) -> None:
     """Give a tenant another share of models that are full.
 
     Parameters
@@ -48,7 +48,7 @@ def weight(name: str, weight: int, /, *, place: Place = HERE) -> None:
 
 
 @app.command(name="list")
-def list_(*, place: Place = HERE) -> None:
+def list_(*, place: Target = HERE) -> None:
     """List the tenants and their balances."""
     found = source(place).tenants()
     if place.json:

@@ -7,7 +7,7 @@ from cyclopts import Parameter
 
 from tidemill.cli.locate import source
 from tidemill.cli.output import grouped, moment, print_json, print_table, print_text
-from tidemill.cli.target import HERE, Place
+from tidemill.cli.target import HERE, Target
 
 
 def usage(
@@ -15,7 +15,7 @@ def usage(
     tenant: str,
     month: str | None = None,
     records: Annotated[bool, Parameter(negative="")] = False,
-    place: Place = HERE,
+    place: Target = HERE,
 ) -> None:
     """What a tenant has used and what it cost: exact sums, and with --records each request.
 

@@ -13,7 +13,7 @@ from tidemill.ledger.devices import seconds_text
 from tidemill.ledger.money import format_amount
 from tidemill.store import jobs as job_store
 from tidemill.store.device_meters import meter_rows
-from tidemill.store.job_submission import JobLimits, JobWish
+from tidemill.store.job_submission import JobLimits, JobSubmission
 from tidemill.store.job_submission import submit as submit_wish
 from tidemill.store.jobs import UNFINISHED, Attempt, Job, JobState
 from tidemill.store.tenants import Tenant, list_tenants, nearest_hint
@@ -53,7 +53,7 @@ def submit_job(connection: Connection, request: JobRequest, limits: JobLimits, *
     if request.ranks not in (None, "node", "device"):
         raise BadInput(f"ranks: {request.ranks[:20]!r} is not node or device.", param="ranks")
     deadline = None if request.deadline is None else read_expiry("deadline", request.deadline, zone=zone, now=now)
-    wish = JobWish(
+    wish = JobSubmission(
         argv=tuple(request.command),
         name=request.name,
         devices=request.devices,

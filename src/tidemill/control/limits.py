@@ -9,7 +9,7 @@ from sqlalchemy import Connection
 
 from tidemill.control.names import check_text, known_model, read_amount, tenant_named
 from tidemill.errors import BadInput, NotFound
-from tidemill.ledger.limits import Limit, LimitKind, Per, Span, span_of, title_of
+from tidemill.ledger.limits import BudgetSpan, Limit, LimitKind, Per, span_of, title_of
 from tidemill.ledger.money import format_amount
 from tidemill.store import limits as limit_store
 from tidemill.store.budgets import leased_in, spent_in, warned
@@ -23,7 +23,7 @@ Json = dict[str, Any]
 MAX_ID = 255
 
 
-class LimitWish(msgspec.Struct, kw_only=True):
+class LimitSpec(msgspec.Struct, kw_only=True):
     """What an operator wants to be limited; at least one of the five kinds."""
 
     tenant: str
@@ -39,7 +39,7 @@ class LimitWish(msgspec.Struct, kw_only=True):
     soft_percent: int | None = None
 
 
-def set_limits(connection: Connection, wish: LimitWish, *, models: Collection[str], zone: str, now: datetime) -> Json:
+def set_limits(connection: Connection, wish: LimitSpec, *, models: Collection[str], zone: str, now: datetime) -> Json:
     """Put limits in force, each in the place of one of its kind on the same scope. Raises NotFound, BadInput."""
     owner = tenant_named(connection, wish.tenant)
     key_id = None if wish.key is None else _key_of(connection, owner, wish.key).first_id
@@ -147,7 +147,7 @@ def _described(connection: Connection, limits: list[Limit], *, zone: str, now: d
     return found
 
 
-def _money(connection: Connection, limit: Limit, span: Span) -> Json:
+def _money(connection: Connection, limit: Limit, span: BudgetSpan) -> Json:
     return {
         "budget": format_amount(limit.amount),
         "spent": format_amount(spent_in(connection, limit, span)),

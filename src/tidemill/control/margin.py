@@ -8,7 +8,7 @@ from datetime import datetime
 from sqlalchemy import Connection
 
 from tidemill.control.names import read_month
-from tidemill.control.platform import ModelView
+from tidemill.control.platform import PlatformModel
 from tidemill.control.queries import Json
 from tidemill.errors import BadInput
 from tidemill.ledger.costing import MarginKey, MarginLine, MarginReport
@@ -24,7 +24,7 @@ NS_PER_S = 1_000_000_000
 
 def margin(
     connection: Connection,
-    running: Sequence[ModelView],
+    running: Sequence[PlatformModel],
     *,
     month: str,
     zone: str,

@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 
 from tidemill.clock import from_micros, to_micros
 from tidemill.control.names import read_month, tenant_named
-from tidemill.control.platform import ModelView
+from tidemill.control.platform import PlatformModel
 from tidemill.errors import BadInput
 from tidemill.ledger.devices import seconds_text
 from tidemill.ledger.invoice import Invoice, make_invoice
@@ -19,7 +19,7 @@ from tidemill.ledger.invoice import to_json as invoice_to_json
 from tidemill.ledger.invoice_text import to_text as invoice_to_text
 from tidemill.ledger.money import ZERO, Nanos, format_amount
 from tidemill.ledger.period import Period, period_of
-from tidemill.ledger.pricing import PriceVersion, Tier
+from tidemill.ledger.pricing import PriceTier, PriceVersion
 from tidemill.ledger.statement import record_to_json, statement_of_rows
 from tidemill.ledger.statement import to_json as statement_to_json
 from tidemill.ledger.usage import UsageRecord
@@ -211,7 +211,7 @@ def invoice_text(
     return invoice_to_text(invoice(connection, tenant, month, zone=zone, issuer=issuer, now=now))
 
 
-def models(connection: Connection, running: Sequence[ModelView] | None, *, now: datetime) -> Json:
+def models(connection: Connection, running: Sequence[PlatformModel] | None, *, now: datetime) -> Json:
     """The models that run, with their prices by currency; of a stopped platform (None) those that have a price."""
     priced: dict[str, Json] = {}
     for (model, currency), version in current_prices(connection, now).items():
@@ -251,8 +251,8 @@ def prices(connection: Connection, *, history: bool, now: datetime) -> Json:
     if history:
         found = price_versions(connection)
     else:
-        found = [version for tier in Tier for version in current_prices(connection, now, tier).values()]
-        found.sort(key=lambda version: (version.model, version.currency, list(Tier).index(version.tier)))
+        found = [version for tier in PriceTier for version in current_prices(connection, now, tier).values()]
+        found.sort(key=lambda version: (version.model, version.currency, list(PriceTier).index(version.tier)))
     return {
         "prices": [
             {

@@ -10,8 +10,8 @@ import msgspec
 
 from tidemill.engines.catalogue import gpu_named
 from tidemill.engines.catalogue.gpus import GpuSpec
-from tidemill.engines.catalogue.models import KvPrecision, ModelSpec, WeightPrecision
-from tidemill.engines.memory import GIB, MEMORY_SHARE, Layout, Need, need
+from tidemill.engines.catalogue.models import CatalogueModel, KvPrecision, WeightPrecision
+from tidemill.engines.memory import GIB, MEMORY_SHARE, MemoryNeed, ReplicaLayout, need
 from tidemill.engines.roofline import Estimate, estimate
 from tidemill.errors import BadInput
 
@@ -39,7 +39,7 @@ class NodeGroup(msgspec.Struct, frozen=True):
         return f"{self.nodes}x{self.per_node}x{self.gpu.kind}"
 
 
-class Wish(msgspec.Struct, frozen=True, kw_only=True):
+class FitRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What a replica shall do."""
 
     context: int
@@ -56,9 +56,9 @@ class Fit(msgspec.Struct, frozen=True, kw_only=True):
     """One layout on one group of nodes."""
 
     group: NodeGroup
-    layout: Layout
+    layout: ReplicaLayout
     precision: WeightPrecision
-    need: Need
+    need: MemoryNeed
     usable: int
     """Bytes of each device."""
     fits: bool
@@ -107,7 +107,7 @@ def parse_tokens(text: str) -> int:
     return int(tokens)
 
 
-def precision_for(spec: ModelSpec, gpu: GpuSpec, wished: WeightPrecision | None) -> WeightPrecision:
+def precision_for(spec: CatalogueModel, gpu: GpuSpec, wished: WeightPrecision | None) -> WeightPrecision:
     """The precision that the weights are kept in. Raises BadInput when the device cannot hold the wished one."""
     if wished is None:
         return spec.native if spec.native in gpu.precisions else "bf16"
@@ -118,7 +118,7 @@ def precision_for(spec: ModelSpec, gpu: GpuSpec, wished: WeightPrecision | None)
     return wished
 
 
-def fits(spec: ModelSpec, groups: Sequence[NodeGroup], wish: Wish) -> list[Fit]:
+def fits(spec: CatalogueModel, groups: Sequence[NodeGroup], wish: FitRequest) -> list[Fit]:
     """All layouts on all groups, best first: those that fit the wish, by the tokens a second of the whole group (then
     by the fewest devices); then the others, by what they hold. Raises BadInput for a wish that the model cannot take.
     """
@@ -136,7 +136,7 @@ def _rank(fit: Fit) -> tuple[bool, float, int, int]:
     return not fit.fits, -speed, -fit.max_sequences * fit.replicas, fit.layout.devices
 
 
-def layouts(spec: ModelSpec, group: NodeGroup) -> Iterator[Layout]:
+def layouts(spec: CatalogueModel, group: NodeGroup) -> Iterator[ReplicaLayout]:
     """How a replica may be spread over these nodes.
 
     Tensor parallel stays within a node and divides its heads. A pipeline is made of whole nodes, or, where the link
@@ -147,28 +147,28 @@ def layouts(spec: ModelSpec, group: NodeGroup) -> Iterator[Layout]:
     inside = [tp for tp in range(1, width + 1) if width % tp == 0 and _cuts(spec, tp)]
     slow = group.gpu.link is not None and group.gpu.link < FAST_LINK_GBS
     for tp in inside:
-        yield Layout(tp)
+        yield ReplicaLayout(tp)
         stages = [pp for pp in range(2, width // tp + 1) if width % (tp * pp) == 0] if slow else []
         if tp == max(inside):
             stages += [width // tp * nodes for nodes in range(2 if tp == width else 1, group.nodes + 1)]
-        yield from (Layout(tp, pp) for pp in sorted({*stages}) if 1 < pp <= spec.layers)
+        yield from (ReplicaLayout(tp, pp) for pp in sorted({*stages}) if 1 < pp <= spec.layers)
     if spec.moe is None:
         return
     wide = [size for size in range(2, width + 1) if width % size == 0]
     wide += [width * nodes for nodes in range(2, group.nodes + 1)]
     for size in wide:
         if spec.moe.experts % size == 0:
-            yield from (Layout(tp, dp=size // tp) for tp in inside if size % tp == 0 and size > tp)
+            yield from (ReplicaLayout(tp, dp=size // tp) for tp in inside if size % tp == 0 and size > tp)
 
 
-def _cuts(spec: ModelSpec, tp: int) -> bool:
+def _cuts(spec: CatalogueModel, tp: int) -> bool:
     """Whether the heads can be dealt out: each device an equal share of the query heads, and KV heads cut or copied."""
     if spec.heads % tp:
         return False
     return spec.mla is not None or spec.kv_heads % tp == 0 or tp % spec.kv_heads == 0
 
 
-def _fit(spec: ModelSpec, group: NodeGroup, layout: Layout, wish: Wish) -> Fit:
+def _fit(spec: CatalogueModel, group: NodeGroup, layout: ReplicaLayout, wish: FitRequest) -> Fit:
     precision = precision_for(spec, group.gpu, wish.precision)
     usable = int(group.gpu.memory_bytes * wish.memory_share)
 
@@ -202,7 +202,7 @@ def _fit(spec: ModelSpec, group: NodeGroup, layout: Layout, wish: Wish) -> Fit:
     )
 
 
-def _replicas(group: NodeGroup, layout: Layout) -> int:
+def _replicas(group: NodeGroup, layout: ReplicaLayout) -> int:
     """A replica takes a part of one node, or whole nodes."""
     if layout.devices <= group.per_node:
         return group.nodes * (group.per_node // layout.devices)

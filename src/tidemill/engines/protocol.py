@@ -5,7 +5,7 @@ from typing import Protocol
 import msgspec
 
 
-class Counts(msgspec.Struct, frozen=True, gc=False):
+class TokenCounts(msgspec.Struct, frozen=True, gc=False):
     """Token counts as an engine reports them. `prompt` includes `cached`, `completion` includes `reasoning`."""
 
     prompt: int = 0
@@ -52,7 +52,7 @@ class Tap(Protocol):
     """The engine has said that the stream is complete ([DONE])."""
     failed: bool
     """The engine has sent an error event in mid-stream."""
-    counts: Counts
+    counts: TokenCounts
     exact: bool
     """`counts` are the engine's own figures (so far), not an estimate."""
 
@@ -79,7 +79,7 @@ class Tap(Protocol):
         """The completion tokens of `estimate`."""
         ...
 
-    def estimate(self, prompt_bytes: int) -> Counts:
+    def estimate(self, prompt_bytes: int) -> TokenCounts:
         """The best count of what has passed, for a stream whose engine did not report."""
         ...
 

@@ -1,13 +1,15 @@
 """The engines by their kind: how each is spoken to, watched and started."""
 
 from tidemill.engines import sglang, vllm
-from tidemill.engines.launch import Control, Launcher
+from tidemill.engines.launch import EngineControl, Launcher
 from tidemill.engines.llamacpp import LlamaCppEngine
 from tidemill.engines.openai import OpenAIEngine
 from tidemill.engines.protocol import Engine
 
 CONTROLS = {
-    "llamacpp": Control(ready="/health", running="llamacpp:requests_processing", waiting="llamacpp:requests_deferred"),
+    "llamacpp": EngineControl(
+        ready="/health", running="llamacpp:requests_processing", waiting="llamacpp:requests_deferred"
+    ),
     "vllm": vllm.CONTROL,
     "sglang": sglang.CONTROL,
 }

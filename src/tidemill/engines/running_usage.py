@@ -11,7 +11,7 @@ from collections.abc import Collection
 import msgspec
 
 from tidemill.engines.openai import OpenAIEngine, encode, stream_options
-from tidemill.engines.protocol import Ask, Counts
+from tidemill.engines.protocol import Ask, TokenCounts
 from tidemill.engines.sse import SseTap, Usage, data_of
 
 FILLER_PRIORITY = 100
@@ -24,7 +24,7 @@ _decode_usage = msgspec.json.Decoder(Usage).decode
 _decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
-class RunningEngine(OpenAIEngine):
+class RunningUsageEngine(OpenAIEngine):
     """An own OpenAI-compatible engine with running counts. See `engines.protocol.Engine`."""
 
     not_for_tenants: tuple[str, ...] = ()
@@ -48,8 +48,8 @@ class RunningEngine(OpenAIEngine):
             fields["stream_options"] = msgspec.Raw(encode(options))
         return encode(fields)
 
-    def tap(self, ask: Ask) -> "RunningTap":
-        return RunningTap(
+    def tap(self, ask: Ask) -> "RunningUsageTap":
+        return RunningUsageTap(
             wants_usage=ask.wants_usage, wants_running=_wants_running(ask), choices=ask.choices, prompts=ask.prompts
         )
 
@@ -61,7 +61,7 @@ def _wants_running(ask: Ask) -> bool:
     return bytes(_decode_object(given).get("continuous_usage_stats", b"false")) == b"true"
 
 
-class RunningTap(SseTap):
+class RunningUsageTap(SseTap):
     """Reads the usage out of each chunk, and takes it out again unless the client asked for it there."""
 
     def __init__(self, *, wants_usage: bool, wants_running: bool, choices: int, prompts: int) -> None:
@@ -69,7 +69,7 @@ class RunningTap(SseTap):
         self._wants_running = wants_running and wants_usage
         self._choices = choices
         self._prompts = prompts
-        self._by_choice: dict[bytes, Counts] = {}
+        self._by_choice: dict[bytes, TokenCounts] = {}
 
     def on_event(self, event: bytes) -> bytes | None:
         at = event.rfind(_USAGE)
@@ -91,7 +91,7 @@ class RunningTap(SseTap):
         return event if self._wants_running else kept
 
 
-def sum_of_choices(counts: Collection[Counts], *, choices: int, prompts: int) -> Counts:
+def sum_of_choices(counts: Collection[TokenCounts], *, choices: int, prompts: int) -> TokenCounts:
     """What several choices used together: a prompt that several of them share counts once."""
     prompt, cached = max((each.prompt, each.cached) for each in counts)
     if prompts > 1:
@@ -99,4 +99,4 @@ def sum_of_choices(counts: Collection[Counts], *, choices: int, prompts: int) ->
         prompt = sum(each.prompt for each in counts) // share
         cached = sum(each.cached for each in counts) // share
     completion = sum(each.completion for each in counts)
-    return Counts(prompt, cached, completion, sum(each.reasoning for each in counts))
+    return TokenCounts(prompt, cached, completion, sum(each.reasoning for each in counts))

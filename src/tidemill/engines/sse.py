@@ -6,7 +6,7 @@ Sources: WHATWG HTML, 9.2 (event stream format); OpenAI API reference, "Streamin
 
 import msgspec
 
-from tidemill.engines.protocol import Counts
+from tidemill.engines.protocol import TokenCounts
 
 MAX_EVENT_BYTES = 8 * 1024 * 1024
 """An event that does not end within this many bytes is a broken stream."""
@@ -43,15 +43,15 @@ class Usage(msgspec.Struct):
     prompt_tokens_details: _PromptDetails | None = None
     completion_tokens_details: msgspec.Raw = _NOTHING
 
-    def counts(self) -> Counts:
+    def counts(self) -> TokenCounts:
         details, more = self.prompt_tokens_details, self.completion_tokens_details
         cached = (details.cached_tokens or 0) if details is not None else 0
         reasoning = _reasoning_tokens(more) if more is not _NOTHING else 0
         prompt, completion = self.prompt_tokens, self.completion_tokens
         if 0 <= cached <= prompt <= MAX_COUNT and 0 <= reasoning <= completion <= MAX_COUNT:
-            return Counts(prompt, cached, completion, reasoning)
+            return TokenCounts(prompt, cached, completion, reasoning)
         prompt, completion = bounded(prompt), bounded(completion)
-        return Counts(prompt, min(bounded(cached), prompt), completion, min(bounded(reasoning), completion))
+        return TokenCounts(prompt, min(bounded(cached), prompt), completion, min(bounded(reasoning), completion))
 
 
 def _reasoning_tokens(details: msgspec.Raw) -> int:
@@ -63,7 +63,7 @@ def _reasoning_tokens(details: msgspec.Raw) -> int:
     return (said.reasoning_tokens or 0) if said is not None else 0
 
 
-def usage_object(counts: Counts) -> dict[str, object]:
+def usage_object(counts: TokenCounts) -> dict[str, object]:
     """OpenAI's usage object for `counts`."""
     usage: dict[str, object] = {
         "prompt_tokens": counts.prompt,
@@ -93,7 +93,7 @@ class BrokenStream(ValueError):
     """The engine's event stream does not follow the format."""
 
 
-def usage_of(body: bytes) -> Counts | None:
+def usage_of(body: bytes) -> TokenCounts | None:
     """The usage that a whole (non-streamed) answer reports, or None. Raises BrokenStream when it is not JSON."""
     try:
         usage = _decode_usage(body).usage
@@ -112,7 +112,7 @@ def data_of(event: bytes) -> bytes:
     return b"\n".join(lines)
 
 
-NO_COUNTS = Counts()
+NO_COUNTS = TokenCounts()
 
 
 class SseTap:
@@ -239,12 +239,12 @@ class SseTap:
         text = (self._bytes - events * self._smallest) // BYTES_PER_TOKEN
         return text if text >= events else max(events - 1, 0)
 
-    def estimate(self, prompt_bytes: int) -> Counts:
+    def estimate(self, prompt_bytes: int) -> TokenCounts:
         """Count a stream that reported nothing: a token per chunk, or per four bytes of text if that is more.
 
         The text is what the events have beyond the smallest of them, which is mostly envelope. The prompt counts a
         token per four bytes of its JSON.
         """
         if self._events == 0:
-            return Counts(prompt=prompt_bytes // BYTES_PER_TOKEN)
-        return Counts(prompt=prompt_bytes // BYTES_PER_TOKEN, completion=self.estimated_completion)
+            return TokenCounts(prompt=prompt_bytes // BYTES_PER_TOKEN)
+        return TokenCounts(prompt=prompt_bytes // BYTES_PER_TOKEN, completion=self.estimated_completion)

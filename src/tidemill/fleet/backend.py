@@ -33,7 +33,7 @@ class Node(msgspec.Struct, frozen=True):
     """Why it is not up."""
 
 
-class Launch(msgspec.Struct, frozen=True, kw_only=True):
+class ProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One process to be started on one node."""
 
     name: str
@@ -52,7 +52,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     idle_class: bool = False
     """The operating system gives it only what nobody else wants of its cores (SCHED_IDLE)."""
     end_file: Path | None = None
-    """Where its end is written down as JSON (`Ended`), so that it is known also after this process has died."""
+    """Where its end is written down as JSON (`ProcessEnd`), so that it is known also after this process has died."""
     stop_signal: str = "TERM"
     orphan_grace_s: float = 5.0
     """What it gets to end in when this process has died; then it is killed."""
@@ -60,7 +60,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     """How readily the kernel kills it when memory runs out, up to 1000 (proc(5)); of idle class at least 800."""
 
 
-class Ended(msgspec.Struct, frozen=True):
+class ProcessEnd(msgspec.Struct, frozen=True):
     """How a process ended."""
 
     code: int | None
@@ -75,7 +75,7 @@ class Process(Protocol):
     """A process that was started. All methods may be called at any time, also after its end."""
 
     @property
-    def launch(self) -> Launch: ...
+    def launch(self) -> ProcessSpec: ...
     @property
     def pid(self) -> int | None: ...
     @property
@@ -93,11 +93,11 @@ class Process(Protocol):
         """Unix time, seconds."""
         ...
 
-    async def wait(self) -> Ended:
+    async def wait(self) -> ProcessEnd:
         """Its end; returns at once when it is over. Several may wait."""
         ...
 
-    async def stop(self, grace_s: float, signal: str | None = None) -> Ended:
+    async def stop(self, grace_s: float, signal: str | None = None) -> ProcessEnd:
         """Signal its whole process group (`launch.stop_signal`, or another), kill what is left after `grace_s`."""
         ...
 
@@ -124,7 +124,7 @@ class Backend(Protocol):
         """The nodes as they are now, those that were lost included until `forget_s` after."""
         ...
 
-    async def start(self, launches: Sequence[Launch]) -> Sequence[Process]:
+    async def start(self, launches: Sequence[ProcessSpec]) -> Sequence[Process]:
         """Start all of them or none (a gang). Raises CannotStart."""
         ...
 

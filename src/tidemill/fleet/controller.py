@@ -21,16 +21,16 @@ from tidemill.tides.plan import plan
 from tidemill.tides.rules import RULES, Rules
 from tidemill.tides.state import (
     BacklogView,
+    DevicePromise,
     DeviceView,
+    FleetSnapshot,
     JobView,
     ModelView,
     Phase,
     Plan,
-    Promise,
     QueueView,
     ReplicaView,
     ReservationView,
-    Snapshot,
     WaitNote,
 )
 
@@ -44,7 +44,7 @@ RETRY_S = (1.0, 5.0, 15.0, 60.0)
 log = structlog.get_logger()
 
 
-class JobBook(Protocol):
+class JobSource(Protocol):
     """Jobs, as the loop sees them (`work`)."""
 
     def views(self) -> Sequence[JobView]:
@@ -118,7 +118,7 @@ class Replicas(Protocol):
         ...
 
 
-class Sight(Protocol):
+class FleetView(Protocol):
     """What of the fleet neither replicas nor jobs know."""
 
     def nodes(self) -> Sequence[Node]: ...
@@ -141,16 +141,16 @@ class Sight(Protocol):
         ...
 
 
-class Sighting(msgspec.Struct, frozen=True):
+class LastPlan(msgspec.Struct, frozen=True):
     """The last plan, and what it was made from."""
 
-    snapshot: Snapshot
+    snapshot: FleetSnapshot
     plan: Plan
     failures: tuple[WaitNote, ...] = ()
     """Deeds that have failed and will be tried again."""
 
 
-class Failing(msgspec.Struct):
+class FailingAction(msgspec.Struct):
     """A deed that keeps failing."""
 
     reason: str
@@ -159,14 +159,14 @@ class Failing(msgspec.Struct):
     """Monotonic: not tried before."""
 
 
-class Controller:
+class FleetController:
     """Plans and acts, every `interval_s` seconds and soon after an event."""
 
     def __init__(
         self,
-        sight: Sight,
+        sight: FleetView,
         replicas: Replicas,
-        jobs: JobBook,
+        jobs: JobSource,
         *,
         rules: Rules = RULES,
         interval_s: float = INTERVAL_S,
@@ -179,16 +179,16 @@ class Controller:
         self._interval_s = interval_s
         self._clock = clock
         self._event = asyncio.Event()
-        self._promises: tuple[Promise, ...] = ()
+        self._promises: tuple[DevicePromise, ...] = ()
         self._reserved: dict[str, str] = {}
         """The reservation that a device belongs to."""
-        self._failing: dict[str, Failing] = {}
+        self._failing: dict[str, FailingAction] = {}
         """By deed: `model NAME`, `replica ID`, `job ID`."""
         self._young: dict[str, float] = {}
         """Replicas that are not ready yet, and since when they were seen, monotonic."""
         self._woken: set[str] = set()
         """Replicas that have slept: how long they took to wake says nothing of how long a start takes."""
-        self.last: Sighting | None = None
+        self.last: LastPlan | None = None
         jobs.on_change(self.poke)
 
     def poke(self) -> None:
@@ -247,10 +247,10 @@ class Controller:
             place = [devices[each] for each in job.devices]
             self._do(f"job {job.job}", now, partial(jobs.start, job.job, place, job.why))
         self._forget(now)
-        self.last = Sighting(snapshot, decided, tuple(self._failures(now)))
+        self.last = LastPlan(snapshot, decided, tuple(self._failures(now)))
         return decided
 
-    def look(self, now: float) -> Snapshot:
+    def look(self, now: float) -> FleetSnapshot:
         """The fleet as it is. `now`: monotonic seconds."""
         drained = self._sight.drained()
         devices = tuple(
@@ -264,7 +264,7 @@ class Controller:
             for node in self._sight.nodes()
             for device in node.devices
         )
-        return Snapshot(
+        return FleetSnapshot(
             now=self._clock.seconds(),
             devices=devices,
             models=tuple(self._sight.models(now)),
@@ -277,7 +277,7 @@ class Controller:
             promises=self._promises,
         )
 
-    def _mark(self, decided: Plan, snapshot: Snapshot) -> None:
+    def _mark(self, decided: Plan, snapshot: FleetSnapshot) -> None:
         """Note whose the devices of reservations are. It need not outlive a restart: the plan then says it again."""
         lasting = {each.id for each in snapshot.reservations}
         anew = {each.reservation for each in decided.reserve}
@@ -289,7 +289,7 @@ class Controller:
 
     # Beside
 
-    def _keep_beside(self, snapshot: Snapshot, decided: Plan, devices: Mapping[str, Device], now: float) -> None:
+    def _keep_beside(self, snapshot: FleetSnapshot, decided: Plan, devices: Mapping[str, Device], now: float) -> None:
         """Where a model's lines are worked on beside its requests: a replica for them on the devices of each ordinary
         one, as long as there are lines."""
         going = {each.replica for each in decided.stop_replicas}
@@ -342,7 +342,7 @@ class Controller:
         try:
             act()
         except Exception as error:
-            failing = self._failing.setdefault(deed, Failing(""))
+            failing = self._failing.setdefault(deed, FailingAction(""))
             wait_s = RETRY_S[min(failing.times, len(RETRY_S) - 1)]
             failing.times += 1
             failing.until = now + wait_s
@@ -368,7 +368,7 @@ class Controller:
                 del self._failing[deed]
 
 
-def _planned(snapshot: Snapshot) -> Snapshot:
+def _planned(snapshot: FleetSnapshot) -> FleetSnapshot:
     """What of a fleet is a matter of planning: not the replicas that share their slots with whatever else is there."""
     shared = {view.model for view in snapshot.replicas if view.shared}
     if not shared:

@@ -14,7 +14,7 @@ from tidemill.clock import PROCESS_CLOCK
 from tidemill.errors import TidemillError
 from tidemill.store.demand import (
     BIN_S,
-    Bin,
+    DemandBin,
     bin_of,
     drop_bins,
     keep_measures,
@@ -25,8 +25,7 @@ from tidemill.store.demand import (
     refresh_bins,
 )
 from tidemill.store.engine import Store
-from tidemill.tides.forecast import History as Past
-from tidemill.tides.forecast import forecast
+from tidemill.tides.forecast import DemandSeries, forecast
 from tidemill.tides.routing import POLICY
 from tidemill.tides.state import Demand
 
@@ -39,7 +38,7 @@ MIN_HORIZON_S = 60.0
 log = structlog.get_logger()
 
 
-class History:
+class DemandHistory:
     """Demand and measures of all models. Its store work is done in threads."""
 
     def __init__(self, store: Store) -> None:
@@ -106,7 +105,7 @@ class History:
         self._expected = {model: (horizon, expect(model, horizon)) for model, horizon in self._horizons.items()}
 
 
-def pasts_of(bins: Mapping[str, list[Bin]], current: int) -> dict[str, Past]:
+def pasts_of(bins: Mapping[str, list[DemandBin]], current: int) -> dict[str, DemandSeries]:
     """Each model's past until the bin that is not over yet, without gaps. A bin in which the platform was up, or any
     model was asked, and this one was not, is one of no demand; of the others nothing is known."""
     known = {each.number for of_model in bins.values() for each in of_model if each.number < current}
@@ -117,11 +116,11 @@ def pasts_of(bins: Mapping[str, list[Bin]], current: int) -> dict[str, Past]:
     for model, of_model in bins.items():
         work = {each.number: each.work for each in of_model}
         values = tuple(work.get(number, 0) / BIN_S if number in known else None for number in range(first, current))
-        pasts[model] = Past(current * BIN_S, values, BIN_S)
+        pasts[model] = DemandSeries(current * BIN_S, values, BIN_S)
     return pasts
 
 
-def _expect(pasts: Mapping[str, Past], model: str, horizon_s: float) -> Demand:
+def _expect(pasts: Mapping[str, DemandSeries], model: str, horizon_s: float) -> Demand:
     past = pasts.get(model)
     # The horizon begins now, which may be a bin after the past's end.
     return Demand() if past is None else forecast(past, horizon_s + BIN_S)

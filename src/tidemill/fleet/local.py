@@ -15,7 +15,7 @@ import msgspec
 import structlog
 
 from tidemill.fleet import shim
-from tidemill.fleet.backend import CannotStart, Device, Ended, Launch, Node, Process
+from tidemill.fleet.backend import CannotStart, Device, Node, Process, ProcessEnd, ProcessSpec
 from tidemill.fleet.device_visibility import visible_devices
 
 NODE = "local"
@@ -53,18 +53,18 @@ class LocalProcess:
 
     host = HOST
 
-    def __init__(self, launch: Launch, child: asyncio.subprocess.Process, mark: str) -> None:
+    def __init__(self, launch: ProcessSpec, child: asyncio.subprocess.Process, mark: str) -> None:
         self._launch = launch
         self._child = child
         self._mark = mark
         self._pid: int | None = None
         self._port: int | None = None
         self._started_at = time.time()
-        self._ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
+        self._ended: asyncio.Future[ProcessEnd] = asyncio.get_running_loop().create_future()
         self._watch: asyncio.Task[None] | None = None
 
     @property
-    def launch(self) -> Launch:
+    def launch(self) -> ProcessSpec:
         return self._launch
 
     @property
@@ -99,10 +99,10 @@ class LocalProcess:
         self._pid, self._port, self._started_at = word.pid, word.port, word.at
         self._watch = asyncio.create_task(self._watch_end())
 
-    async def wait(self) -> Ended:
+    async def wait(self) -> ProcessEnd:
         return await asyncio.shield(self._ended)
 
-    async def stop(self, grace_s: float, signal: str | None = None) -> Ended:
+    async def stop(self, grace_s: float, signal: str | None = None) -> ProcessEnd:
         self._tell(f"stop {signal or self._launch.stop_signal} {max(grace_s, 0.0)!r}".encode())
         return await self.wait()
 
@@ -125,9 +125,9 @@ class LocalProcess:
         word = await self._hear()
         await self._child.wait()
         if word is not None and word.say == "ended":
-            ended = Ended(word.code, word.at, word.why)
+            ended = ProcessEnd(word.code, word.at, word.why)
         else:  # the shim itself was killed, and the kernel has killed the command with it
-            ended = Ended(-signal.SIGKILL, time.time(), "killed")
+            ended = ProcessEnd(-signal.SIGKILL, time.time(), "killed")
             await asyncio.to_thread(sweep, lambda mark: mark == self._mark)
             if self._launch.end_file is not None:
                 with contextlib.suppress(OSError):
@@ -139,7 +139,7 @@ class LocalProcess:
         self._close_pipe()
         with contextlib.suppress(ProcessLookupError):
             self._child.kill()
-        self._ended.set_result(Ended(None, time.time(), "not started"))
+        self._ended.set_result(ProcessEnd(None, time.time(), "not started"))
 
     def _close_pipe(self) -> None:
         assert self._child.stdin is not None
@@ -178,7 +178,7 @@ class LocalBackend:
     async def nodes(self) -> Sequence[Node]:
         return (Node(NODE, HOST, self.devices),)
 
-    async def start(self, launches: Sequence[Launch]) -> Sequence[Process]:
+    async def start(self, launches: Sequence[ProcessSpec]) -> Sequence[Process]:
         """Start all of them or none. Raises CannotStart."""
         for launch in launches:
             self._check(launch)
@@ -197,13 +197,13 @@ class LocalBackend:
         """End everything that was started."""
         await asyncio.gather(*(process.stop(CLOSE_GRACE_S) for process in list(self._processes)))
 
-    def _check(self, launch: Launch) -> None:
+    def _check(self, launch: ProcessSpec) -> None:
         wrong = {device.node for device in launch.devices} - {NODE}
         if launch.node not in ("", NODE) or wrong:
             where = launch.node or min(wrong)
             raise CannotStart(f"{launch.name} cannot be started: there is no node {where!r} here.")
 
-    async def _start(self, launch: Launch) -> LocalProcess:
+    async def _start(self, launch: ProcessSpec) -> LocalProcess:
         token = secrets.token_hex(8)
         mark = f"{self._owner}:{token}"
         devices = ",".join(device.id for device in launch.devices)
@@ -232,7 +232,7 @@ class LocalBackend:
         await process.wait()
         self._processes.discard(process)
 
-    def _order(self, launch: Launch, mark: str, devices: str) -> dict[str, Any]:
+    def _order(self, launch: ProcessSpec, mark: str, devices: str) -> dict[str, Any]:
         inherited = {name: value for name, value in os.environ.items() if not self._is_secret(name)}
         visible = visible_devices(launch.devices)
         cores = sorted({device.index for device in launch.devices if device.kind == "cpu"})

@@ -18,8 +18,8 @@ from typing import Any
 import structlog
 
 from tidemill.errors import Unavailable
-from tidemill.fleet.backend import CannotStart, Device, Ended, Launch, Node, Process
-from tidemill.fleet.ray_messages import Command, Part, RayNode, Started, Word, decode_word, encode
+from tidemill.fleet.backend import CannotStart, Device, Node, Process, ProcessEnd, ProcessSpec
+from tidemill.fleet.ray_messages import RayCommand, RayMessage, RayNode, RayPart, RayStarted, decode_word, encode
 
 OPEN_WITHIN_S = 60.0
 AGAIN_AFTER_S = (1.0, 2.0, 5.0, 15.0)
@@ -41,16 +41,18 @@ log = structlog.get_logger()
 class RayProcess:
     """See `fleet.backend.Process`."""
 
-    def __init__(self, launch: Launch, key: str, host: str, started: Started, tell: Callable[[Command], None]) -> None:
+    def __init__(
+        self, launch: ProcessSpec, key: str, host: str, started: RayStarted, tell: Callable[[RayCommand], None]
+    ) -> None:
         self.key = key
         self._launch = launch
         self._host = host
         self._started = started
         self._send = tell
-        self._ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
+        self._ended: asyncio.Future[ProcessEnd] = asyncio.get_running_loop().create_future()
 
     @property
-    def launch(self) -> Launch:
+    def launch(self) -> ProcessSpec:
         return self._launch
 
     @property
@@ -70,18 +72,18 @@ class RayProcess:
     def started_at(self) -> float:
         return self._started.at
 
-    async def wait(self) -> Ended:
+    async def wait(self) -> ProcessEnd:
         return await asyncio.shield(self._ended)
 
-    async def stop(self, grace_s: float, signal: str | None = None) -> Ended:
+    async def stop(self, grace_s: float, signal: str | None = None) -> ProcessEnd:
         line = f"stop {signal or self._launch.stop_signal} {max(grace_s, 0.0)!r}"
-        self._send(Command(do="tell", key=self.key, line=line))
+        self._send(RayCommand(do="tell", key=self.key, line=line))
         return await self.wait()
 
     def kill(self) -> None:
-        self._send(Command(do="kill", key=self.key))
+        self._send(RayCommand(do="kill", key=self.key))
 
-    def ended(self, end: Ended) -> None:
+    def ended(self, end: ProcessEnd) -> None:
         """The bridge's word."""
         if not self._ended.done():
             self._ended.set_result(end)
@@ -110,8 +112,8 @@ class RayBackend:
         self._ray_nodes: dict[str, RayNode] = {}
         self._processes: dict[str, RayProcess] = {}
         self._tickets = itertools.count(1)
-        self._waiting: dict[int, asyncio.Future[tuple[Started, ...]]] = {}
-        self._early: dict[str, Ended] = {}
+        self._waiting: dict[int, asyncio.Future[tuple[RayStarted, ...]]] = {}
+        self._early: dict[str, ProcessEnd] = {}
         self._closing = False
 
     async def open(self) -> None:
@@ -138,7 +140,7 @@ class RayBackend:
             for id, node in self._nodes.items()
         )
 
-    async def start(self, launches: Sequence[Launch]) -> Sequence[Process]:
+    async def start(self, launches: Sequence[ProcessSpec]) -> Sequence[Process]:
         """Start all of them or none. Raises CannotStart."""
         if not self._joined.is_set():
             raise CannotStart(f"{launches[0].name} cannot be started: {self._why}.")
@@ -147,7 +149,7 @@ class RayBackend:
             node = self._node_of(launch)
             hosts.append(self._ray_nodes[node].address)
             parts.append(
-                Part(
+                RayPart(
                     key=f"{launch.name}:{secrets.token_hex(6)}",
                     name=launch.name,
                     node_id=node,
@@ -157,7 +159,7 @@ class RayBackend:
             )
         ticket = next(self._tickets)
         answer = self._waiting[ticket] = asyncio.get_running_loop().create_future()
-        self._tell(Command(do="start", ticket=ticket, parts=tuple(parts)))
+        self._tell(RayCommand(do="start", ticket=ticket, parts=tuple(parts)))
         try:
             started = await asyncio.shield(answer)
         except CannotStart as error:
@@ -178,11 +180,11 @@ class RayBackend:
             made.append(process)
         return made
 
-    def _unwanted(self, done: "asyncio.Future[tuple[Started, ...]]", parts: Sequence[Part]) -> None:
+    def _unwanted(self, done: "asyncio.Future[tuple[RayStarted, ...]]", parts: Sequence[RayPart]) -> None:
         """Started after all for somebody who has gone meanwhile."""
         if not done.cancelled() and done.exception() is None:
             for part in parts:
-                self._tell(Command(do="kill", key=part.key))
+                self._tell(RayCommand(do="kill", key=part.key))
 
     async def close(self) -> None:
         """End everything that was started, and leave the cluster."""
@@ -243,14 +245,14 @@ class RayBackend:
         self._joined.clear()
         now = time.time()
         for process in self._processes.values():
-            process.ended(Ended(None, now, "the connection to the Ray cluster was lost"))
+            process.ended(ProcessEnd(None, now, "the connection to the Ray cluster was lost"))
         self._processes.clear()
         for answer in self._waiting.values():
             if not answer.done():
                 answer.set_exception(CannotStart(self._why))
         self._nodes = {id: _down(node, self._why) for id, node in self._nodes.items()}
 
-    def _hear(self, word: Word) -> None:
+    def _hear(self, word: RayMessage) -> None:
         match word.say:
             case "nodes":
                 self._learn(word.nodes)
@@ -265,7 +267,7 @@ class RayBackend:
                     else:
                         answer.set_exception(CannotStart(word.why))
             case "ended":
-                end = Ended(word.code, word.at, word.why)
+                end = ProcessEnd(word.code, word.at, word.why)
                 process = self._processes.pop(word.key, None)
                 if word.code is None and word.node_id:
                     self._suspects[word.node_id] = time.monotonic() + SUSPECT_S
@@ -276,7 +278,7 @@ class RayBackend:
                     while len(self._early) > 1000:
                         del self._early[next(iter(self._early))]
 
-    def _tell(self, command: Command) -> None:
+    def _tell(self, command: RayCommand) -> None:
         if self._child is not None and self._child.stdin is not None:
             with contextlib.suppress(OSError, RuntimeError):
                 self._child.stdin.write(encode(command) + b"\n")
@@ -300,7 +302,7 @@ class RayBackend:
             self._lost_at[node_id] = time.monotonic()
         self._nodes[node_id] = _down(self._nodes[node_id], "Ray has lost it")
 
-    def _node_of(self, launch: Launch) -> str:
+    def _node_of(self, launch: ProcessSpec) -> str:
         """Ray's id of the node that a process is to run on. Raises CannotStart."""
         wanted = launch.node or next((device.node for device in launch.devices), "")
         for node_id, node in self._nodes.items():
@@ -310,7 +312,7 @@ class RayBackend:
         why = f"the node {wanted!r} is lost" if lost else f"there is no node {wanted!r}"
         raise CannotStart(f"{launch.name} cannot be started: {why}.")
 
-    def _resources(self, launch: Launch, node_id: str) -> dict[str, float]:
+    def _resources(self, launch: ProcessSpec, node_id: str) -> dict[str, float]:
         """What Ray shall set aside for a process: its devices. One of no device, or of the idle class, which gets only
         what the holder of its cores leaves, takes nothing that counts.
         """
@@ -354,7 +356,7 @@ def _down(node: Node, why: str) -> Node:
     return Node(node.name, node.host, node.devices, up=False, why=why)
 
 
-def _order(launch: Launch, host: str) -> dict[str, Any]:
+def _order(launch: ProcessSpec, host: str) -> dict[str, Any]:
     """What the shim on the node is told (`fleet.shim.ORDER`)."""
     return {
         "argv": list(launch.argv),

@@ -1,9 +1,9 @@
 """The bridge to a Ray cluster: `python -m tidemill.fleet.ray_bridge ADDRESS`, a process of its own.
 
 Ray ends a driver's process when the cluster's head is gone for a minute, and takes 150 MB and a dozen threads; neither
-may concern the platform. The platform writes `Command`s to its standard input and reads `Word`s from its standard
-output (`fleet.ray_messages`). The end of standard input is the platform's death: then this process goes, and Ray ends
-everything that it has started.
+may concern the platform. The platform writes `RayCommand`s to its standard input and reads `RayMessage`s from its
+standard output (`fleet.ray_messages`). The end of standard input is the platform's death: then this process goes, and
+Ray ends everything that it has started.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ import time
 from typing import Any
 
 from tidemill.fleet import ray_runner, shim
-from tidemill.fleet.ray_messages import Command, Part, RayNode, Started, Word, decode_command, encode
+from tidemill.fleet.ray_messages import RayCommand, RayMessage, RayNode, RayPart, RayStarted, decode_command, encode
 
 NAMESPACE = "tidemill"
 CONNECT_WITHIN_S = 30.0
@@ -46,11 +46,11 @@ class Bridge:
             async with asyncio.timeout(CONNECT_WITHIN_S):
                 await asyncio.to_thread(self._connect, address)
         except TimeoutError:
-            self._say(Word(say="unreachable", why=f"no answer within {CONNECT_WITHIN_S:.0f} s"))
+            self._say(RayMessage(say="unreachable", why=f"no answer within {CONNECT_WITHIN_S:.0f} s"))
             return False
         except Exception as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            self._say(Word(say="unreachable", why=lines[0].rstrip(".")))
+            self._say(RayMessage(say="unreachable", why=lines[0].rstrip(".")))
             return False
         return True
 
@@ -59,7 +59,7 @@ class Bridge:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="warning")
         ray.cloudpickle.register_pickle_by_value(ray_runner)
         self._ray = ray
-        self._runner = ray.remote(ray_runner.Runner)
+        self._runner = ray.remote(ray_runner.RayRunner)
 
     async def run(self, commands: asyncio.StreamReader) -> None:
         """Obey until the platform is gone."""
@@ -90,7 +90,7 @@ class Bridge:
                 nodes = await asyncio.to_thread(self._nodes)
                 if nodes != self._told:
                     self._told = nodes
-                    self._say(Word(say="nodes", nodes=nodes))
+                    self._say(RayMessage(say="nodes", nodes=nodes))
             await asyncio.sleep(LOOK_EVERY_S)
 
     def _nodes(self) -> tuple[RayNode, ...]:
@@ -109,7 +109,7 @@ class Bridge:
 
     # Processes
 
-    async def _start(self, command: Command) -> None:
+    async def _start(self, command: RayCommand) -> None:
         group: Any = None
         actors: list[Any] = []
         try:
@@ -139,14 +139,14 @@ class Bridge:
             if group is not None:
                 self._give_back(group)
             why = "Ray does not start it in time" if isinstance(error, TimeoutError) else _first_line(error)
-            self._say(Word(say="failed", ticket=command.ticket, why=why))
+            self._say(RayMessage(say="failed", ticket=command.ticket, why=why))
             return
-        started = tuple(Started(word["pid"], word["port"], word["at"]) for word in said)
-        self._say(Word(say="started", ticket=command.ticket, started=started))
+        started = tuple(RayStarted(word["pid"], word["port"], word["at"]) for word in said)
+        self._say(RayMessage(say="started", ticket=command.ticket, started=started))
         self._actors |= {part.key: actor for part, actor in zip(command.parts, actors, strict=True)}
         self._spawn(self._await_ends(command.parts, actors, group))
 
-    def _set_aside(self, parts: tuple[Part, ...]) -> Any:
+    def _set_aside(self, parts: tuple[RayPart, ...]) -> Any:
         """Have Ray keep a gang's devices for it: all of them, or none."""
         groups = _import("ray.util.placement_group")
         group = groups.placement_group(
@@ -163,11 +163,11 @@ class Bridge:
         with contextlib.suppress(Exception):
             _import("ray.util.placement_group").remove_placement_group(group)
 
-    async def _await_ends(self, parts: tuple[Part, ...], actors: list[Any], group: Any) -> None:
+    async def _await_ends(self, parts: tuple[RayPart, ...], actors: list[Any], group: Any) -> None:
         await asyncio.gather(*(self._await_end(part, actor) for part, actor in zip(parts, actors, strict=True)))
         await asyncio.to_thread(self._give_back, group)
 
-    async def _await_end(self, part: Part, actor: Any) -> None:
+    async def _await_end(self, part: RayPart, actor: Any) -> None:
         while True:
             try:
                 said = await actor.wait.remote()
@@ -181,7 +181,9 @@ class Bridge:
                 break
         self._actors.pop(part.key, None)
         at = said.get("at", time.time())
-        self._say(Word(say="ended", key=part.key, node_id=part.node_id, code=said["code"], at=at, why=said["why"]))
+        self._say(
+            RayMessage(say="ended", key=part.key, node_id=part.node_id, code=said["code"], at=at, why=said["why"])
+        )
         with contextlib.suppress(Exception):
             self._ray.kill(actor)
 
@@ -210,7 +212,7 @@ class Bridge:
         if actor is not None:
             actor.tell.remote("kill")
 
-    def _say(self, word: Word) -> None:
+    def _say(self, word: RayMessage) -> None:
         with contextlib.suppress(OSError):
             os.write(self._out, encode(word) + b"\n")
 

@@ -16,7 +16,7 @@ class RayNode(msgspec.Struct, frozen=True):
     labels: dict[str, str] = {}
 
 
-class Part(msgspec.Struct, frozen=True):
+class RayPart(msgspec.Struct, frozen=True):
     """One process of a gang: on which node, with which of Ray's resources, and the shim's order."""
 
     key: str
@@ -27,17 +27,17 @@ class Part(msgspec.Struct, frozen=True):
     order: dict[str, Any]
 
 
-class Command(msgspec.Struct, frozen=True, kw_only=True):
+class RayCommand(msgspec.Struct, frozen=True, kw_only=True):
     """What the platform asks for."""
 
     do: Literal["start", "tell", "kill"]
     ticket: int = 0
-    parts: tuple[Part, ...] = ()
+    parts: tuple[RayPart, ...] = ()
     key: str = ""
     line: str = ""
 
 
-class Started(msgspec.Struct, frozen=True):
+class RayStarted(msgspec.Struct, frozen=True):
     """A process that runs."""
 
     pid: int
@@ -45,13 +45,13 @@ class Started(msgspec.Struct, frozen=True):
     at: float
 
 
-class Word(msgspec.Struct, frozen=True, kw_only=True):
+class RayMessage(msgspec.Struct, frozen=True, kw_only=True):
     """What the bridge says."""
 
     say: Literal["nodes", "started", "failed", "ended", "unreachable"]
     nodes: tuple[RayNode, ...] = ()
     ticket: int = 0
-    started: tuple[Started, ...] = ()
+    started: tuple[RayStarted, ...] = ()
     """In the order of the command's parts."""
     why: str = ""
     key: str = ""
@@ -62,5 +62,5 @@ class Word(msgspec.Struct, frozen=True, kw_only=True):
 
 
 encode = msgspec.json.Encoder().encode
-decode_command = msgspec.json.Decoder(Command).decode
-decode_word = msgspec.json.Decoder(Word).decode
+decode_command = msgspec.json.Decoder(RayCommand).decode
+decode_word = msgspec.json.Decoder(RayMessage).decode

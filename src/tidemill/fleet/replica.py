@@ -18,9 +18,9 @@ from tidemill.clock import PROCESS_CLOCK
 from tidemill.engines.capabilities import template_lacks
 from tidemill.engines.launch import MultiNode
 from tidemill.engines.prometheus import counter_sum
-from tidemill.fleet.backend import Backend, CannotStart, Device, Ended, Launch, Process
+from tidemill.fleet.backend import Backend, CannotStart, Device, Process, ProcessEnd, ProcessSpec
 from tidemill.fleet.ranks import by_node, free_port, host_of
-from tidemill.fleet.recipe import Recipe, Version
+from tidemill.fleet.recipe import Recipe, WeightsVersion
 from tidemill.tides.state import Phase, ReplicaView
 
 RESTART_AFTER_S = (0.2, 1.0, 5.0, 15.0, 60.0)
@@ -49,7 +49,7 @@ Post = Callable[[str, bytes, float], Awaitable[bool]]
 """The same for telling an engine something; whether it was answered with 200 in time."""
 
 
-class Transition(msgspec.Struct, frozen=True):
+class PhaseChange(msgspec.Struct, frozen=True):
     """A step in a replica's life."""
 
     at: float
@@ -59,7 +59,7 @@ class Transition(msgspec.Struct, frozen=True):
     why: str
 
 
-class Use(msgspec.Struct, frozen=True):
+class ReplicaLoadSample(msgspec.Struct, frozen=True):
     """What the gateways have in flight at a replica."""
 
     people: int = 0
@@ -78,10 +78,10 @@ class Replica:
         get: Get,
         post: Post,
         logs: Path,
-        note: Callable[["Replica", Transition], None],
+        note: Callable[["Replica", PhaseChange], None],
         batch_only: bool = False,
         beside: bool = False,
-        version: Version | None = None,
+        version: WeightsVersion | None = None,
     ) -> None:
         self.name = f"{recipe.model}/{index}"
         self.index = index
@@ -97,7 +97,7 @@ class Replica:
         self.why = "the platform starts"
         self.surge = False
         """It takes another one's place soon: until then it holds its devices, and counts for nothing else."""
-        self.use = Use()
+        self.use = ReplicaLoadSample()
         self.life = ""
         self.base_url = NOWHERE
         self.starts = 0
@@ -169,7 +169,7 @@ class Replica:
         if phase is not self.phase:
             self.since = PROCESS_CLOCK.seconds()
         self.phase, self.why = phase, why
-        self._note(self, Transition(PROCESS_CLOCK.seconds(), self.name, phase, why))
+        self._note(self, PhaseChange(PROCESS_CLOCK.seconds(), self.name, phase, why))
 
     def end(self, why: str, *, last_words: "LastWords | None" = None) -> asyncio.Task[None]:
         """Drain it and then end it; returns at once. See `LastWords`."""
@@ -306,7 +306,7 @@ class Replica:
         verdict = watch.result() if watch.done() and not watch.cancelled() else None
         return verdict or _how(ended)
 
-    async def _launches(self) -> list[Launch]:
+    async def _launches(self) -> list[ProcessSpec]:
         """One for each node that it is on."""
         parts = by_node(self.devices)
         if len(parts) <= 1:
@@ -316,11 +316,11 @@ class Replica:
         ranks = (MultiNode(len(parts), rank, master, port) for rank in range(len(parts)))
         return [self._launch(devices, part) for devices, part in zip(parts, ranks, strict=True)]
 
-    def _launch(self, devices: tuple[Device, ...], part: MultiNode | None) -> Launch:
+    def _launch(self, devices: tuple[Device, ...], part: MultiNode | None) -> ProcessSpec:
         command = self.recipe.command(self.version, devices, part)
         pinned = self.recipe.devices is not None or any(device.kind != "cpu" for device in devices)
         rank = part.rank if part is not None else 0
-        return Launch(
+        return ProcessSpec(
             name=self.name if not rank else f"{self.name}.{rank}",
             argv=command.argv,
             env=dict(command.env),
@@ -332,7 +332,7 @@ class Replica:
             orphan_grace_s=1.0,  # its requests went through gateways that die as well
         )
 
-    async def _first_end(self) -> Ended:
+    async def _first_end(self) -> ProcessEnd:
         """How it ended; of several processes the first takes the others with it, as none can work without all."""
         if len(self._processes) == 1:
             return await self._processes[0].wait()
@@ -346,7 +346,7 @@ class Replica:
         # An engine may die of its node's loss before that is known.
         return min([*first, *await self._kill_all()], key=lambda ended: ended.code is not None)
 
-    async def _kill_all(self) -> Sequence[Ended]:
+    async def _kill_all(self) -> Sequence[ProcessEnd]:
         for process in self._processes:
             process.kill()
         return await asyncio.gather(*(process.wait() for process in self._processes))
@@ -428,7 +428,7 @@ class Replica:
         return False
 
     async def _busy(self) -> bool:
-        if self.use != Use():
+        if self.use != ReplicaLoadSample():
             return True
         if self.pid is None:
             return False
@@ -440,7 +440,7 @@ class Replica:
         return any(counter_sum(text, name) for name in (control.running, control.waiting) if name)
 
 
-def _how(ended: Ended) -> str:
+def _how(ended: ProcessEnd) -> str:
     if ended.why == "exited":
         return f"its process ended with code {ended.code}"
     return f"its process was {ended.why}"

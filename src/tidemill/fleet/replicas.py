@@ -13,8 +13,8 @@ import structlog
 
 from tidemill.errors import Conflict, NotFound
 from tidemill.fleet.backend import Backend, Device, Node
-from tidemill.fleet.recipe import Recipe, Version
-from tidemill.fleet.replica import Get, Post, Replica, Transition, Use
+from tidemill.fleet.recipe import Recipe, WeightsVersion
+from tidemill.fleet.replica import Get, PhaseChange, Post, Replica, ReplicaLoadSample
 from tidemill.fleet.static_placement import first_fit, share_of_slots
 from tidemill.tides.state import Phase, ReplicaView
 
@@ -48,9 +48,9 @@ class ReplicaSet:
         self._logs = logs
         self._changed = changed
         self._last_words = last_words
-        self._versions: dict[str, Version] = {}
+        self._versions: dict[str, WeightsVersion] = {}
         self._replicas: dict[str, Replica] = {}
-        self._histories: dict[str, deque[Transition]] = {name: deque(maxlen=HISTORY) for name in recipes}
+        self._histories: dict[str, deque[PhaseChange]] = {name: deque(maxlen=HISTORY) for name in recipes}
         self._nodes: tuple[Node, ...] = ()
         self._devices: dict[str, Device] = {}
         self._watch: asyncio.Task[None] | None = None
@@ -90,7 +90,7 @@ class ReplicaSet:
             raise NotFound(f"There is no device {device_id!r}.", hint=f"There are: {', '.join(self._devices)}.")
         return device
 
-    def history(self, model: str) -> list[Transition]:
+    def history(self, model: str) -> list[PhaseChange]:
         """A model's last transitions, oldest first."""
         return list(self._histories.get(model, ()))
 
@@ -104,11 +104,11 @@ class ReplicaSet:
         shares = (each for each in self._replicas.values() if each.recipe.shares)
         return {device.id for each in shares for device in each.devices}
 
-    def version(self, model: str) -> Version:
+    def version(self, model: str) -> WeightsVersion:
         """What new replicas of a model run."""
         return self._versions.get(model) or self.recipes[model].version
 
-    def set_version(self, model: str, version: Version) -> None:
+    def set_version(self, model: str, version: WeightsVersion) -> None:
         self._versions[model] = version
 
     # What is done
@@ -137,7 +137,7 @@ class ReplicaSet:
         batch_only: bool = False,
         beside: bool = False,
         why: str = "",
-        version: Version | None = None,
+        version: WeightsVersion | None = None,
         surge: bool = False,
         after: asyncio.Task[None] | None = None,
     ) -> str:
@@ -184,7 +184,7 @@ class ReplicaSet:
         replica.batch_only = batch_only
         replica.move(replica.phase, why)
 
-    def note_use(self, uses: Mapping[str, Use]) -> None:
+    def note_use(self, uses: Mapping[str, ReplicaLoadSample]) -> None:
         """What the gateways have in flight, all of them together; a replica that is not named has nothing."""
         for name, replica in self._replicas.items():
             replica.use = uses.get(name, _NOTHING)
@@ -196,7 +196,7 @@ class ReplicaSet:
         return replica
 
     def _add(
-        self, recipe: Recipe, *, batch_only: bool = False, beside: bool = False, version: Version | None = None
+        self, recipe: Recipe, *, batch_only: bool = False, beside: bool = False, version: WeightsVersion | None = None
     ) -> Replica:
         taken = {replica.index for replica in self.of(recipe.model)}
         index = next(index for index in range(len(taken) + 1) if index not in taken)
@@ -215,7 +215,7 @@ class ReplicaSet:
         self._replicas[replica.name] = replica
         return replica
 
-    def _noted(self, replica: Replica, step: Transition) -> None:
+    def _noted(self, replica: Replica, step: PhaseChange) -> None:
         self._histories[replica.model].append(step)
         if step.phase is Phase.GONE and self._replicas.get(step.replica) is replica:
             del self._replicas[step.replica]
@@ -285,4 +285,4 @@ class ReplicaSet:
             replica.move(Phase.STARTING, why)
 
 
-_NOTHING = Use()
+_NOTHING = ReplicaLoadSample()

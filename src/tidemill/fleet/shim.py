@@ -54,7 +54,7 @@ LOOK_EVERY_S = 1.0
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class Refused(Exception):
+class ShimRefused(Exception):
     """The command cannot be started; the text says why."""
 
 
@@ -86,7 +86,7 @@ class Shim:
         try:
             argv, port = self._fill_in()
             self._pid = self._start(argv)
-        except Refused as refused:
+        except ShimRefused as refused:
             say({"say": "cannot", "why": str(refused)})
             return 127
         say({"say": "started", "pid": self._pid, "port": port, "at": time.time()})
@@ -124,7 +124,7 @@ class Shim:
         order = self._order
         argv = [str(word) for word in order["argv"]]
         if not argv:
-            raise Refused("there is no command")
+            raise ShimRefused("there is no command")
         port = None
         if any("{port}" in word for word in argv):
             try:
@@ -132,34 +132,34 @@ class Shim:
                     probe.bind((order["host"], 0))
                     port = probe.getsockname()[1]
             except OSError as error:
-                raise Refused(f"no port is free on {order['host']}: {error.strerror}") from error
+                raise ShimRefused(f"no port is free on {order['host']}: {error.strerror}") from error
         argv = [word.replace("{port}", str(port)).replace("{host}", order["host"]) for word in argv]
         return argv, port
 
     def _start(self, argv: list[str]) -> int:
         order = self._order
         if order["cwd"] and not os.path.isdir(order["cwd"]):  # noqa: PTH112
-            raise Refused(f"there is no directory {order['cwd']}")
+            raise ShimRefused(f"there is no directory {order['cwd']}")
         name = argv[0]
         if "/" in name:
             name = os.path.abspath(os.path.join(order["cwd"] or ".", name))  # noqa: PTH100, PTH118
         program = shutil.which(name, path=order["env"].get("PATH", os.defpath))
         if program is None:
-            raise Refused(f"there is no program {argv[0]!r}")
+            raise ShimRefused(f"there is no program {argv[0]!r}")
         missing = sorted(set(order["cores"]) - os.sched_getaffinity(0))
         if missing:
-            raise Refused(f"the cores {', '.join(map(str, missing))} are not this process's to use")
+            raise ShimRefused(f"the cores {', '.join(map(str, missing))} are not this process's to use")
         log = os.open(os.devnull, os.O_WRONLY)
         if order["log"]:
             try:
                 log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             except OSError as error:
-                raise Refused(f"the log {order['log']} cannot be written: {error.strerror}") from error
+                raise ShimRefused(f"the log {order['log']} cannot be written: {error.strerror}") from error
         failed, fails = os.pipe()
         try:
             pid = os.fork()
         except OSError as error:
-            raise Refused(f"no process can be made: {error.strerror}") from error
+            raise ShimRefused(f"no process can be made: {error.strerror}") from error
         if pid == 0:
             self._become(program, argv, log, fails)
         os.close(log)
@@ -168,7 +168,7 @@ class Shim:
             reason = pipe.read()  # ends with nothing when exec succeeds, as the pipe is closed by it
         if reason:
             os.waitpid(pid, 0)
-            raise Refused(f"{argv[0]} cannot be started: {reason.decode(errors='replace')}")
+            raise ShimRefused(f"{argv[0]} cannot be started: {reason.decode(errors='replace')}")
         return pid
 
     def _become(self, program: str, argv: list[str], log: int, fails: int) -> None:

@@ -6,11 +6,11 @@ from datetime import UTC, datetime
 import msgspec
 
 from tidemill.fleet.backend import Node
-from tidemill.fleet.controller import Sighting
+from tidemill.fleet.controller import LastPlan
 from tidemill.fleet.replica import Replica
 
 
-class NodeState(msgspec.Struct, frozen=True, kw_only=True):
+class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
     """A machine."""
 
     name: str
@@ -20,7 +20,7 @@ class NodeState(msgspec.Struct, frozen=True, kw_only=True):
     why: str
 
 
-class DeviceState(msgspec.Struct, frozen=True, kw_only=True):
+class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
     """A device, what it does, until when and why."""
 
     device: str
@@ -35,7 +35,7 @@ class DeviceState(msgspec.Struct, frozen=True, kw_only=True):
     reserved_by: str | None
 
 
-class ReplicaState(msgspec.Struct, frozen=True, kw_only=True):
+class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
     """A replica of our own."""
 
     name: str
@@ -54,7 +54,7 @@ class ReplicaState(msgspec.Struct, frozen=True, kw_only=True):
     why: str
 
 
-class ModelState(msgspec.Struct, frozen=True, kw_only=True):
+class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     """A model with engines of our own, and what is planned for it. Work is in tokens of prefill a second."""
 
     name: str
@@ -75,7 +75,7 @@ class ModelState(msgspec.Struct, frozen=True, kw_only=True):
     """Share of the last minutes' requests that missed the objective."""
 
 
-class WaitState(msgspec.Struct, frozen=True):
+class WaitStatus(msgspec.Struct, frozen=True):
     """What a piece of work waits for."""
 
     work: str
@@ -83,19 +83,19 @@ class WaitState(msgspec.Struct, frozen=True):
     why: str
 
 
-class FleetState(msgspec.Struct, frozen=True, kw_only=True):
+class FleetStatus(msgspec.Struct, frozen=True, kw_only=True):
     """All of it, as of the last plan."""
 
-    nodes: tuple[NodeState, ...]
-    devices: tuple[DeviceState, ...]
-    replicas: tuple[ReplicaState, ...]
-    models: tuple[ModelState, ...]
-    waiting: tuple[WaitState, ...]
+    nodes: tuple[NodeStatus, ...]
+    devices: tuple[DeviceStatus, ...]
+    replicas: tuple[ReplicaStatus, ...]
+    models: tuple[ModelStatus, ...]
+    waiting: tuple[WaitStatus, ...]
 
 
 def standing(
-    nodes: Sequence[Node], replicas: Sequence[Replica], drained: Mapping[str, str], last: Sighting | None
-) -> FleetState:
+    nodes: Sequence[Node], replicas: Sequence[Replica], drained: Mapping[str, str], last: LastPlan | None
+) -> FleetStatus:
     """How the fleet stands. `drained`: nodes and devices that were taken out, and why."""
     notes = {note.device: note for note in last.plan.devices} if last is not None else {}
     views = {view.id: view for view in last.snapshot.devices} if last is not None else {}
@@ -117,7 +117,7 @@ def standing(
             if out is not None and node.up:
                 holder, why = "drained", f"{out or 'the operator has taken it out'}{_rest(holder, why)}"
             devices.append(
-                DeviceState(
+                DeviceStatus(
                     device=device.id,
                     node=node.name,
                     kind=device.kind,
@@ -128,9 +128,11 @@ def standing(
                     reserved_by=view.reserved_by if view is not None else None,
                 )
             )
-    return FleetState(
+    return FleetStatus(
         nodes=tuple(
-            NodeState(name=node.name, up=node.up, drained=node.name in drained, devices=len(node.devices), why=node.why)
+            NodeStatus(
+                name=node.name, up=node.up, drained=node.name in drained, devices=len(node.devices), why=node.why
+            )
             for node in nodes
         ),
         devices=tuple(devices),
@@ -150,8 +152,8 @@ def _instant(unix_s: float) -> str:
     return datetime.fromtimestamp(unix_s, UTC).isoformat()
 
 
-def _replica(replica: Replica) -> ReplicaState:
-    return ReplicaState(
+def _replica(replica: Replica) -> ReplicaStatus:
+    return ReplicaStatus(
         name=replica.name,
         model=replica.model,
         version=replica.version.name,
@@ -166,12 +168,12 @@ def _replica(replica: Replica) -> ReplicaState:
     )
 
 
-def _models(last: Sighting | None) -> tuple[ModelState, ...]:
+def _models(last: LastPlan | None) -> tuple[ModelStatus, ...]:
     if last is None:
         return ()
     ready = [view.model for view in last.snapshot.replicas if view.phase.value == "ready" and not view.batch_only]
     return tuple(
-        ModelState(
+        ModelStatus(
             name=view.name,
             ready=ready.count(view.name),
             min_replicas=view.min_replicas,
@@ -188,7 +190,7 @@ def _models(last: Sighting | None) -> tuple[ModelState, ...]:
     )
 
 
-def _waiting(last: Sighting | None) -> tuple[WaitState, ...]:
+def _waiting(last: LastPlan | None) -> tuple[WaitStatus, ...]:
     if last is None:
         return ()
-    return tuple(WaitState(note.work, note.why) for note in (*last.plan.waiting, *last.failures))
+    return tuple(WaitStatus(note.work, note.why) for note in (*last.plan.waiting, *last.failures))

@@ -9,9 +9,9 @@ from collections import deque
 from tidemill.tides.buckets import Buckets, add_up, quantile_us
 
 NOW_TAU_S = 10.0
-"""`Traffic.rate` averages over about this long."""
+"""`ModelTraffic.rate` averages over about this long."""
 LATE_TAU_S = 60.0
-"""`Traffic.late` likewise."""
+"""`ModelTraffic.late` likewise."""
 PEAK_STEP_S = 1.0
 SAMPLES_S = 8.0
 """Times to first token, and per token, are those of the last one to two times so long."""
@@ -27,7 +27,7 @@ MIN_ENDED = 3
 """Requests that have to end in a window for its lateness to say anything."""
 
 
-class Traffic:
+class ModelTraffic:
     """One model's interactive traffic."""
 
     def __init__(self, now: float, *, percentile: float = 0.95) -> None:
@@ -131,7 +131,7 @@ class Traffic:
         return None if micros is None else micros / 1e6
 
 
-class Meter:
+class CapacityMeter:
     """Measures what one replica of a model does within the objective: work a second.
 
     Windows in which a replica was at work throughout count. One that kept the objective shows that the replica can do

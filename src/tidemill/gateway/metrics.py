@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import msgspec
 
-from tidemill.gateway.routing.models import Routes
-from tidemill.ledger.pricing import Tier
-from tidemill.meter.balance_leases import Leasing
+from tidemill.gateway.routing.models import ModelRoutes
+from tidemill.ledger.pricing import PriceTier
+from tidemill.meter.balance_leases import BalanceLeases
 from tidemill.meter.histogram import Histogram, milliseconds
 from tidemill.meter.log import UsageLog
 from tidemill.meter.records import Settled
@@ -45,7 +45,7 @@ class ModelFigures(msgspec.Struct):
         self.tpot.add(other.tpot)
 
 
-class Figures(msgspec.Struct):
+class MetricsSnapshot(msgspec.Struct):
     """All that gateway processes have counted in their lives."""
 
     models: dict[str, dict[str, ModelFigures]] = {}
@@ -63,7 +63,7 @@ class Figures(msgspec.Struct):
     commits: Histogram | None = None
     """The usage log's writes to disk, each with its sync."""
 
-    def add(self, other: "Figures") -> None:
+    def add(self, other: "MetricsSnapshot") -> None:
         """Add what another life or process has counted."""
         for model, tiers in other.models.items():
             for tier, figures in tiers.items():
@@ -79,7 +79,7 @@ class Figures(msgspec.Struct):
             self.commits.add(other.commits)
 
 
-class Standings(msgspec.Struct):
+class ProcessGauges(msgspec.Struct):
     """How a gateway process stands at the moment."""
 
     active: dict[str, int] = {}
@@ -90,11 +90,11 @@ class Standings(msgspec.Struct):
     """Replicas whose circuit breaker is open."""
 
 
-class Tally:
+class RequestMetrics:
     """Counts the requests of one gateway process."""
 
     def __init__(self) -> None:
-        self._by_model: dict[tuple[str, Tier], ModelFigures] = {}
+        self._by_model: dict[tuple[str, PriceTier], ModelFigures] = {}
         self._refused: dict[str, int] = {}
         self._hedges: dict[str, int] = {}
         self._hedges_won: dict[str, int] = {}
@@ -129,12 +129,12 @@ class Tally:
         _add_counts(self._hedges, {model: 1})
         _add_counts(self._hedges_won, {model: int(won)})
 
-    def figures(self, leasing: Leasing, log: UsageLog) -> Figures:
+    def figures(self, leasing: BalanceLeases, log: UsageLog) -> MetricsSnapshot:
         """All that was counted until now."""
         models: dict[str, dict[str, ModelFigures]] = {}
         for (model, tier), figures in self._by_model.items():
             models.setdefault(model, {})[tier.value] = figures
-        return Figures(
+        return MetricsSnapshot(
             models=models,
             refused=self._refused,
             hedges=self._hedges,
@@ -145,10 +145,10 @@ class Tally:
         )
 
 
-def standings(routes: Routes, queued: Mapping[str, int]) -> Standings:
+def process_gauges(routes: ModelRoutes, queued: Mapping[str, int]) -> ProcessGauges:
     """How a gateway process stands: its replicas and its queues."""
     replicas = [replica for route in routes.by_name.values() for replica in route.replicas]
-    return Standings(
+    return ProcessGauges(
         active={replica.spec.name: replica.clock.active for replica in replicas},
         queued=dict(queued),
         broken=[replica.spec.name for replica in replicas if replica.breaker.is_open],

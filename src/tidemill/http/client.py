@@ -11,17 +11,17 @@ from typing import Protocol
 from urllib.parse import urlsplit
 
 from tidemill.errors import ConfigError
-from tidemill.http.client_connection import Connection, EngineLost
+from tidemill.http.client_connection import EngineConnection, EngineLost
 from tidemill.http.head_cache import KnownHead
 
-__all__ = ["Address", "Connection", "EngineLost", "Owner", "Pool"]
+__all__ = ["AnswerOwner", "ConnectionPool", "EngineAddress", "EngineConnection", "EngineLost"]
 
 CONNECT_TIMEOUT_S = 5.0
 IDLE_CONNECTIONS = 1024
 """Keep-alive connections kept per engine."""
 
 
-class Address:
+class EngineAddress:
     """Where an engine listens: base URL taken apart once."""
 
     __slots__ = ("base_url", "headers", "host", "path", "port", "prefix", "tls")
@@ -48,28 +48,28 @@ class Address:
         self.headers = "\r\n".join(lines).encode("ascii") + b"\r\n"
 
 
-class Owner(Protocol):
+class AnswerOwner(Protocol):
     """Whoever waits for an answer."""
 
-    connection: Connection | None
+    connection: EngineConnection | None
 
     @property
     def given_up(self) -> bool: ...
 
 
-class Pool:
+class ConnectionPool:
     """The connections to one engine: idle ones for reuse, busy ones for the sweep."""
 
-    def __init__(self, address: Address, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, address: EngineAddress, loop: asyncio.AbstractEventLoop) -> None:
         self.address = address
         self.loop = loop
         self.known_head: KnownHead | None = None
         self.misses = 0
-        self._idle: list[Connection] = []
-        self._busy: set[Connection] = set()
+        self._idle: list[EngineConnection] = []
+        self._busy: set[EngineConnection] = set()
         self._tls = ssl.create_default_context() if address.tls else None
 
-    def idle_connection(self) -> Connection | None:
+    def idle_connection(self) -> EngineConnection | None:
         """A kept connection that still looks alive, the most recently used first."""
         while self._idle:
             connection = self._idle.pop()
@@ -78,13 +78,13 @@ class Pool:
                 return connection
         return None
 
-    async def connect(self) -> Connection:
+    async def connect(self) -> EngineConnection:
         """A new connection. Raises EngineLost (with `sent` false) when the engine does not answer."""
         address = self.address
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 _, connection = await self.loop.create_connection(
-                    lambda: Connection(self), address.host, address.port, ssl=self._tls
+                    lambda: EngineConnection(self), address.host, address.port, ssl=self._tls
                 )
         except (OSError, TimeoutError) as error:
             reason = "no answer" if isinstance(error, TimeoutError) else error.strerror or type(error).__name__
@@ -98,11 +98,11 @@ class Pool:
         body: bytes,
         timeout_s: float,
         *,
-        owner: "Owner | None" = None,
+        owner: "AnswerOwner | None" = None,
         method: bytes = b"POST",
         headers: bytes = b"",
         fresh: bool = False,
-    ) -> Connection:
+    ) -> EngineConnection:
         """Send a request and wait for its head, on a kept connection or a new one (if `fresh`, a new one).
 
         `headers` are further complete lines, each with its CRLF.
@@ -133,9 +133,9 @@ class Pool:
                 connection.abort()
                 raise
 
-    def send(self, connection: Connection, path: bytes, body: bytes, timeout_s: float) -> None:
+    def send(self, connection: EngineConnection, path: bytes, body: bytes, timeout_s: float) -> None:
         """Send a POST on a connection of one's own. A kept one may turn out to be closed by the engine
-        (`Connection.reused_and_silent`).
+        (`EngineConnection.reused_and_silent`).
         """
         connection.expire_in(timeout_s)
         connection.send(self._head(path, body, b"POST", b""), body)
@@ -151,7 +151,7 @@ class Pool:
             len(body),
         )
 
-    def put_back(self, connection: Connection) -> None:
+    def put_back(self, connection: EngineConnection) -> None:
         self._busy.discard(connection)
         connection.served += 1
         connection.deadline = 0.0
@@ -160,7 +160,7 @@ class Pool:
         else:
             connection.abort()
 
-    def forget(self, connection: Connection) -> None:
+    def forget(self, connection: EngineConnection) -> None:
         self._busy.discard(connection)
 
     def sweep(self, now: float) -> None:

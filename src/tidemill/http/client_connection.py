@@ -46,8 +46,8 @@ def _size(line: bytes) -> int:
     return int(line, 16) if _HEX.fullmatch(line) else -1
 
 
-class Sink(Protocol):
-    """Who is called as an answer comes in. It is called no more once `Connection.sink` is None."""
+class AnswerSink(Protocol):
+    """Who is called as an answer comes in. It is called no more once `EngineConnection.sink` is None."""
 
     def arrived(self) -> None:
         """Something has changed: the head is there, bytes are there, the body is complete, or the engine is lost."""
@@ -58,7 +58,7 @@ class Sink(Protocol):
         ...
 
 
-class Keeper(Protocol):
+class ConnectionOwner(Protocol):
     """The pool that a connection belongs to."""
 
     loop: asyncio.AbstractEventLoop
@@ -67,20 +67,20 @@ class Keeper(Protocol):
     misses: int
     """Answers since the last that had it."""
 
-    def put_back(self, connection: "Connection") -> None: ...
+    def put_back(self, connection: "EngineConnection") -> None: ...
 
-    def forget(self, connection: "Connection") -> None: ...
+    def forget(self, connection: "EngineConnection") -> None: ...
 
 
-class Connection(asyncio.Protocol):
+class EngineConnection(asyncio.Protocol):
     """One connection to an engine: a request, then its response head, then its body piece by piece."""
 
-    def __init__(self, pool: Keeper) -> None:
+    def __init__(self, pool: ConnectionOwner) -> None:
         self._pool = pool
         self._loop = pool.loop
         self._transport: asyncio.Transport | None = None
         self._parser: httptools.HttpResponseParser | None = None
-        self.sink: Sink | None = None
+        self.sink: AnswerSink | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._pieces: deque[bytes] = deque()
         self._buffered = 0

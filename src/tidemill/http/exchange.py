@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Protocol
 
-from tidemill.http.request_body import IncomingBody
+from tidemill.http.request_body import RequestBody
 from tidemill.http.status_lines import STATUS_LINES
 
 
@@ -11,7 +11,7 @@ class ClientGone(Exception):
     """The client has closed its connection, or takes nothing any more."""
 
 
-class Work(Protocol):
+class OpenWork(Protocol):
     """The server's account of what is worked on: it does not stop before that is done."""
 
     date_lines: bytes
@@ -24,14 +24,14 @@ class Work(Protocol):
         ...
 
 
-class Carrier(Protocol):
+class ClientConnection(Protocol):
     """The connection that an exchange came by."""
 
     blocked: bool
     """The client takes less than it is sent; more should wait."""
 
     @property
-    def work(self) -> Work: ...
+    def work(self) -> OpenWork: ...
 
     @property
     def from_here(self) -> bool: ...
@@ -59,7 +59,7 @@ class Exchange:
     query = b""
     """What follows the question mark, undecoded."""
     body = b""
-    incoming: IncomingBody | None = None
+    incoming: RequestBody | None = None
     """The body, when it is taken piece by piece (`HttpServer.streamed`), or only once it is known who sends it
     (`HttpServer.lets_in`); `body` is then empty."""
     extra = b""
@@ -77,7 +77,7 @@ class Exchange:
 
     def __init__(
         self,
-        carrier: Carrier,
+        carrier: ClientConnection,
         method: bytes,
         path: bytes,
         request_id: str,
@@ -114,7 +114,7 @@ class Exchange:
         return self.carrier.blocked
 
     @property
-    def work(self) -> Work:
+    def work(self) -> OpenWork:
         """Where work on this exchange is accounted for."""
         return self.carrier.work
 

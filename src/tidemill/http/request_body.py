@@ -13,7 +13,7 @@ class BrokenBody(Exception):
     """The body will not become whole: the client has left, or does not speak HTTP."""
 
 
-class Flow(Protocol):
+class BodySource(Protocol):
     """The connection that a body comes by."""
 
     def hold_body(self) -> None:
@@ -29,14 +29,14 @@ class Flow(Protocol):
         ...
 
 
-class TooLong(Exception):
+class RequestBodyTooLong(Exception):
     """The body is longer than it may be."""
 
 
-class IncomingBody:
+class RequestBody:
     """The body of one request, as it arrives."""
 
-    def __init__(self, flow: Flow, *, waits: bool = False, limit: int | None = None) -> None:
+    def __init__(self, flow: BodySource, *, waits: bool = False, limit: int | None = None) -> None:
         """`waits`: the client sends it only when it is told to, or after a while."""
         self._waits = waits
         self.limit = limit
@@ -77,7 +77,7 @@ class IncomingBody:
         while data := await self.next():
             body += data
             if self.limit is not None and len(body) > self.limit:
-                raise TooLong
+                raise RequestBodyTooLong
         return bytes(body)
 
     # The connection's side

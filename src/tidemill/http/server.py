@@ -13,7 +13,7 @@ from email.utils import formatdate
 from typing import Any
 
 from tidemill.http.exchange import ClientGone, Exchange, Handler
-from tidemill.http.server_connection import ServerProtocol
+from tidemill.http.server_connection import ServerConnection
 
 __all__ = ["MAX_CONNECTIONS", "ClientGone", "Exchange", "Handler", "HttpServer"]
 
@@ -57,7 +57,7 @@ class HttpServer:
         self.crowded_message = (
             f"This gateway has {max_connections} connections open and takes no more. Try again shortly."
         )
-        self.connections: set[ServerProtocol] = set()
+        self.connections: set[ServerConnection] = set()
         self.underway = 0
         """Exchanges that are worked on without a task."""
         self.stopping = False
@@ -71,7 +71,7 @@ class HttpServer:
     async def listen(self, host: str, port: int, *, reuse_port: bool = False) -> None:
         """Begin to accept. Raises OSError when the address is taken."""
         self._server = await self.loop.create_server(
-            lambda: ServerProtocol(self), host, port, backlog=4096, reuse_port=reuse_port
+            lambda: ServerConnection(self), host, port, backlog=4096, reuse_port=reuse_port
         )
 
     def start(self, exchange: Exchange) -> None:

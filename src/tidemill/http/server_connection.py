@@ -13,7 +13,7 @@ import httptools
 
 from tidemill.http.exchange import Exchange
 from tidemill.http.head_cache import KnownHead
-from tidemill.http.request_body import IncomingBody
+from tidemill.http.request_body import RequestBody
 
 MAX_HEAD_BYTES = 32 * 1024
 """Request line and headers together."""
@@ -43,11 +43,11 @@ NEVER = float("inf")
 _OFFER = (b"upgrade", b"connection", b"http2-settings")
 
 
-class Listener(Protocol):
+class ServerState(Protocol):
     """The server, as its connections know it."""
 
     loop: asyncio.AbstractEventLoop
-    connections: "set[ServerProtocol]"
+    connections: "set[ServerConnection]"
     stopping: bool
     now: float
     """The loop's time, as of the last second."""
@@ -68,7 +68,7 @@ class Listener(Protocol):
     def spawn(self, work: Coroutine[Any, Any, None]) -> None: ...
 
 
-class Known(NamedTuple):
+class CachedHead(NamedTuple):
     """A head that this client has sent before, and what it says beside its headers."""
 
     head: KnownHead
@@ -77,10 +77,10 @@ class Known(NamedTuple):
     query: bytes
 
 
-class ServerProtocol(asyncio.Protocol):
+class ServerConnection(asyncio.Protocol):
     """One client connection. Requests that a client sends ahead are worked on one after the other."""
 
-    def __init__(self, server: Listener) -> None:
+    def __init__(self, server: ServerState) -> None:
         self.work = server
         self.blocked = False
         self.blocked_since = 0.0
@@ -97,7 +97,7 @@ class ServerProtocol(asyncio.Protocol):
         self._messages = 0
         self._between = True
         """Nothing of a request has come since the last one was whole."""
-        self._known: Known | None = None
+        self._known: CachedHead | None = None
         self._latest: Exchange | None = None
         self._misses = 0
         self._in_head = True
@@ -290,7 +290,7 @@ class ServerProtocol(asyncio.Protocol):
             self._await_body()
         self.work.start(exchange)
 
-    def _received_again(self, known: Known, body: bytes) -> None:
+    def _received_again(self, known: CachedHead, body: bytes) -> None:
         """Take a request whose head is known, but for its length. The parser is where it was: between two requests."""
         exchange = Exchange(self, known.method, known.path, self.work.new_request_id(), known.head.headers)
         if known.query:
@@ -303,7 +303,7 @@ class ServerProtocol(asyncio.Protocol):
         self._misses += 1
         if exchange.method == b"POST" and exchange.chunked and exchange.keep_alive:
             head = KnownHead.of(message, exchange.headers)
-            self._known = Known(head, exchange.method, exchange.path, exchange.query) if head is not None else None
+            self._known = CachedHead(head, exchange.method, exchange.path, exchange.query) if head is not None else None
 
     def _received(self, exchange: Exchange) -> None:
         if self._deaf and exchange.refusal is None:
@@ -384,7 +384,7 @@ class ServerProtocol(asyncio.Protocol):
         waits = headers.get(b"expect", b"").lower() == b"100-continue"
         weighty = waits or length > EARLY_BYTES or b"transfer-encoding" in headers
         if streamed or (weighty and not server.lets_in(exchange)):
-            exchange.incoming = IncomingBody(self, waits=waits, limit=None if streamed else server.max_body_bytes)
+            exchange.incoming = RequestBody(self, waits=waits, limit=None if streamed else server.max_body_bytes)
             self._received(exchange)
         elif waits and self._working is None:
             self.invite_body()

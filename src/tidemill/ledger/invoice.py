@@ -18,7 +18,7 @@ from tidemill.ledger.errors import LedgerError
 from tidemill.ledger.money import Nanos, check_currency, format_amount, minor_digits, round_to_minor
 from tidemill.ledger.period import Period
 from tidemill.ledger.posting import Transaction, tenant_account
-from tidemill.ledger.pricing import Price, PriceVersion, Tier
+from tidemill.ledger.pricing import Price, PriceTier, PriceVersion
 from tidemill.ledger.statement import check_record
 from tidemill.ledger.usage import UsageRecord
 
@@ -78,7 +78,7 @@ class InvoiceLine(msgspec.Struct, frozen=True):
     """Nanos per million tokens."""
     amount: Nanos
     requests: int
-    tier: Tier = Tier.STANDARD
+    tier: PriceTier = PriceTier.STANDARD
 
 
 class DeviceLine(msgspec.Struct, frozen=True):

@@ -12,7 +12,7 @@ from tidemill.ledger.devices import US_PER_HOUR, DeviceTier
 from tidemill.ledger.invoice import CreditLine, DeviceLine, Invoice, InvoiceLine, InvoiceStatus, TokenKind
 from tidemill.ledger.money import NANOS_PER_UNIT, format_amount, minor_digits, round_ratio
 from tidemill.ledger.period import zone_named
-from tidemill.ledger.pricing import Tier
+from tidemill.ledger.pricing import PriceTier
 
 WIDTH = 78
 """Columns of a terminal or a monospaced page; a CJK character takes two."""
@@ -137,7 +137,7 @@ class _Page:
                     out.append("")
                 above = line.model, line.price_id
                 day = self.day(line.price_from)
-                what = line.model if line.tier is Tier.STANDARD else f"{line.model} in batches"
+                what = line.model if line.tier is PriceTier.STANDARD else f"{line.model} in batches"
                 out += wrap(f"{what}, at the price of {day} ({line.price_id})", WIDTH)
             out += self.usage_row(line)
         if not self.invoice.lines:

@@ -25,7 +25,7 @@ MAX_OUTPUT = 2**31 - 1
 """The answer of `affordable_output` when money is no bound."""
 
 
-class Tier(StrEnum):
+class PriceTier(StrEnum):
     """What a model's price depends on beside the currency."""
 
     STANDARD = "standard"
@@ -69,7 +69,7 @@ class PriceVersion(msgspec.Struct, frozen=True):
     currency: str
     price: Price
     valid_from: datetime
-    tier: Tier = Tier.STANDARD
+    tier: PriceTier = PriceTier.STANDARD
 
     def __post_init__(self) -> None:
         check_currency(self.currency)

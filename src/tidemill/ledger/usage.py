@@ -44,7 +44,7 @@ class TokenUsage(msgspec.Struct, frozen=True, gc=False):
         return self.prompt + self.completion
 
 
-class Status(StrEnum):
+class RequestStatus(StrEnum):
     """How a request ended. Every accepted request ends in exactly one of these."""
 
     OK = "ok"
@@ -60,7 +60,7 @@ class Status(StrEnum):
     """The gateway was killed; the record was finished by recovery. Billed: what had passed through."""
 
 
-DELIVERED = (Status.OK, Status.BALANCE_EXHAUSTED)
+DELIVERED = (RequestStatus.OK, RequestStatus.BALANCE_EXHAUSTED)
 """The client has got an answer, or as much of it as its balance pays for."""
 
 
@@ -81,7 +81,7 @@ class UsageRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     usage: TokenUsage
     estimated: bool
     """True when the engine did not report and the counts are Tidemill's own."""
-    status: Status
+    status: RequestStatus
     streamed: bool
     price_id: str
     """The price version in force when the request was admitted."""

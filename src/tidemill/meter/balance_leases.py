@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from tidemill.errors import Unavailable
-from tidemill.meter.wallet import Wallet
+from tidemill.meter.wallet import LeasedBalance
 from tidemill.store.balance_leases import extend_lease, return_lease
 from tidemill.store.budgets import BudgetPeriod, extend_budget_lease, return_budget_lease
 from tidemill.store.engine import Store
@@ -49,7 +49,7 @@ class Purse:
     )
 
     def __init__(self, now: float) -> None:
-        self.wallet = Wallet()
+        self.wallet = LeasedBalance()
         self.refill: asyncio.Task[None] | None = None
         self.asked_at = 0.0
         self.dry_until = 0.0
@@ -62,7 +62,7 @@ class Purse:
         self.idle_since = now
 
 
-class Leasing:
+class BalanceLeases:
     """The purses of one gateway process. All methods run on the event loop."""
 
     def __init__(

@@ -8,8 +8,8 @@ import msgspec
 
 from tidemill.clock import from_micros
 from tidemill.ledger.money import Nanos
-from tidemill.ledger.pricing import Charge, Price, Tier, rate_capped
-from tidemill.ledger.usage import DELIVERED, Status, TokenUsage, UsageRecord
+from tidemill.ledger.pricing import Charge, Price, PriceTier, rate_capped
+from tidemill.ledger.usage import DELIVERED, RequestStatus, TokenUsage, UsageRecord
 
 
 class Opened(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -26,7 +26,7 @@ class Opened(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """Nanos per million tokens: input, cached input, output."""
     streamed: bool
     started_us: int
-    tier: Tier = Tier.STANDARD
+    tier: PriceTier = PriceTier.STANDARD
 
 
 class Settled(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -57,7 +57,7 @@ def settle(
     opened: Opened,
     usage: TokenUsage,
     *,
-    status: Status,
+    status: RequestStatus,
     estimated: bool,
     hold: int,
     first_token_us: int,
@@ -69,7 +69,7 @@ def settle(
     The line of a batch is charged only for the answer that it got: an attempt that gave none is repeated, under the
     same request id, and what it was worth is the operator's loss.
     """
-    cap = hold if opened.tier is Tier.STANDARD or status in DELIVERED else 0
+    cap = hold if opened.tier is PriceTier.STANDARD or status in DELIVERED else 0
     charge: Charge = rate_capped(usage, Price(*opened.price), Nanos(cap))
     return Settled(
         opened=opened,
@@ -89,7 +89,7 @@ def settle(
     )
 
 
-_STATUSES = {status.value: status for status in Status}
+_STATUSES = {status.value: status for status in RequestStatus}
 
 
 def to_record(settled: Settled) -> UsageRecord:

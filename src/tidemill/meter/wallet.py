@@ -9,7 +9,7 @@ no lock, no round trip, and no burst of parallel requests can promise the same m
 from tidemill.ledger.money import Nanos
 
 
-class Wallet:
+class LeasedBalance:
     """Budget, holds and spending of one tenant in this process; all amounts in nanos.
 
     Invariant: 0 <= spent and 0 <= held and spent + held <= budget.

@@ -20,7 +20,7 @@ from tidemill.errors import BadInput
 DAY_S = 86_400.0
 
 
-class Bin(msgspec.Struct, frozen=True, gc=False):
+class ArrivalBin(msgspec.Struct, frozen=True, gc=False):
     """Requests that come in one step of time, and their tokens."""
 
     requests: float = 0.0
@@ -31,7 +31,7 @@ class Bin(msgspec.Struct, frozen=True, gc=False):
 class Trace(msgspec.Struct, frozen=True):
     """A recorded hour in bins."""
 
-    bins: tuple[Bin, ...]
+    bins: tuple[ArrivalBin, ...]
     bin_s: float
 
     @property
@@ -67,7 +67,7 @@ def read_trace(path: Path, bin_s: float) -> Trace:
         raise BadInput(f"{path} is no trace of arrivals: {error!r}") from error
     if not counts:
         raise BadInput(f"{path} has no requests")
-    bins = tuple(Bin(*counts.get(index, (0.0, 0.0, 0.0))) for index in range(max(counts) + 1))
+    bins = tuple(ArrivalBin(*counts.get(index, (0.0, 0.0, 0.0))) for index in range(max(counts) + 1))
     return Trace(bins, bin_s)
 
 
@@ -97,7 +97,7 @@ class Day(msgspec.Struct, frozen=True):
     """Standard deviation of each quarter of an hour's own deviation."""
 
 
-def requests_of(day: Day, trace: Trace, seed: int, seconds: float = DAY_S) -> list[Bin]:
+def requests_of(day: Day, trace: Trace, seed: int, seconds: float = DAY_S) -> list[ArrivalBin]:
     """The bins of a day."""
     chance = random.Random(seed)
     bin_s = trace.bin_s
@@ -105,7 +105,7 @@ def requests_of(day: Day, trace: Trace, seed: int, seconds: float = DAY_S) -> li
     copies = max(round(day.peak_rate / trace.rate), 1)
     mean = trace.rate * bin_s * copies
     wobble = [math.exp(chance.gauss(0, day.noise)) for _ in range(int(seconds / 900) + 2)]
-    bins: list[Bin] = []
+    bins: list[ArrivalBin] = []
     starts: list[int] = []
     for index in range(round(seconds / bin_s)):
         at = index * bin_s
@@ -117,7 +117,7 @@ def requests_of(day: Day, trace: Trace, seed: int, seconds: float = DAY_S) -> li
         own = wobble[int(at / 900)] * (1 - part) + wobble[int(at / 900) + 1] * part
         scale = day.peak_rate * bin_s * daily_curve(at, day.trough) * day.level * surge * own / mean
         bins.append(
-            Bin(
+            ArrivalBin(
                 sum(each.requests for each in here) * scale,
                 sum(each.prompt for each in here) * scale,
                 sum(each.output for each in here) * scale,
@@ -127,7 +127,7 @@ def requests_of(day: Day, trace: Trace, seed: int, seconds: float = DAY_S) -> li
 
 
 def history_of(
-    days: int, work: Callable[[Bin], float], day: Day, trace: Trace, seed: int, bin_s: float = 300.0
+    days: int, work: Callable[[ArrivalBin], float], day: Day, trace: Trace, seed: int, bin_s: float = 300.0
 ) -> list[float]:
     """Mean work a second in bins of `bin_s` over days before; these have a level of their own each."""
     chance = random.Random(seed)
@@ -145,7 +145,7 @@ def coarser(trace: Trace, times: int) -> Trace:
     return Trace(tuple(_sum(part) for part in whole), trace.bin_s * times)
 
 
-def _sum(bins: Sequence[Bin]) -> Bin:
-    return Bin(
+def _sum(bins: Sequence[ArrivalBin]) -> ArrivalBin:
+    return ArrivalBin(
         sum(each.requests for each in bins), sum(each.prompt for each in bins), sum(each.output for each in bins)
     )

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import msgspec
 
-from tidemill.planner.arrivals import Bin
-from tidemill.planner.fleet_model import Load, ModelSpec, Outcome, advance
-from tidemill.tides.forecast import History, forecast
+from tidemill.planner.arrivals import ArrivalBin
+from tidemill.planner.fleet_model import SimulatedLoad, SimulatedModel, StepOutcome, advance
+from tidemill.tides.forecast import DemandSeries, forecast
 from tidemill.tides.slack import ReplicaLoad, StepFit, adapted, filler_slots
 from tidemill.tides.state import Demand, ModelView
 
@@ -19,11 +19,11 @@ FILLERS_A_STEP = 8.0
 """Filler requests that may enter a replica within a step of the simulation."""
 
 
-class Stream(msgspec.Struct, frozen=True, kw_only=True):
+class DemandStream(msgspec.Struct, frozen=True, kw_only=True):
     """A model, what is asked of it, and what was asked on the days before."""
 
-    spec: ModelSpec
-    bins: Sequence[Bin]
+    spec: SimulatedModel
+    bins: Sequence[ArrivalBin]
     capacity: float = 0.0
     """Work a second that a replica does within the objective, measured; 0: by the formula."""
     before: Sequence[float] = ()
@@ -34,17 +34,17 @@ class Stream(msgspec.Struct, frozen=True, kw_only=True):
     """Ready when the day begins."""
 
 
-class Served:
+class ServedModel:
     """A model in the simulation."""
 
-    def __init__(self, stream: Stream, chance: random.Random, step_s: float) -> None:
+    def __init__(self, stream: DemandStream, chance: random.Random, step_s: float) -> None:
         self.stream, self.spec = stream, stream.spec
         self.capacity = stream.capacity or self.spec.capacity()
         self.best_filler = self.spec.best_filler()
-        self.load = Load()
+        self.load = SimulatedLoad()
         self.ready = 0
         self.lent = 0
-        self.pending = Bin()
+        self.pending = ArrivalBin()
         self.now_rate = 0.0
         self.late = self.late_now = 0.0
         self.idle_s = 0.0
@@ -61,7 +61,7 @@ class Served:
         self._chance = chance
         self._step_s = step_s
 
-    def step(self, came: Bin, lines: bool, filler: bool) -> tuple[Outcome | None, float]:
+    def step(self, came: ArrivalBin, lines: bool, filler: bool) -> tuple[StepOutcome | None, float]:
         """Work for a step. Returns what one replica did, and how much of what all could do was used, in replicas."""
         dt, spec, load = self._step_s, self.spec, self.load
         work = spec.work(came)
@@ -72,14 +72,16 @@ class Served:
         self.idle_s = 0.0 if came.requests > 0 else self.idle_s + dt
         if self.ready == 0:
             held = self.pending
-            self.pending = Bin(held.requests + came.requests, held.prompt + came.prompt, held.output + came.output)
+            self.pending = ArrivalBin(
+                held.requests + came.requests, held.prompt + came.prompt, held.output + came.output
+            )
             self.missed += came.requests
             return None, 0.0
         waited = self.pending
-        self.pending = Bin()
+        self.pending = ArrivalBin()
         self._adapt()
         load.fillers = self._fillers(lines, filler)
-        each = Bin(
+        each = ArrivalBin(
             (came.requests + waited.requests) / self.ready,
             (came.prompt + waited.prompt) / self.ready,
             (came.output + waited.output) / self.ready,
@@ -151,7 +153,7 @@ class Served:
             self.load.queue *= ratio
             self.load.fillers *= ratio if ratio < 1 else 1.0
         elif ready == 0:
-            self.load = Load()
+            self.load = SimulatedLoad()
         self.ready = ready
 
     def view(self, now: float, wants: bool) -> ModelView:
@@ -185,4 +187,4 @@ class Served:
         """A bin of history is full."""
         self.history.append(self.bin_work / FORECAST_S)
         self.bin_work = 0.0
-        self.demand = forecast(History(now, tuple(self.history), FORECAST_S), self.spec.startup_s + FORECAST_S)
+        self.demand = forecast(DemandSeries(now, tuple(self.history), FORECAST_S), self.spec.startup_s + FORECAST_S)

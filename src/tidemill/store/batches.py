@@ -51,7 +51,7 @@ class LineError(msgspec.Struct, frozen=True):
     line: int | None = None
 
 
-class Counts(msgspec.Struct, frozen=True):
+class LineCounts(msgspec.Struct, frozen=True):
     """How far a batch has come, in lines and in tokens."""
 
     completed: int = 0
@@ -61,8 +61,8 @@ class Counts(msgspec.Struct, frozen=True):
     output_tokens: int = 0
     reasoning_tokens: int = 0
 
-    def __add__(self, other: "Counts") -> "Counts":
-        return Counts(
+    def __add__(self, other: "LineCounts") -> "LineCounts":
+        return LineCounts(
             self.completed + other.completed,
             self.failed + other.failed,
             self.input_tokens + other.input_tokens,
@@ -94,7 +94,7 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     """What it becomes once it is finalized."""
     errors: tuple[LineError, ...] = ()
     total: int = 0
-    counts: Counts = Counts()
+    counts: LineCounts = LineCounts()
     output_file_id: str | None = None
     error_file_id: str | None = None
     created_at: datetime
@@ -231,12 +231,12 @@ def start_batch(connection: Connection, batch_id: str, *, total: int, model: str
     return _step(connection, batch_id, ("validating",), BatchStatus.IN_PROGRESS, now, total=total, model=model)
 
 
-def note_counts(connection: Connection, batch_id: str, counts: Counts) -> None:
+def note_counts(connection: Connection, batch_id: str, counts: LineCounts) -> None:
     """How far the batch has come."""
     connection.execute(update(batches).where(batches.c.batch_id == batch_id).values(**msgspec.structs.asdict(counts)))
 
 
-def seal_batch(connection: Connection, batch: Batch, outcome: BatchStatus, counts: Counts, now: datetime) -> Batch:
+def seal_batch(connection: Connection, batch: Batch, outcome: BatchStatus, counts: LineCounts, now: datetime) -> Batch:
     """All lines are done or given up: write down what the batch becomes, and give it as it is then.
 
     A batch that is being cancelled meanwhile becomes cancelled. One that is sealed stays as it is.
@@ -260,7 +260,7 @@ def finish_batch(
     connection: Connection,
     batch: Batch,
     outcome: BatchStatus,
-    counts: Counts,
+    counts: LineCounts,
     *,
     output: File | None,
     error: File | None,
@@ -309,7 +309,7 @@ def _batch(row: Row[Any]) -> Batch:
     for name in (*_INSTANTS, "cancelled"):
         micros = values[f"{name}_at"]
         values[f"{name}_at"] = None if micros is None else from_micros(micros)
-    values["counts"] = Counts(**{name: values.pop(name) for name in Counts.__struct_fields__})
+    values["counts"] = LineCounts(**{name: values.pop(name) for name in LineCounts.__struct_fields__})
     values["status"] = BatchStatus(row.status)
     values["outcome"] = None if row.outcome is None else BatchStatus(row.outcome)
     values["errors"] = () if row.errors is None else _decode_errors(row.errors)

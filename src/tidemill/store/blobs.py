@@ -46,7 +46,7 @@ def no_room(error: OSError) -> InsufficientStorage | None:
     )
 
 
-class Incoming:
+class PendingBlob:
     """A blob that is being written, by one thread at a time. It ends with `keep` or `discard`, or with its process."""
 
     def __init__(self, blobs: "BlobStore", path: Path, fd: int) -> None:
@@ -119,7 +119,7 @@ class BlobStore:
         state = os.statvfs(self.directory)
         return state.f_bavail * state.f_frsize
 
-    def create(self) -> Incoming:
+    def create(self) -> PendingBlob:
         """Begin a blob. Raises InsufficientStorage, or OSError."""
         try:
             while True:
@@ -129,7 +129,7 @@ class BlobStore:
                 with contextlib.suppress(BlockingIOError):
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     if os.fstat(fd).st_nlink:
-                        return Incoming(self, path, fd)
+                        return PendingBlob(self, path, fd)
                 os.close(fd)
         except OSError as error:
             raise no_room(error) or error from error

@@ -13,7 +13,7 @@ import structlog
 from sqlalchemy import ColumnElement, Connection, and_, case, delete, func, insert, or_, select, update
 
 from tidemill.clock import to_micros
-from tidemill.ledger.limits import Limit, LimitKind, Per, Span, span_of
+from tidemill.ledger.limits import BudgetSpan, Limit, LimitKind, Per, span_of
 from tidemill.ledger.money import format_amount
 from tidemill.ledger.usage import UsageRecord
 from tidemill.store.accounts import tenant_balance
@@ -30,7 +30,7 @@ class BudgetPeriod(msgspec.Struct, frozen=True):
     """One period of one budget."""
 
     limit_id: str
-    span: Span
+    span: BudgetSpan
 
 
 def extend_budget_lease(connection: Connection, *, worker_id: str, period: BudgetPeriod, need: int, slices: int) -> int:
@@ -80,7 +80,7 @@ def charge_budgets(connection: Connection, worker_id: str, records: Sequence[Usa
     lines = _first_keys(connection, charged)
     spent: dict[tuple[str, str], int] = {}
     spans: dict[tuple[str, str], tuple[Limit, BudgetPeriod]] = {}
-    current: dict[Per, Span] = {}
+    current: dict[Per, BudgetSpan] = {}
     for record in records:
         for limit in binding.get(record.tenant_id, ()):
             if not record.charge or not limit.binds(lines.get(record.key_id, record.key_id), record.model):
@@ -102,14 +102,14 @@ def charge_budgets(connection: Connection, worker_id: str, records: Sequence[Usa
         _warn(connection, limit, period)
 
 
-def spent_in(connection: Connection, limit: Limit, span: Span) -> int:
+def spent_in(connection: Connection, limit: Limit, span: BudgetSpan) -> int:
     """What was spent of a budget in a period, in nanos."""
     query = select(budgets.c.spent).where(budgets.c.limit_id == limit.limit_id, budgets.c.period == span.label)
     kept = connection.execute(query).scalar()
     return int(kept) if kept is not None else _sum_of_records(connection, limit, span)
 
 
-def leased_in(connection: Connection, limit: Limit, span: Span) -> int:
+def leased_in(connection: Connection, limit: Limit, span: BudgetSpan) -> int:
     """What of a budget is out on leases."""
     return _leased(connection, BudgetPeriod(limit.limit_id, span))
 
@@ -165,7 +165,7 @@ def _open(connection: Connection, limit: Limit, period: BudgetPeriod) -> bool:
     return connection.execute(opening.on_conflict_do_nothing().returning(budgets.c.limit_id)).first() is not None
 
 
-def _sum_of_records(connection: Connection, limit: Limit, span: Span) -> int:
+def _sum_of_records(connection: Connection, limit: Limit, span: BudgetSpan) -> int:
     columns = usage_records.c
     query = select(func.sum(columns.charge_input + columns.charge_cached + columns.charge_output)).where(
         columns.tenant_id == limit.tenant_id,

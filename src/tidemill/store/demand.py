@@ -22,14 +22,14 @@ UP = ""
 """In place of a model: a bin in which the platform was up, whether anybody asked or not."""
 
 
-class Bin(msgspec.Struct, frozen=True, gc=False):
+class DemandBin(msgspec.Struct, frozen=True, gc=False):
     """The interactive demand for one model in five minutes."""
 
     number: int
     """Five minutes since 1970."""
     arrivals: int
     work: int
-    """Tokens of prefill (`tides.routing.Work`)."""
+    """Tokens of prefill (`tides.routing.RequestWork`)."""
 
 
 def bin_of(unix_s: float) -> int:
@@ -83,13 +83,13 @@ def last_bin(connection: Connection) -> int | None:
     return number
 
 
-def read_bins(connection: Connection, first: int) -> dict[str, list[Bin]]:
+def read_bins(connection: Connection, first: int) -> dict[str, list[DemandBin]]:
     """The bins from `first` on by model, oldest first; those without demand are left out."""
     columns = demand_bins.c
-    found: dict[str, list[Bin]] = {}
+    found: dict[str, list[DemandBin]] = {}
     query = select(columns.model, columns.bin, columns.arrivals, columns.work).where(columns.bin >= first)
     for model, number, arrivals, work in connection.execute(query.order_by(columns.bin)):
-        found.setdefault(model, []).append(Bin(number, arrivals, work))
+        found.setdefault(model, []).append(DemandBin(number, arrivals, work))
     return found
 
 

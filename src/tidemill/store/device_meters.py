@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Row, func, insert, select, update
 
 from tidemill.clock import from_micros, to_micros
 from tidemill.errors import TidemillError
-from tidemill.ledger.devices import DevicePrice, DeviceSum, DeviceTier, Meter, charge_for, hold_for, read
+from tidemill.ledger.devices import DeviceMeter, DevicePrice, DeviceSum, DeviceTier, charge_for, hold_for, read
 from tidemill.ledger.money import Nanos, format_amount
 from tidemill.ledger.posting import REVENUE_DEVICES, device_charge
 from tidemill.store.accounts import account_balance, post, tenant_balance
@@ -31,7 +31,7 @@ class InsufficientBalance(TidemillError):
     code = "insufficient_quota"
 
 
-class MeterWish(msgspec.Struct, frozen=True, kw_only=True):
+class MeterStart(msgspec.Struct, frozen=True, kw_only=True):
     """A meter to be begun."""
 
     price: DevicePrice
@@ -44,7 +44,7 @@ class MeterWish(msgspec.Struct, frozen=True, kw_only=True):
     reservation_id: str | None = None
 
 
-class ReadingWish(msgspec.Struct, frozen=True, kw_only=True):
+class MeterReading(msgspec.Struct, frozen=True, kw_only=True):
     """A meter to be read up to `until`."""
 
     meter_id: str
@@ -56,8 +56,8 @@ class ReadingWish(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def begin_meters(
-    connection: Connection, *, tenant_id: str, currency: str, wishes: Sequence[MeterWish], now: datetime
-) -> list[Meter]:
+    connection: Connection, *, tenant_id: str, currency: str, wishes: Sequence[MeterStart], now: datetime
+) -> list[DeviceMeter]:
     """Begin meters, all or none. Raises InsufficientBalance."""
     holds = [hold_for(wish.price.hour, wish.devices, wish.hold_s) for wish in wishes]
     free = tenant_balance(connection, tenant_id, lock=True) - leased(connection, tenant_id)
@@ -69,7 +69,7 @@ def begin_meters(
         )
     begun = []
     for wish, hold in zip(wishes, holds, strict=True):
-        meter = Meter(
+        meter = DeviceMeter(
             meter_id=new_id("mtr"),
             tenant_id=tenant_id,
             currency=currency,
@@ -95,7 +95,7 @@ def begin_meters(
     return begun
 
 
-def start_meters(connection: Connection, *, job_id: str, attempt: int, at: datetime) -> list[Meter]:
+def start_meters(connection: Connection, *, job_id: str, attempt: int, at: datetime) -> list[DeviceMeter]:
     """Have the meters of an attempt count from `at`, when its processes ran, not from when it got its devices."""
     connection.execute(
         update(device_meters)
@@ -110,7 +110,9 @@ def start_meters(connection: Connection, *, job_id: str, attempt: int, at: datet
     return open_meters(connection, job_id=job_id, attempt=attempt)
 
 
-def read_meters(connection: Connection, tenant_id: str, wishes: Sequence[ReadingWish], *, zone: str) -> dict[str, bool]:
+def read_meters(
+    connection: Connection, tenant_id: str, wishes: Sequence[MeterReading], *, zone: str
+) -> dict[str, bool]:
     """Read meters of one tenant and charge for what has passed, in one ledger transaction for each billing month.
 
     Says of each whether its hold could be renewed in full; where not, what is left of it stays. A meter that has ended
@@ -170,7 +172,9 @@ def read_meters(connection: Connection, tenant_id: str, wishes: Sequence[Reading
     return covered
 
 
-def _count(connection: Connection, meter: Meter, month: str, device_us: int, amount: int, uncollected: int) -> None:
+def _count(
+    connection: Connection, meter: DeviceMeter, month: str, device_us: int, amount: int, uncollected: int
+) -> None:
     there = (device_usage.c.meter_id == meter.meter_id, device_usage.c.month == month)
     more = {
         "device_us": device_usage.c.device_us + device_us,
@@ -196,7 +200,7 @@ def open_meters(
     job_id: str | None = None,
     attempt: int | None = None,
     reservation_id: str | None = None,
-) -> list[Meter]:
+) -> list[DeviceMeter]:
     """The meters that run, of an attempt at a job or of a reservation."""
     query = select(device_meters).where(device_meters.c.ended_at.is_(None))
     if job_id is not None:
@@ -230,10 +234,10 @@ def last_reading(connection: Connection, *, reservation_id: str) -> datetime | N
     return None if found is None else from_micros(found)
 
 
-class MeterRow(msgspec.Struct, frozen=True):
+class MeterTotals(msgspec.Struct, frozen=True):
     """What one meter has counted in a month, or in all."""
 
-    meter: Meter
+    meter: DeviceMeter
     device_us: int
     amount: Nanos
     uncollected: Nanos
@@ -241,7 +245,7 @@ class MeterRow(msgspec.Struct, frozen=True):
 
 def meter_rows(
     connection: Connection, *, tenant_id: str, month: str | None = None, job_id: str | None = None
-) -> list[MeterRow]:
+) -> list[MeterTotals]:
     """What a tenant's meters have counted, the earliest begun first: the records behind the sums."""
     query = (
         select(
@@ -260,7 +264,7 @@ def meter_rows(
     if job_id is not None:
         query = query.where(device_meters.c.job_id == job_id)
     return [
-        MeterRow(_meter(row), int(row.sum_us), Nanos(int(row.sum_amount)), Nanos(int(row.sum_uncollected)))
+        MeterTotals(_meter(row), int(row.sum_us), Nanos(int(row.sum_amount)), Nanos(int(row.sum_uncollected)))
         for row in connection.execute(query)
     ]
 
@@ -333,8 +337,8 @@ def verify_meters(connection: Connection) -> list[str]:
     return wrong
 
 
-def _meter(row: Row[Any]) -> Meter:
-    return Meter(
+def _meter(row: Row[Any]) -> DeviceMeter:
+    return DeviceMeter(
         meter_id=row.meter_id,
         tenant_id=row.tenant_id,
         currency=row.currency,

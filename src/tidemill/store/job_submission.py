@@ -37,7 +37,7 @@ class JobLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_grace_s: float = 600.0
 
 
-class JobWish(msgspec.Struct, frozen=True, kw_only=True):
+class JobSubmission(msgspec.Struct, frozen=True, kw_only=True):
     """What somebody wants to have run."""
 
     argv: tuple[str, ...]
@@ -60,7 +60,7 @@ class JobWish(msgspec.Struct, frozen=True, kw_only=True):
     workdir: str | None = None
 
 
-def submit(connection: Connection, wish: JobWish, owner: Tenant, limits: JobLimits, *, now: datetime) -> Job:
+def submit(connection: Connection, wish: JobSubmission, owner: Tenant, limits: JobLimits, *, now: datetime) -> Job:
     """Enter a job. Raises BadInput, NotFound, TooManyJobs."""
     _check_command(wish)
     _check_numbers(wish)
@@ -97,7 +97,7 @@ def submit(connection: Connection, wish: JobWish, owner: Tenant, limits: JobLimi
     return job
 
 
-def _check_command(wish: JobWish) -> None:
+def _check_command(wish: JobSubmission) -> None:
     if not wish.argv or not wish.argv[0]:
         raise BadInput("There is no command to run.", hint="Write it behind --.", param="command")
     size = sum(len(word.encode()) + 1 for word in wish.argv)
@@ -119,7 +119,7 @@ def _check_command(wish: JobWish) -> None:
         raise BadInput("workdir: is an absolute path on the node.", param="workdir")
 
 
-def _check_numbers(wish: JobWish) -> None:
+def _check_numbers(wish: JobSubmission) -> None:
     for param, value, low, high in (
         ("devices", wish.devices, 1, MAX_DEVICES),
         ("priority", wish.priority, -MAX_PRIORITY, MAX_PRIORITY),
@@ -135,7 +135,7 @@ def _check_numbers(wish: JobWish) -> None:
 
 
 def _kinds(
-    connection: Connection, wish: JobWish, owner: Tenant, site: str, now: datetime
+    connection: Connection, wish: JobSubmission, owner: Tenant, site: str, now: datetime
 ) -> tuple[str | None, tuple[str, ...]]:
     """The reservation, if any, and the kinds of devices."""
     if len(wish.kinds) > MAX_KINDS:
@@ -171,7 +171,7 @@ def _kinds(
     return None, tuple(dict.fromkeys(wish.kinds))
 
 
-def _queue(connection: Connection, wish: JobWish, owner: Tenant) -> str:
+def _queue(connection: Connection, wish: JobSubmission, owner: Tenant) -> str:
     name = wish.queue if wish.queue is not None else owner.name
     queue = find_queue(connection, name)
     if queue is None and name == owner.name:

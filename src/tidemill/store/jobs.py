@@ -45,7 +45,7 @@ HELD = (JobState.STARTING, JobState.RUNNING, JobState.PREEMPTING)
 """It has devices."""
 
 
-class Outcome(StrEnum):
+class AttemptOutcome(StrEnum):
     """How an attempt ended."""
 
     SUCCEEDED = "succeeded"
@@ -127,7 +127,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         return self.state not in UNFINISHED
 
 
-class DevicePlace(msgspec.Struct, frozen=True):
+class AssignedDevice(msgspec.Struct, frozen=True):
     """A device that an attempt has."""
 
     id: str
@@ -140,7 +140,7 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True):
 
     job_id: str
     attempt: int
-    devices: tuple[DevicePlace, ...]
+    devices: tuple[AssignedDevice, ...]
     ranks: int
     why: str = ""
     """Why it was started just then and there."""
@@ -149,7 +149,7 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True):
     started_at: datetime | None = None
     """When its processes ran."""
     ended_at: datetime | None = None
-    outcome: Outcome | None = None
+    outcome: AttemptOutcome | None = None
     exit_code: int | None = None
     reason: str = ""
 
@@ -261,7 +261,7 @@ def open_jobs(connection: Connection, site: str) -> list[Job]:
 
 
 def begin_attempt(
-    connection: Connection, job_id: str, *, devices: Sequence[DevicePlace], ranks: int, why: str, now: datetime
+    connection: Connection, job_id: str, *, devices: Sequence[AssignedDevice], ranks: int, why: str, now: datetime
 ) -> Attempt | None:
     """Take a waiting job in hand, with these devices; None when it does not wait any more."""
     taken = connection.execute(
@@ -334,7 +334,7 @@ def end_attempt(
     connection: Connection,
     attempt: Attempt,
     *,
-    outcome: Outcome,
+    outcome: AttemptOutcome,
     exit_code: int | None,
     reason: str,
     ended_at: datetime,
@@ -369,8 +369,8 @@ def end_attempt(
         HELD,
         **steps,
         exit_code=exit_code,
-        failures=jobs.c.failures + int(outcome is Outcome.FAILED),
-        losses=jobs.c.losses + 1 if outcome is Outcome.LOST else 0,
+        failures=jobs.c.failures + int(outcome is AttemptOutcome.FAILED),
+        losses=jobs.c.losses + 1 if outcome is AttemptOutcome.LOST else 0,
         ran_us=jobs.c.ran_us + ran_us,
         not_before=None if not_before is None else to_micros(not_before),
     )
@@ -428,7 +428,7 @@ def _step(connection: Connection, job_id: str, leaving: Sequence[JobState], **va
 
 
 _decode_spec = msgspec.json.Decoder(JobSpec).decode
-_decode_devices = msgspec.json.Decoder(tuple[DevicePlace, ...]).decode
+_decode_devices = msgspec.json.Decoder(tuple[AssignedDevice, ...]).decode
 
 
 def _instants(row: Row[Any], *names: str) -> dict[str, datetime | None]:
@@ -447,5 +447,5 @@ def _attempt(row: Row[Any]) -> Attempt:
     values: dict[str, Any] = dict(row._mapping)
     values |= _instants(row, "taken_at", "started_at", "ended_at")
     values["devices"] = _decode_devices(row.devices)
-    values["outcome"] = None if row.outcome is None else Outcome(row.outcome)
+    values["outcome"] = None if row.outcome is None else AttemptOutcome(row.outcome)
     return Attempt(**values)

@@ -19,7 +19,7 @@ from tidemill.store.schema import limits, rate_shares, slot_shares
 _decode_booked = msgspec.json.Decoder(dict[int, int]).decode
 
 
-class Exchanged(msgspec.Struct, frozen=True):
+class LimitReply(msgspec.Struct, frozen=True):
     """The store's answers. A limit that was removed has none."""
 
     time: float
@@ -33,7 +33,7 @@ def exchange(
     worker_id: str,
     rates: Mapping[str, RateReport],
     slot_reports: Mapping[str, SlotReport],
-) -> Exchanged:
+) -> LimitReply:
     """Take a worker's reports, by limit id, and grant it what may be granted."""
     asked = sorted({*rates, *slot_reports})
     amounts = {
@@ -47,7 +47,7 @@ def exchange(
     }
     time = store_time(connection)  # once the locks are held, as waiting for them may take a while
     second = int(time)
-    return Exchanged(
+    return LimitReply(
         time,
         _exchange_rates(connection, worker_id, {id: rates[id] for id in rates if id in amounts}, amounts, second),
         _exchange_slots(

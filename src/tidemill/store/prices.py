@@ -5,14 +5,20 @@ from datetime import datetime
 from sqlalchemy import Connection, Row, insert, select
 
 from tidemill.clock import from_micros, to_micros
-from tidemill.ledger.pricing import Price, PriceVersion, Tier
+from tidemill.ledger.pricing import Price, PriceTier, PriceVersion
 from tidemill.store.ids import new_id
 from tidemill.store.revision import bump_revision
 from tidemill.store.schema import prices
 
 
 def set_price(
-    connection: Connection, *, model: str, currency: str, price: Price, now: datetime, tier: Tier = Tier.STANDARD
+    connection: Connection,
+    *,
+    model: str,
+    currency: str,
+    price: Price,
+    now: datetime,
+    tier: PriceTier = PriceTier.STANDARD,
 ) -> PriceVersion:
     """Put `price` in force for a model, currency and tier from `now` on; the same again makes no new version."""
     latest = connection.execute(
@@ -59,7 +65,7 @@ def price_versions(connection: Connection, price_ids: set[str] | None = None) ->
 
 
 def current_prices(
-    connection: Connection, now: datetime, tier: Tier = Tier.STANDARD
+    connection: Connection, now: datetime, tier: PriceTier = PriceTier.STANDARD
 ) -> dict[tuple[str, str], PriceVersion]:
     """A tier's version in force at `now`, by (model, currency)."""
     return {
@@ -77,5 +83,5 @@ def _version(row: Row[tuple[object, ...]]) -> PriceVersion:
         currency=values["currency"],
         price=Price(input=values["input"], cached_input=values["cached_input"], output=values["output"]),
         valid_from=from_micros(values["valid_from"]),
-        tier=Tier(values["tier"]),
+        tier=PriceTier(values["tier"]),
     )

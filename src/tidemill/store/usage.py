@@ -13,7 +13,7 @@ from tidemill.ledger.money import Nanos
 from tidemill.ledger.period import Period
 from tidemill.ledger.posting import Transaction, charge_batches, usage_charge
 from tidemill.ledger.statement import UsageTotals
-from tidemill.ledger.usage import LINE_PREFIX, Status, TokenUsage, UsageRecord
+from tidemill.ledger.usage import LINE_PREFIX, RequestStatus, TokenUsage, UsageRecord
 from tidemill.store.accounts import post
 from tidemill.store.bulk import insert_rows
 from tidemill.store.device_meters import device_sums
@@ -302,7 +302,7 @@ def _record(row: Row[Any]) -> UsageRecord:
         replica=row.replica,
         usage=TokenUsage(row.prompt_tokens, row.cached_tokens, row.completion_tokens),
         estimated=row.estimated,
-        status=Status(row.status),
+        status=RequestStatus(row.status),
         streamed=row.streamed,
         price_id=row.price_id,
         currency=row.currency,

@@ -2,24 +2,24 @@
 
 import heapq
 
-from tidemill.tides.desired_replicas import BatchNeed
-from tidemill.tides.occupancy import Tier, Unit
-from tidemill.tides.placement import Claim, place
-from tidemill.tides.plan_builder import Draft
+from tidemill.tides.desired_replicas import DesiredBatchReplicas
+from tidemill.tides.occupancy import PreemptionCandidate, PreemptionTier
+from tidemill.tides.placement import PlacementRequest, place
+from tidemill.tides.plan_builder import PlanBuilder
 from tidemill.tides.reservations import lendable
 from tidemill.tides.serving import Serving
 from tidemill.tides.state import ModelView, StartReplica
 
 
-def keep_deadlines(draft: Draft, serving: Serving) -> None:
+def keep_deadlines(draft: PlanBuilder, serving: Serving) -> None:
     """Start replicas for batches that would miss their deadlines. Jobs that borrow, and whose own deadlines do not
     press, give way once they have run for a while."""
 
-    def may(unit: Unit) -> bool:
+    def may(unit: PreemptionCandidate) -> bool:
         if unit.job is None:
-            return unit.tier == Tier.LENT
+            return unit.tier == PreemptionTier.LENT
         settled = draft.now - unit.job.started_at >= draft.rules.min_run_s
-        return unit.tier == Tier.JOB and settled and draft.queues[unit.job.queue].borrowing
+        return unit.tier == PreemptionTier.JOB and settled and draft.queues[unit.job.queue].borrowing
 
     for model in draft.snapshot.models:
         need = serving.batches.get(model.name)
@@ -33,7 +33,9 @@ def keep_deadlines(draft: Draft, serving: Serving) -> None:
         for _ in range(missing):
             work = f"batches of {model.name}"
             zones = lendable(draft)
-            claim = Claim(work, model.devices, model.kinds, spans=model.spans, zones=zones, kept=False, may=may)
+            claim = PlacementRequest(
+                work, model.devices, model.kinds, spans=model.spans, zones=zones, kept=False, may=may
+            )
             grant = place(draft.board, claim)
             if grant is None:
                 draft.wait(work, f"devices for {missing} replicas: {why}; nobody gives way to them")
@@ -45,7 +47,7 @@ def keep_deadlines(draft: Draft, serving: Serving) -> None:
                 draft.wait(work, f"devices that are being given back: {why}")
 
 
-def fill(draft: Draft, serving: Serving) -> None:
+def fill(draft: PlanBuilder, serving: Serving) -> None:
     """Give what is left to batches, where it pays to load a model for them."""
     board, rules = draft.board, draft.rules
     heap: list[tuple[float, str, int]] = []
@@ -65,7 +67,9 @@ def fill(draft: Draft, serving: Serving) -> None:
             continue
         # What waits for a gang to come together may be used until then, what is coming is not waited for.
         zones = lendable(draft)
-        held = Claim(f"batches of {name}", model.devices, model.kinds, spans=model.spans, zones=zones, held=True)
+        held = PlacementRequest(
+            f"batches of {name}", model.devices, model.kinds, spans=model.spans, zones=zones, held=True
+        )
         grant = place(board, held)
         if grant is None:
             continue
@@ -77,28 +81,28 @@ def fill(draft: Draft, serving: Serving) -> None:
         heapq.heappush(heap, (_weight(model, need, have + 1), name, have + 1))
 
 
-def _lent(draft: Draft, serving: Serving, model: ModelView) -> int:
+def _lent(draft: PlanBuilder, serving: Serving, model: ModelView) -> int:
     here = sum(1 for each in serving.lent[model.name] if f"replica {each.id}" not in draft.board.gone)
     return here + sum(1 for each in draft.start_replicas if each.model == model.name and each.batch_only)
 
 
-def _starting(draft: Draft, model: ModelView) -> int:
+def _starting(draft: PlanBuilder, model: ModelView) -> int:
     return sum(1 for each in draft.start_replicas if each.model == model.name and not each.batch_only)
 
 
-def _weight(model: ModelView, need: BatchNeed, have: int) -> float:
+def _weight(model: ModelView, need: DesiredBatchReplicas, have: int) -> float:
     """The least goes first: the model with the most time that its batches still take, at the rate that they need."""
     return (have + 1) * max(model.capacity, 1.0) / max(need.rate, 1e-9)
 
 
-def _worth(model: ModelView, need: BatchNeed, replicas: int, worth: float, gain: float) -> bool:
+def _worth(model: ModelView, need: DesiredBatchReplicas, replicas: int, worth: float, gain: float) -> bool:
     """Whether so many replicas for batches are kept busy for a good while after they have started."""
     if model.capacity <= 0:
         return replicas <= 1
     return need.work >= replicas * model.capacity * gain * worth * model.startup_s
 
 
-def _deadline_in_words(need: BatchNeed, now: float) -> str:
+def _deadline_in_words(need: DesiredBatchReplicas, now: float) -> str:
     if need.deadline is None:
         return f"{need.work:,.0f} tokens of batches"
     hours = (need.deadline - now) / 3600

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 import msgspec
 
 
-class LineView(msgspec.Struct, frozen=True, gc=False):
+class BatchLineView(msgspec.Struct, frozen=True, gc=False):
     """A line that waits."""
 
     work: float
@@ -22,7 +22,7 @@ class LineView(msgspec.Struct, frozen=True, gc=False):
     """Equal for lines whose prompts begin alike; empty: with no other."""
 
 
-def order(lines: Sequence[LineView], now: float, rate: float, margin: float = 0.7) -> list[int]:
+def order(lines: Sequence[BatchLineView], now: float, rate: float, margin: float = 0.7) -> list[int]:
     """The places of the lines in the order to send them. `rate` is the work a second that batches get; of the time
     to a deadline, the share `margin` is counted on."""
     if not lines:

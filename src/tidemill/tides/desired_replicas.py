@@ -14,7 +14,7 @@ SERVING = (Phase.STARTING, Phase.WARMING, Phase.READY)
 """Phases of replicas that serve, or will."""
 
 
-class Need(msgspec.Struct, frozen=True, gc=False):
+class DesiredReplicas(msgspec.Struct, frozen=True, gc=False):
     """How many replicas a model is meant to have for interactive requests, and why."""
 
     count: int
@@ -23,7 +23,7 @@ class Need(msgspec.Struct, frozen=True, gc=False):
     why: str
 
 
-def replicas_needed(model: ModelView, serving: Sequence[ReplicaView], now: float, rules: Rules) -> Need:
+def replicas_needed(model: ModelView, serving: Sequence[ReplicaView], now: float, rules: Rules) -> DesiredReplicas:
     """The need of a model that has these replicas for interactive requests (starting ones included).
 
     The work that is expected or comes now, at the share of a replica's capacity that is planned with; more when
@@ -49,7 +49,7 @@ def replicas_needed(model: ModelView, serving: Sequence[ReplicaView], now: float
         count, why = ready + 1, f"{model.late:.1%} of its requests miss the objective, {allowed:.1%} may"
     if count > ceiling:
         count, why = ceiling, f"{why}, at most {ceiling} allowed"
-    return Need(count, min(max(_keep(model, serving, have, now, rules), count), ceiling), why)
+    return DesiredReplicas(count, min(max(_keep(model, serving, have, now, rules), count), ceiling), why)
 
 
 def _by_work(model: ModelView, work: float, have: int, rules: Rules) -> int:
@@ -100,7 +100,7 @@ def _requests(count: int) -> str:
     return "1 request waits" if count == 1 else f"{count} requests wait"
 
 
-class BatchNeed(msgspec.Struct, frozen=True, gc=False):
+class DesiredBatchReplicas(msgspec.Struct, frozen=True, gc=False):
     """What a model's batches need."""
 
     work: float = 0.0
@@ -111,7 +111,7 @@ class BatchNeed(msgspec.Struct, frozen=True, gc=False):
     """The one that asks for this rate."""
 
 
-def batch_need(backlog: BacklogView, now: float, startup_s: float, rules: Rules) -> BatchNeed:
+def batch_need(backlog: BacklogView, now: float, startup_s: float, rules: Rules) -> DesiredBatchReplicas:
     """The work of a model's batches, and the rate at which their deadlines hold (earliest deadline first: for each
     deadline, all that is due by then has to be done in the part of the time that is meant for it)."""
     total, rate = 0.0, 0.0
@@ -123,4 +123,4 @@ def batch_need(backlog: BacklogView, now: float, startup_s: float, rules: Rules)
             rate, pressing = total / left_s, deadline
         elif deadline <= now:
             total -= work
-    return BatchNeed(total, rate, pressing)
+    return DesiredBatchReplicas(total, rate, pressing)

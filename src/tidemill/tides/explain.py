@@ -1,6 +1,6 @@
 """What each device does, until when and why, in words."""
 
-from tidemill.tides.plan_builder import Draft
+from tidemill.tides.plan_builder import PlanBuilder
 from tidemill.tides.serving import Serving
 from tidemill.tides.sleepers import Sleepers
 from tidemill.tides.state import DeviceNote, JobPhase, JobView, Phase, ReplicaView
@@ -13,7 +13,7 @@ _PHASES = {
 }
 
 
-def explain(draft: Draft, serving: Serving, sleepers: Sleepers) -> tuple[DeviceNote, ...]:
+def explain(draft: PlanBuilder, serving: Serving, sleepers: Sleepers) -> tuple[DeviceNote, ...]:
     """One note for each device, in the snapshot's order."""
     board = draft.board
     replicas = {replica.id: replica for replica in draft.snapshot.replicas}
@@ -57,7 +57,7 @@ def explain(draft: Draft, serving: Serving, sleepers: Sleepers) -> tuple[DeviceN
     return tuple(notes)
 
 
-def _free(draft: Draft, device: str, coming: dict[str, str]) -> str:
+def _free(draft: PlanBuilder, device: str, coming: dict[str, str]) -> str:
     if device in coming:
         return coming[device]
     if device in draft.board.promised:
@@ -68,7 +68,7 @@ def _free(draft: Draft, device: str, coming: dict[str, str]) -> str:
     return "no work wants it"
 
 
-def _job(draft: Draft, job: JobView) -> tuple[float | None, str]:
+def _job(draft: PlanBuilder, job: JobView) -> tuple[float | None, str]:
     if job.phase is JobPhase.STOPPING:
         return (
             draft.now + job.grace_s,
@@ -86,7 +86,7 @@ def _job(draft: Draft, job: JobView) -> tuple[float | None, str]:
     )
 
 
-def _replica(draft: Draft, serving: Serving, replica: ReplicaView) -> str:
+def _replica(draft: PlanBuilder, serving: Serving, replica: ReplicaView) -> str:
     if replica.phase is not Phase.READY:
         return f"replica of {replica.model} {_PHASES[replica.phase]}"
     if replica.batch_only:

@@ -20,7 +20,7 @@ DAY_S = 86_400.0
 MAX_DAYS = 28
 
 
-class History(msgspec.Struct, frozen=True):
+class DemandSeries(msgspec.Struct, frozen=True):
     """Mean work a second in consecutive bins, the oldest first."""
 
     end: float
@@ -30,7 +30,7 @@ class History(msgspec.Struct, frozen=True):
     bin_s: float = 300.0
 
 
-class Outlook(msgspec.Struct, frozen=True, kw_only=True):
+class ForecastSettings(msgspec.Struct, frozen=True, kw_only=True):
     """How a forecast is made."""
 
     quantile: float = 0.95
@@ -51,10 +51,10 @@ class Outlook(msgspec.Struct, frozen=True, kw_only=True):
     """Errors that weigh as much as that assumption."""
 
 
-OUTLOOK = Outlook()
+OUTLOOK = ForecastSettings()
 
 
-def forecast(history: History, horizon_s: float, outlook: Outlook = OUTLOOK) -> Demand:
+def forecast(history: DemandSeries, horizon_s: float, outlook: ForecastSettings = OUTLOOK) -> Demand:
     """The most work a second that is expected in any bin until `horizon_s` after the end of the history, and its
     quantile. Costs a few milliseconds for four weeks: ask once a bin."""
     ahead = max(math.ceil(horizon_s / history.bin_s), 1)
@@ -68,7 +68,7 @@ def forecast(history: History, horizon_s: float, outlook: Outlook = OUTLOOK) -> 
 class _View:
     """A history, looked at from several moments; a moment is the number of bins that are known then."""
 
-    def __init__(self, history: History, outlook: Outlook) -> None:
+    def __init__(self, history: DemandSeries, outlook: ForecastSettings) -> None:
         self._values = history.values[-round((MAX_DAYS + 1) * DAY_S / history.bin_s) :]
         self._skipped = len(history.values) - len(self._values)
         self._day = max(round(DAY_S / history.bin_s), 1)

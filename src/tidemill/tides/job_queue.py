@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 import msgspec
 
-from tidemill.tides.occupancy import ORDINARY, Tier
-from tidemill.tides.placement import Claim, kinds_of
-from tidemill.tides.plan_builder import Draft
+from tidemill.tides.occupancy import ORDINARY, PreemptionTier
+from tidemill.tides.placement import PlacementRequest, kinds_of
+from tidemill.tides.plan_builder import PlanBuilder
 from tidemill.tides.quota import behind, gives_way, presses, turn
 from tidemill.tides.state import JobPhase, JobView
 
@@ -21,10 +21,10 @@ def least(job: JobView) -> int:
     return max(job.devices, 1) if job.gang else 1
 
 
-class Line:
+class JobQueue:
     """The jobs that wait, queue by queue."""
 
-    def __init__(self, draft: Draft, jobs: Iterable[JobView]) -> None:
+    def __init__(self, draft: PlanBuilder, jobs: Iterable[JobView]) -> None:
         self._draft = draft
         self._jobs: dict[str, list[JobView]] = defaultdict(list)
         for job in jobs:
@@ -67,7 +67,7 @@ class Line:
         self._push(queue)
 
 
-class Hold(msgspec.Struct, frozen=True):
+class GangReservation(msgspec.Struct, frozen=True):
     """The gang that is first in line for a kind, and when its devices will have come together."""
 
     job: JobView
@@ -77,29 +77,29 @@ class Hold(msgspec.Struct, frozen=True):
     """`inf`: nobody knows."""
 
 
-class Holds:
+class GangReservations:
     """What is kept together for gangs: one gang for each kind of device."""
 
-    def __init__(self, draft: Draft) -> None:
+    def __init__(self, draft: PlanBuilder) -> None:
         self._draft = draft
-        self.by_kind: dict[str, Hold] = {}
+        self.by_kind: dict[str, GangReservation] = {}
 
-    def first_for(self, job: JobView) -> Hold | None:
+    def first_for(self, job: JobView) -> GangReservation | None:
         """The gang that stands before a job."""
         return next((each for kind, each in self.by_kind.items() if not job.kinds or kind in job.kinds), None)
 
-    def keep(self, job: JobView) -> Hold | None:
+    def keep(self, job: JobView) -> GangReservation | None:
         """Keep what there is of a kind for a gang that can't begin yet. None when others are first in line."""
         draft, board = self._draft, self._draft.board
         if not job.gang or job.devices < 2:
             return None
-        for kind in kinds_of(board, Claim("", job.devices, job.kinds)):
+        for kind in kinds_of(board, PlacementRequest("", job.devices, job.kinds)):
             if kind in self.by_kind or board.total[kind] < job.devices:
                 continue
             pools = (board.free[ORDINARY], board.coming[ORDINARY])
             there = [device for pool in pools for node in pool.kinds.get(kind, {}).values() for device in node]
             devices = there[: job.devices]
-            hold = Hold(job, len(devices), _together_at(draft, kind, job.devices - len(devices), job))
+            hold = GangReservation(job, len(devices), _together_at(draft, kind, job.devices - len(devices), job))
             self.by_kind[kind] = hold
             board.hold(devices)
             draft.promise(devices, f"job {job.id}")
@@ -110,7 +110,7 @@ class Holds:
         """Whether a job may run on what is kept: it ends before that is needed, or would give way."""
         return bool(self.by_kind) and all(self._lets(job, hold) for hold in self.by_kind.values())
 
-    def _lets(self, job: JobView, hold: Hold) -> bool:
+    def _lets(self, job: JobView, hold: GangReservation) -> bool:
         draft = self._draft
         if job.remaining_s is not None and draft.now + job.remaining_s <= hold.at < math.inf:
             return True
@@ -125,7 +125,7 @@ class Holds:
         return would
 
 
-def _together_at(draft: Draft, kind: str, missing: int, gang: JobView) -> float:
+def _together_at(draft: PlanBuilder, kind: str, missing: int, gang: JobView) -> float:
     """When a gang will have as many devices more: of jobs that end, or that will have run long enough to give way."""
     board, rules = draft.board, draft.rules
     freed: list[tuple[float, int]] = []
@@ -143,7 +143,7 @@ def _together_at(draft: Draft, kind: str, missing: int, gang: JobView) -> float:
         elif job.remaining_s is not None:
             freed.append((draft.now + job.remaining_s, count))
     for unit in board.units.values():
-        if unit.replica is not None and unit.tier == Tier.LENT:
+        if unit.replica is not None and unit.tier == PreemptionTier.LENT:
             freed.append((max(unit.replica.since + rules.min_fill_s, draft.now), of_kind(unit.devices)))
     for at, count in sorted(freed):
         missing -= count

@@ -5,18 +5,18 @@ from collections.abc import Iterable
 
 import msgspec
 
-from tidemill.tides.job_queue import Hold, Holds, Line, least
-from tidemill.tides.occupancy import ORDINARY, Tier, Unit, ends_soon
-from tidemill.tides.placement import Claim, Grant, kinds_of, place
-from tidemill.tides.plan_builder import Draft
-from tidemill.tides.quota import Share, gives_way, laxity_s
+from tidemill.tides.job_queue import GangReservation, GangReservations, JobQueue, least
+from tidemill.tides.occupancy import ORDINARY, PreemptionCandidate, PreemptionTier, ends_soon
+from tidemill.tides.placement import Placement, PlacementRequest, kinds_of, place
+from tidemill.tides.plan_builder import PlanBuilder
+from tidemill.tides.quota import QueueUse, gives_way, laxity_s
 from tidemill.tides.reservations import firm_room, lendable
 from tidemill.tides.state import JobPhase, JobView, PreemptJob, StartJob, WaitNote
 
 MAX_ROUNDS = 4
 
 
-def offer_jobs(draft: Draft) -> None:
+def offer_jobs(draft: PlanBuilder) -> None:
     """Say which running jobs could give way."""
     for job in draft.running:
         name = f"job {job.id}"
@@ -36,7 +36,7 @@ def offer_jobs(draft: Draft) -> None:
             draft.board.offer(draft.unit_of(job))
 
 
-def run_jobs(draft: Draft) -> None:
+def run_jobs(draft: PlanBuilder) -> None:
     """Give devices to jobs, in the order of quotas, shares, deadlines and age."""
     jobs = []
     for job in draft.snapshot.jobs:
@@ -47,7 +47,7 @@ def run_jobs(draft: Draft) -> None:
         else:
             jobs.append(job)
     for _ in range(MAX_ROUNDS):
-        each = Round(draft)
+        each = SchedulingRound(draft)
         waiting = each.run(jobs)
         if not each.changed:
             break
@@ -56,12 +56,12 @@ def run_jobs(draft: Draft) -> None:
     draft.waiting += each.notes
 
 
-class Round:
+class SchedulingRound:
     """Each job that waits has its turn once."""
 
-    def __init__(self, draft: Draft) -> None:
+    def __init__(self, draft: PlanBuilder) -> None:
         self._draft = draft
-        self._holds = Holds(draft)
+        self._holds = GangReservations(draft)
         self._blocked: set[str] = set()
         """Queues whose first job waits: those behind it make nobody give way."""
         self._too_many: dict[tuple[tuple[str, ...], tuple[str, ...]], int] = {}
@@ -75,7 +75,7 @@ class Round:
 
     def run(self, jobs: Iterable[JobView]) -> list[JobView]:
         """Returns those that got nothing."""
-        draft, line, waiting = self._draft, Line(self._draft, jobs), []
+        draft, line, waiting = self._draft, JobQueue(self._draft, jobs), []
         while (job := line.next()) is not None:
             name, share = f"job {job.id}", draft.queues[job.queue]
             why_not = _never(draft, job) or _over_limit(share, job) or _no_firm_room(draft, job, self._firm)
@@ -99,15 +99,15 @@ class Round:
             line.again(job.queue)
         return waiting
 
-    def _place(self, job: JobView) -> Grant | None:
+    def _place(self, job: JobView) -> Placement | None:
         draft, board = self._draft, self._draft.board
         zones = self._zones if job.preemptible else (ORDINARY,)
         work, count = f"job {job.id}", _how_many(draft, job, zones)
 
-        def may(unit: Unit) -> bool:
+        def may(unit: PreemptionCandidate) -> bool:
             if unit.job is not None:
                 return gives_way(unit.job, job, draft.queues, draft.now, draft.rules)
-            if unit.tier != Tier.LENT or unit.replica is None:
+            if unit.tier != PreemptionTier.LENT or unit.replica is None:
                 return False
             return draft.now - unit.replica.since >= draft.rules.min_fill_s
 
@@ -121,7 +121,8 @@ class Round:
         draft.searches += search
         free = len(draft.board.promised)
         grant = place(
-            board, Claim(work, count, job.kinds, spread=True, zones=zones, held=lets, may=may if search else None)
+            board,
+            PlacementRequest(work, count, job.kinds, spread=True, zones=zones, held=lets, may=may if search else None),
         )
         if grant is None and not lets:
             self._too_many[key] = min(count, self._too_many.get(key, count))
@@ -130,20 +131,20 @@ class Round:
         return grant
 
 
-def _how_many(draft: Draft, job: JobView, zones: tuple[str, ...]) -> int:
+def _how_many(draft: PlanBuilder, job: JobView, zones: tuple[str, ...]) -> int:
     """The devices that a job asks for: all, or when it can do with fewer, as many as are free and it may have."""
     count = max(job.devices, 1)
     if job.gang:
         return count
     board, share = draft.board, draft.queues[job.queue]
-    kinds = kinds_of(board, Claim("", count, job.kinds))
+    kinds = kinds_of(board, PlacementRequest("", count, job.kinds))
     free = [sum(board.free[zone].count(kind) for zone in zones) for kind in kinds]
     most = next((each for each in free if each > 0), 1)
     room = share.limit - share.used if job.preemptible else min(share.limit - share.used, 1)
     return int(max(min(count, most, room), 1))
 
 
-def _never(draft: Draft, job: JobView) -> str:
+def _never(draft: PlanBuilder, job: JobView) -> str:
     board = draft.board
     kinds = job.kinds or tuple(board.total)
     most = max((board.total.get(kind, 0) for kind in kinds), default=0)
@@ -152,7 +153,7 @@ def _never(draft: Draft, job: JobView) -> str:
     return f"{least(job)} devices of one kind ({' or '.join(job.kinds) or 'any'}); the fleet has {most} that are up"
 
 
-def _over_limit(share: Share, job: JobView) -> str:
+def _over_limit(share: QueueUse, job: JobView) -> str:
     if share.used + least(job) <= share.limit:
         return ""
     return (
@@ -161,7 +162,7 @@ def _over_limit(share: Share, job: JobView) -> str:
     )
 
 
-def _no_firm_room(draft: Draft, job: JobView, firm: int) -> str:
+def _no_firm_room(draft: PlanBuilder, job: JobView, firm: int) -> str:
     """What can't be preempted must leave room for all that is guaranteed: it runs within its queue's quota, or on what
     is nobody's; and beside minimum replicas and reservations, also those to come."""
     if job.preemptible:
@@ -179,14 +180,14 @@ def _no_firm_room(draft: Draft, job: JobView, firm: int) -> str:
     )
 
 
-def _standing(share: Share, job: JobView, devices: int) -> str:
+def _standing(share: QueueUse, job: JobView, devices: int) -> str:
     queue = share.view
     if share.owns(devices):
         return f"queue {queue.name} has {share.used + devices} of its {queue.quota} devices"
     return f"queue {queue.name} borrows: {share.used + devices} devices, its quota is {queue.quota}"
 
 
-def _why_blocked(draft: Draft, job: JobView, first: Hold | None) -> str:
+def _why_blocked(draft: PlanBuilder, job: JobView, first: GangReservation | None) -> str:
     kinds = " or ".join(job.kinds) or "any kind"
     size = "1 device" if job.devices == 1 else f"{job.devices} devices{' at once' if job.gang else ''}"
     share = draft.queues[job.queue]

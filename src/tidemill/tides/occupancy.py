@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from tidemill.tides.state import DeviceView, JobPhase, JobView, Phase, Promise, ReplicaView, Snapshot
+from tidemill.tides.state import DevicePromise, DeviceView, FleetSnapshot, JobPhase, JobView, Phase, ReplicaView
 
 ORDINARY = ""
 """The zone of devices that belong to no reservation; the others are named by theirs."""
 
 
-class Tier:
+class PreemptionTier:
     """Who gives way first. Within a tier, those of lower priority and those that lose least."""
 
     LENT = 0
@@ -28,7 +28,7 @@ class Tier:
     """Replicas that their model needs, beyond its minimum."""
 
 
-class Unit(msgspec.Struct, frozen=True, gc=False):
+class PreemptionCandidate(msgspec.Struct, frozen=True, gc=False):
     """What can give way as a whole: a job or a replica."""
 
     name: str
@@ -46,12 +46,12 @@ class Unit(msgspec.Struct, frozen=True, gc=False):
         return (self.tier, self.priority, self.loss_s / len(self.devices), self.name)
 
 
-class Pool:
+class DevicePool:
     """Devices that can be had, by kind and node."""
 
     __slots__ = ("_board", "kinds")
 
-    def __init__(self, board: "Board") -> None:
+    def __init__(self, board: "Occupancy") -> None:
         self._board = board
         self.kinds: dict[str, dict[str, dict[str, None]]] = {}
 
@@ -75,14 +75,14 @@ class Pool:
         return sum(len(devices) for devices in self.kinds.get(kind, {}).values())
 
 
-class Board:
+class Occupancy:
     """The devices of a snapshot, as far as the plan has given them out.
 
     `free` and `coming` are by zone. `kept_*` are those that the last plan has promised to work that has not had its
     turn yet in this one; `held_*` those that are kept together for a gang that waits.
     """
 
-    def __init__(self, snapshot: Snapshot, soon_s: float) -> None:
+    def __init__(self, snapshot: FleetSnapshot, soon_s: float) -> None:
         self.device: dict[str, DeviceView] = {view.id: view for view in snapshot.devices}
         self.order: dict[str, int] = {view.id: index for index, view in enumerate(snapshot.devices)}
         self.size: dict[tuple[str, str], int] = defaultdict(int)
@@ -103,23 +103,23 @@ class Board:
         self.zone: dict[str, str] = {
             view.id: view.reserved_by if view.reserved_by in in_force else ORDINARY for view in snapshot.devices
         }
-        self.free: dict[str, Pool] = defaultdict(lambda: Pool(self))
-        self.coming: dict[str, Pool] = defaultdict(lambda: Pool(self))
-        self.kept_free, self.kept_coming = Pool(self), Pool(self)
-        self.held_free, self.held_coming = Pool(self), Pool(self)
+        self.free: dict[str, DevicePool] = defaultdict(lambda: DevicePool(self))
+        self.coming: dict[str, DevicePool] = defaultdict(lambda: DevicePool(self))
+        self.kept_free, self.kept_coming = DevicePool(self), DevicePool(self)
+        self.held_free, self.held_coming = DevicePool(self), DevicePool(self)
         self.holder: dict[str, str] = {}
         """`job ID` or `replica ID` of each device that somebody has."""
         self.promised: dict[str, str] = {}
         """What this plan keeps each device for."""
-        self.units: dict[str, Unit] = {}
-        self._units_on: dict[str, dict[str, Unit]] = defaultdict(dict)
+        self.units: dict[str, PreemptionCandidate] = {}
+        self._units_on: dict[str, dict[str, PreemptionCandidate]] = defaultdict(dict)
         self.gone: set[str] = set()
         """Units that give way in this plan."""
         self.promises_to: dict[str, list[str]] = {}
         """What the last plan has promised to work that has not had its turn yet."""
         self._take_stock(snapshot, soon_s)
 
-    def _take_stock(self, snapshot: Snapshot, soon_s: float) -> None:
+    def _take_stock(self, snapshot: FleetSnapshot, soon_s: float) -> None:
         leaving: set[str] = set()
         for replica in sorted(snapshot.replicas, key=lambda each: each.batch_only):  # beside another it holds nothing
             if replica.phase in (Phase.GONE, Phase.ASLEEP):
@@ -142,7 +142,7 @@ class Board:
             elif holder in leaving:
                 self.coming[self.zone[view.id]].add(view.id)
 
-    def keep(self, promises: Iterable[Promise], alive: Mapping[str, object]) -> None:
+    def keep(self, promises: Iterable[DevicePromise], alive: Mapping[str, object]) -> None:
         """Set aside what the last plan has promised to work that still waits for it."""
         for promise in promises:
             device = promise.device
@@ -184,7 +184,7 @@ class Board:
         for work in list(self.promises_to):
             self.release(work)
 
-    def offer(self, unit: Unit) -> None:
+    def offer(self, unit: PreemptionCandidate) -> None:
         """This job or replica can be made to give way."""
         if unit.name in self.units:
             return
@@ -195,7 +195,7 @@ class Board:
     def withdraw(self, name: str) -> None:
         self.units.pop(name, None)
 
-    def units_on(self, node: str) -> list[Unit]:
+    def units_on(self, node: str) -> list[PreemptionCandidate]:
         return [unit for name, unit in self._units_on.get(node, {}).items() if name in self.units]
 
     def vacate(self, name: str, devices: Iterable[str]) -> None:

@@ -5,10 +5,10 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 import msgspec
 
-from tidemill.tides.occupancy import ORDINARY, Board, Pool, Unit
+from tidemill.tides.occupancy import ORDINARY, DevicePool, Occupancy, PreemptionCandidate
 
 
-class Claim(msgspec.Struct, frozen=True, gc=False):
+class PlacementRequest(msgspec.Struct, frozen=True, gc=False):
     """What a piece of work wants, and whom it may make give way."""
 
     work: str
@@ -30,7 +30,7 @@ class Claim(msgspec.Struct, frozen=True, gc=False):
     """Only what is free now, nothing that is coming."""
     only: frozenset[str] | None = None
     """Of these devices; None: of all."""
-    may: Callable[[Unit], bool] | None = None
+    may: Callable[[PreemptionCandidate], bool] | None = None
     """None: nobody gives way."""
 
     def among(self, devices: Collection[str]) -> Collection[str]:
@@ -38,30 +38,30 @@ class Claim(msgspec.Struct, frozen=True, gc=False):
         return devices if self.only is None else self.only.intersection(devices)
 
 
-class Grant(msgspec.Struct, frozen=True, gc=False):
+class Placement(msgspec.Struct, frozen=True, gc=False):
     """What it gets."""
 
     devices: tuple[str, ...]
     ready: bool
     """They are all free now; else it waits for those that are coming."""
-    victims: tuple[Unit, ...] = ()
+    victims: tuple[PreemptionCandidate, ...] = ()
 
 
-def place(board: Board, claim: Claim) -> Grant | None:
+def place(board: Occupancy, claim: PlacementRequest) -> Placement | None:
     """Give devices out: free ones, else with those that are coming, else with those of others who give way (the
     caller tells these). None, and nothing changed but promises released, when there are not so many to be had."""
     # What was promised to a job before its reservation was in force is not of that.
     mine = [device for device in board.release(claim.work) if board.zone[device] in claim.zones]
     if not claim.now and len(mine) >= claim.count:
-        own = Pool(board)
+        own = DevicePool(board)
         for device in mine:
             own.add(device)
         devices = pick(board, [own], claim)
         if devices is not None:
             board.keep_again(claim.work, [device for device in mine if device not in devices])
-            return Grant(devices, board.take(devices))
-    layers: list[Pool] = [board.free[zone] for zone in claim.zones]
-    tries: list[list[Pool]] = [list(layers)]
+            return Placement(devices, board.take(devices))
+    layers: list[DevicePool] = [board.free[zone] for zone in claim.zones]
+    tries: list[list[DevicePool]] = [list(layers)]
     if claim.held:
         tries.append([*layers, board.held_free])
     if not claim.now:
@@ -73,7 +73,7 @@ def place(board: Board, claim: Claim) -> Grant | None:
     for each in tries:
         devices = pick(board, each, claim)
         if devices is not None:
-            return Grant(devices, board.take(devices))
+            return Placement(devices, board.take(devices))
     if claim.may is None:
         return None
     victims = _who_gives_way(board, layers, claim)
@@ -84,15 +84,15 @@ def place(board: Board, claim: Claim) -> Grant | None:
     devices = pick(board, layers, claim)
     if devices is None:
         raise AssertionError(f"{claim.work}: those that give way are not enough")
-    return Grant(devices, board.take(devices), tuple(victims))
+    return Placement(devices, board.take(devices), tuple(victims))
 
 
-def kinds_of(board: Board, claim: Claim) -> Sequence[str]:
+def kinds_of(board: Occupancy, claim: PlacementRequest) -> Sequence[str]:
     """Kinds to try, the best first."""
     return claim.kinds or sorted(board.total, key=lambda kind: (-board.total[kind], kind))
 
 
-def pick(board: Board, layers: Sequence[Pool], claim: Claim) -> tuple[str, ...] | None:
+def pick(board: Occupancy, layers: Sequence[DevicePool], claim: PlacementRequest) -> tuple[str, ...] | None:
     """Devices for a claim from pools, the earlier pools rather; they are not taken yet."""
     kinds = kinds_of(board, claim)
     if not claim.apart:
@@ -108,7 +108,9 @@ def pick(board: Board, layers: Sequence[Pool], claim: Claim) -> tuple[str, ...] 
     return None
 
 
-def _of_kind(board: Board, layers: Sequence[Pool], claim: Claim, kind: str, apart: Collection[str]) -> list[str] | None:
+def _of_kind(
+    board: Occupancy, layers: Sequence[DevicePool], claim: PlacementRequest, kind: str, apart: Collection[str]
+) -> list[str] | None:
     if sum(pool.count(kind) for pool in layers) < claim.count:
         return None
     by_node: dict[str, list[str]] = {}
@@ -131,7 +133,7 @@ def _of_kind(board: Board, layers: Sequence[Pool], claim: Claim, kind: str, apar
     return chosen
 
 
-def _must_span(board: Board, claim: Claim, kind: str) -> bool:
+def _must_span(board: Occupancy, claim: PlacementRequest, kind: str) -> bool:
     return claim.spans and 0 < board.largest.get(kind, 0) < claim.count
 
 
@@ -142,7 +144,7 @@ def equal_parts(count: int, largest: int) -> tuple[int, int]:
     return nodes, count // nodes
 
 
-def _one_node(board: Board, by_node: dict[str, list[str]], now: dict[str, int], count: int) -> list[str] | None:
+def _one_node(board: Occupancy, by_node: dict[str, list[str]], now: dict[str, int], count: int) -> list[str] | None:
     """From the node where most of it is there now, of these from the fullest."""
     fitting = [node for node, devices in by_node.items() if len(devices) >= count]
     if not fitting:
@@ -151,7 +153,7 @@ def _one_node(board: Board, by_node: dict[str, list[str]], now: dict[str, int], 
     return by_node[best][:count]
 
 
-def _few_nodes(board: Board, by_node: dict[str, list[str]], count: int) -> list[str]:
+def _few_nodes(board: Occupancy, by_node: dict[str, list[str]], count: int) -> list[str]:
     """From the nodes with most; the rest from the node that it fits best."""
     chosen: list[str] = []
     nodes = sorted(by_node, key=lambda node: (-len(by_node[node]), board.node_order[node]))
@@ -169,7 +171,7 @@ def _few_nodes(board: Board, by_node: dict[str, list[str]], count: int) -> list[
 
 
 def _equal_parts(
-    board: Board, by_node: dict[str, list[str]], now: dict[str, int], kind: str, count: int
+    board: Occupancy, by_node: dict[str, list[str]], now: dict[str, int], kind: str, count: int
 ) -> list[str] | None:
     """From the nodes where most of a part is there now, of these from the fullest."""
     nodes, part = equal_parts(count, board.largest[kind])
@@ -183,7 +185,9 @@ def _equal_parts(
 # Who gives way
 
 
-def _who_gives_way(board: Board, layers: Sequence[Pool], claim: Claim) -> list[Unit] | None:
+def _who_gives_way(
+    board: Occupancy, layers: Sequence[DevicePool], claim: PlacementRequest
+) -> list[PreemptionCandidate] | None:
     """The jobs and replicas that lose least by giving way to a claim; None when nobody's going is enough."""
     assert claim.may is not None
     allowed = {unit.name for unit in board.units.values() if claim.may(unit)}
@@ -207,8 +211,10 @@ def _who_gives_way(board: Board, layers: Sequence[Pool], claim: Claim) -> list[U
     return None
 
 
-def _on_one_node(board: Board, kind: str, have: dict[str, int], claim: Claim, allowed: set[str]) -> list[Unit] | None:
-    found: list[tuple[tuple[int, float, int], int, bool, list[Unit]]] = []
+def _on_one_node(
+    board: Occupancy, kind: str, have: dict[str, int], claim: PlacementRequest, allowed: set[str]
+) -> list[PreemptionCandidate] | None:
+    found: list[tuple[tuple[int, float, int], int, bool, list[PreemptionCandidate]]] = []
     for (each, node), size in board.size.items():
         if each != kind or size < claim.count:
             continue
@@ -228,10 +234,10 @@ def _on_one_node(board: Board, kind: str, have: dict[str, int], claim: Claim, al
 
 
 def _on_equal_parts(
-    board: Board, kind: str, have: dict[str, int], claim: Claim, allowed: set[str]
-) -> list[Unit] | None:
+    board: Occupancy, kind: str, have: dict[str, int], claim: PlacementRequest, allowed: set[str]
+) -> list[PreemptionCandidate] | None:
     nodes, part = equal_parts(claim.count, board.largest[kind])
-    found: list[tuple[tuple[int, float, int], int, list[Unit]]] = []
+    found: list[tuple[tuple[int, float, int], int, list[PreemptionCandidate]]] = []
     for (each, node), size in board.size.items():
         if each != kind or size < part:
             continue
@@ -246,8 +252,8 @@ def _on_equal_parts(
 
 
 def _gains(
-    board: Board, units: Iterable[Unit], kind: str, claim: Claim, node: str | None = None
-) -> list[tuple[Unit, int]]:
+    board: Occupancy, units: Iterable[PreemptionCandidate], kind: str, claim: PlacementRequest, node: str | None = None
+) -> list[tuple[PreemptionCandidate, int]]:
     """How many usable devices each unit's going would free."""
     gains = []
     for unit in units:
@@ -269,13 +275,13 @@ def _gains(
     return gains
 
 
-def cheapest(gains: Sequence[tuple[Unit, int]], need: int) -> list[Unit] | None:
+def cheapest(gains: Sequence[tuple[PreemptionCandidate, int]], need: int) -> list[PreemptionCandidate] | None:
     """Units that free `need` devices together and lose little: the first in rank until it is enough, less those that
     turn out not to be needed, or the best single one."""
     if need <= 0:
         return []
     ordered = sorted(gains, key=lambda each: each[0].rank)
-    chosen: list[tuple[Unit, int]] = []
+    chosen: list[tuple[PreemptionCandidate, int]] = []
     freed = 0
     for unit, gain in ordered:
         chosen.append((unit, gain))
@@ -299,7 +305,7 @@ def cheapest(gains: Sequence[tuple[Unit, int]], need: int) -> list[Unit] | None:
     return several
 
 
-def _weight(units: Sequence[Unit], need: int) -> tuple[int, float, int]:
+def _weight(units: Sequence[PreemptionCandidate], need: int) -> tuple[int, float, int]:
     """How bad it is that these give way: the highest tier, the work lost, and devices freed beyond the need."""
     if not units:
         return (-1, 0.0, 0)

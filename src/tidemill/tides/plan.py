@@ -9,17 +9,17 @@ leads to a snapshot whose plan asks for nothing more, if nothing else happens.
 from tidemill.tides.backfill import fill, keep_deadlines
 from tidemill.tides.explain import explain
 from tidemill.tides.jobs import offer_jobs, run_jobs
-from tidemill.tides.plan_builder import Draft
+from tidemill.tides.plan_builder import PlanBuilder
 from tidemill.tides.reservations import keep_reservations, run_reserved_jobs
 from tidemill.tides.rules import RULES, Rules
 from tidemill.tides.serving import Serving, give_up, offer_replicas, serve_people
 from tidemill.tides.sleepers import Sleepers
-from tidemill.tides.state import JobPhase, Plan, Promise, Snapshot
+from tidemill.tides.state import DevicePromise, FleetSnapshot, JobPhase, Plan
 
 
-def plan(snapshot: Snapshot, rules: Rules = RULES) -> Plan:
+def plan(snapshot: FleetSnapshot, rules: Rules = RULES) -> Plan:
     """What to do now. Every device of the snapshot is given to one holder at the most."""
-    draft = Draft(snapshot, rules)
+    draft = PlanBuilder(snapshot, rules)
     alive: dict[str, object] = {f"model {model.name}": None for model in snapshot.models}
     alive |= {f"job {job.id}": None for job in snapshot.jobs if job.phase is JobPhase.QUEUED}
     alive |= {f"batches of {backlog.model}": None for backlog in snapshot.backlogs}
@@ -46,7 +46,7 @@ def plan(snapshot: Snapshot, rules: Rules = RULES) -> Plan:
         preempt_jobs=tuple(draft.preempt_jobs),
         turn_replicas=tuple(draft.turn_replicas.values()),
         reserve=tuple(draft.reserve),
-        promises=tuple(Promise(device, work) for device, work in draft.board.promised.items()),
+        promises=tuple(DevicePromise(device, work) for device, work in draft.board.promised.items()),
         devices=explain(draft, serving, sleepers),
         waiting=tuple(draft.waiting),
     )

@@ -2,44 +2,44 @@
 
 from collections.abc import Sequence
 
-from tidemill.tides.occupancy import Board, Tier, Unit
-from tidemill.tides.placement import Grant
-from tidemill.tides.quota import Queues, presses
+from tidemill.tides.occupancy import Occupancy, PreemptionCandidate, PreemptionTier
+from tidemill.tides.placement import Placement
+from tidemill.tides.quota import QueueQuotas, presses
 from tidemill.tides.rules import Rules
 from tidemill.tides.state import (
+    AssignReservation,
+    FleetSnapshot,
     JobPhase,
     JobView,
+    LendReplica,
     PreemptJob,
-    Reserve,
-    Snapshot,
     StartJob,
     StartReplica,
     StopReplica,
-    TurnReplica,
     WaitNote,
 )
 
 
-class Draft:
+class PlanBuilder:
     """What has been decided so far, and the board that it was decided on."""
 
-    def __init__(self, snapshot: Snapshot, rules: Rules) -> None:
+    def __init__(self, snapshot: FleetSnapshot, rules: Rules) -> None:
         self.snapshot = snapshot
         self.now = snapshot.now
         self.rules = rules
-        self.board = Board(snapshot, rules.soon_s)
+        self.board = Occupancy(snapshot, rules.soon_s)
         self.running = [job for job in snapshot.jobs if job.phase is not JobPhase.QUEUED]
         self.begun: list[JobView] = []
         """Jobs that this plan starts, as they will be then."""
         self.reserved = {each.id: each for each in snapshot.reservations if each.start <= snapshot.now < each.end}
         """Reservations in force."""
-        self.queues = Queues(snapshot.queues, (job for job in self.running if not self.on_reservation(job)))
+        self.queues = QueueQuotas(snapshot.queues, (job for job in self.running if not self.on_reservation(job)))
         self.start_replicas: list[StartReplica] = []
         self.stop_replicas: list[StopReplica] = []
         self.start_jobs: list[StartJob] = []
         self.preempt_jobs: list[PreemptJob] = []
-        self.turn_replicas: dict[str, TurnReplica] = {}
-        self.reserve: list[Reserve] = []
+        self.turn_replicas: dict[str, LendReplica] = {}
+        self.reserve: list[AssignReservation] = []
         self.waiting: list[WaitNote] = []
         self.searches = 0
 
@@ -47,20 +47,20 @@ class Draft:
         """It runs on what its tenant has reserved, and that is in force."""
         return job.reservation is not None and job.reservation in self.reserved
 
-    def unit_of(self, job: JobView) -> Unit:
+    def unit_of(self, job: JobView) -> PreemptionCandidate:
         """A running job, as somebody who may have to give way."""
         pressing = presses(job, self.now, self.rules)
         lost = job.unsaved_s + self.rules.restart_s
-        return Unit(
+        return PreemptionCandidate(
             f"job {job.id}",
             job.on,
-            Tier.URGENT_JOB if pressing else Tier.JOB,
+            PreemptionTier.URGENT_JOB if pressing else PreemptionTier.JOB,
             job.priority,
             lost * len(job.on),
             job=job,
         )
 
-    def give(self, grant: Grant, work: str, why: str) -> bool:
+    def give(self, grant: Placement, work: str, why: str) -> bool:
         """Make those go that give way to a claim. True when it can start now; else its devices are promised."""
         for unit in grant.victims:
             self._tell(unit, why)
@@ -72,12 +72,12 @@ class Draft:
         for device in devices:
             self.board.promised[device] = work
 
-    def evict(self, unit: Unit, why: str) -> None:
+    def evict(self, unit: PreemptionCandidate, why: str) -> None:
         """Make a job or a replica go."""
         self.board.vacate(unit.name, unit.devices)
         self._tell(unit, why)
 
-    def _tell(self, unit: Unit, why: str) -> None:
+    def _tell(self, unit: PreemptionCandidate, why: str) -> None:
         if unit.job is not None:
             self.preempt_jobs.append(PreemptJob(unit.job.id, why))
             if not self.on_reservation(unit.job):

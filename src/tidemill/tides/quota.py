@@ -15,7 +15,7 @@ from tidemill.tides.rules import Rules
 from tidemill.tides.state import JobPhase, JobView, QueueView
 
 
-class Share(msgspec.Struct):
+class QueueUse(msgspec.Struct):
     """A queue, and the devices that its jobs have."""
 
     view: QueueView
@@ -40,19 +40,19 @@ class Share(msgspec.Struct):
         return max(self.used + more - self.view.quota, 0) / max(self.view.weight, 1e-9)
 
 
-class Queues:
+class QueueQuotas:
     """All queues; one that was not declared has no quota and borrows."""
 
     def __init__(self, views: Iterable[QueueView], running: Iterable[JobView]) -> None:
-        self.by_name = {view.name: Share(view) for view in views}
+        self.by_name = {view.name: QueueUse(view) for view in views}
         for job in running:
             if job.phase is JobPhase.RUNNING:
                 self.add(job, len(job.on))
 
-    def __getitem__(self, name: str) -> Share:
+    def __getitem__(self, name: str) -> QueueUse:
         share = self.by_name.get(name)
         if share is None:
-            share = self.by_name[name] = Share(QueueView(name=name))
+            share = self.by_name[name] = QueueUse(QueueView(name=name))
         return share
 
     def add(self, job: JobView, devices: int) -> None:
@@ -115,7 +115,7 @@ def behind(job: JobView, other: JobView, rules: Rules) -> bool:
     return place_in_line(job, rules) > place_in_line(other, rules)
 
 
-def gives_way(victim: JobView, to: JobView, queues: Queues, now: float, rules: Rules) -> bool:
+def gives_way(victim: JobView, to: JobView, queues: QueueQuotas, now: float, rules: Rules) -> bool:
     """Whether a running job may be preempted for one that waits. A quota is got back at once, but from a job that would
     soon be done, and miss its deadline: that is waited for as long as any job that has just begun."""
     if not victim.preemptible or victim.reservation is not None:

@@ -2,11 +2,11 @@
 
 from collections import defaultdict
 
-from tidemill.tides.occupancy import ORDINARY, Unit
-from tidemill.tides.placement import Claim, place
-from tidemill.tides.plan_builder import Draft
+from tidemill.tides.occupancy import ORDINARY, PreemptionCandidate
+from tidemill.tides.placement import PlacementRequest, place
+from tidemill.tides.plan_builder import PlanBuilder
 from tidemill.tides.quota import turn
-from tidemill.tides.state import JobPhase, JobView, ReservationView, Reserve, StartJob
+from tidemill.tides.state import AssignReservation, JobPhase, JobView, ReservationView, StartJob
 
 DRAIN_S = 30.0
 """What a replica is taken to need to drain."""
@@ -17,7 +17,7 @@ def unmarked(reservation: str) -> str:
     return f"{reservation} unmarked"
 
 
-def keep_reservations(draft: Draft) -> None:
+def keep_reservations(draft: PlanBuilder) -> None:
     """Set aside what reservations in force, and those that begin soon, are owed; make others give it back in time."""
     for reservation in sorted(draft.snapshot.reservations, key=lambda each: (each.start, each.id)):
         if reservation.end <= draft.now:
@@ -33,12 +33,12 @@ def keep_reservations(draft: Draft) -> None:
         if reservation.id in draft.reserved:
             if set(has) != {view.id for view in draft.snapshot.devices if view.reserved_by == reservation.id}:
                 why = f"reservation {reservation.id} of {reservation.tenant} is in force"
-                draft.reserve.append(Reserve(reservation.id, tuple(has), why))
+                draft.reserve.append(AssignReservation(reservation.id, tuple(has), why))
             if not reservation.lend:
                 _clear(draft, reservation)
 
 
-def _its_own(draft: Draft, reservation: ReservationView) -> list[str]:
+def _its_own(draft: PlanBuilder, reservation: ReservationView) -> list[str]:
     """The devices that are marked as its own, and those that its jobs are on; used ones first."""
     board = draft.board
     if reservation.id in draft.reserved:
@@ -52,7 +52,7 @@ def _its_own(draft: Draft, reservation: ReservationView) -> list[str]:
     return sorted(own, key=lambda device: (board.holder.get(device) not in its_jobs, board.order[device]))
 
 
-def _hand_back(draft: Draft, device: str) -> None:
+def _hand_back(draft: PlanBuilder, device: str) -> None:
     """It has more than it is owed."""
     board = draft.board
     for pools in (board.free, board.coming):
@@ -61,13 +61,13 @@ def _hand_back(draft: Draft, device: str) -> None:
     board.zone[device] = ORDINARY
 
 
-def _call_back(draft: Draft, reservation: ReservationView, owed: int) -> list[str]:
+def _call_back(draft: PlanBuilder, reservation: ReservationView, owed: int) -> list[str]:
     """Free devices are kept for it from a while before its start; others are called back as late as is safe."""
     begins_in_s = reservation.start - draft.now
     rules = draft.rules
     work = f"reservation {reservation.id}"
 
-    def may(unit: Unit) -> bool:
+    def may(unit: PreemptionCandidate) -> bool:
         needs_s = unit.job.grace_s if unit.job is not None else DRAIN_S
         return begins_in_s <= needs_s + rules.margin_s
 
@@ -79,7 +79,7 @@ def _call_back(draft: Draft, reservation: ReservationView, owed: int) -> list[st
     )
     got: list[str] = []
     for count in (owed, *[1] * owed):  # all in one place, or else wherever there is one
-        grant = place(draft.board, Claim(work, count, reservation.kinds, spread=True, may=may))
+        grant = place(draft.board, PlacementRequest(work, count, reservation.kinds, spread=True, may=may))
         if grant is not None:
             draft.give(grant, work, why)
             draft.promise(grant.devices, work)
@@ -95,7 +95,7 @@ def _call_back(draft: Draft, reservation: ReservationView, owed: int) -> list[st
     return got
 
 
-def _clear(draft: Draft, reservation: ReservationView) -> None:
+def _clear(draft: PlanBuilder, reservation: ReservationView) -> None:
     """Nobody else stays on devices that are not lent."""
     board = draft.board
     for unit in list(board.units.values()):
@@ -105,7 +105,7 @@ def _clear(draft: Draft, reservation: ReservationView) -> None:
             draft.evict(unit, f"reservation {reservation.id} of {reservation.tenant} is in force, and not lent")
 
 
-def run_reserved_jobs(draft: Draft) -> None:
+def run_reserved_jobs(draft: PlanBuilder) -> None:
     """Jobs that run on what their tenants have reserved; what is lent is given back to them."""
     waiting: dict[str, list[JobView]] = defaultdict(list)
     for job in draft.snapshot.jobs:
@@ -113,13 +113,15 @@ def run_reserved_jobs(draft: Draft) -> None:
             waiting[job.reservation or ""].append(job)
     for name, jobs in sorted(waiting.items()):
 
-        def lent(unit: Unit, name: str = name) -> bool:
+        def lent(unit: PreemptionCandidate, name: str = name) -> bool:
             return unit.job is None or unit.job.reservation != name
 
         for job in sorted(jobs, key=lambda each: turn(each, draft.now, draft.rules)):
             work = f"job {job.id}"
             why = f"on reservation {name}"
-            claim = Claim(work, max(job.devices, 1), job.kinds, spread=True, zones=(name, unmarked(name)), may=lent)
+            claim = PlacementRequest(
+                work, max(job.devices, 1), job.kinds, spread=True, zones=(name, unmarked(name)), may=lent
+            )
             grant = place(draft.board, claim)
             if grant is None:
                 draft.wait(work, f"{job.devices} devices of reservation {name}: others of its jobs have them")
@@ -129,12 +131,12 @@ def run_reserved_jobs(draft: Draft) -> None:
                 draft.wait(work, f"devices of reservation {name} that are being given back")
 
 
-def lendable(draft: Draft) -> tuple[str, ...]:
+def lendable(draft: PlanBuilder) -> tuple[str, ...]:
     """The zones that preemptible work may use."""
     return (ORDINARY, *(name for name, each in sorted(draft.reserved.items()) if each.lend))
 
 
-def firm_room(draft: Draft) -> int:
+def firm_room(draft: PlanBuilder) -> int:
     """Devices that work which can't be preempted may have: those up, less minimum replicas, and all that is reserved
     now or will be."""
     snapshot, board = draft.snapshot, draft.board

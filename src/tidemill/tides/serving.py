@@ -4,12 +4,12 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from tidemill.tides.desired_replicas import SERVING, BatchNeed, Need, batch_need, replicas_needed
-from tidemill.tides.occupancy import ORDINARY, Tier, Unit
-from tidemill.tides.placement import Claim
-from tidemill.tides.plan_builder import Draft
+from tidemill.tides.desired_replicas import SERVING, DesiredBatchReplicas, DesiredReplicas, batch_need, replicas_needed
+from tidemill.tides.occupancy import ORDINARY, PreemptionCandidate, PreemptionTier
+from tidemill.tides.placement import PlacementRequest
+from tidemill.tides.plan_builder import PlanBuilder
 from tidemill.tides.sleepers import Sleepers
-from tidemill.tides.state import ModelView, Phase, ReplicaView, StartReplica, StopReplica, TurnReplica
+from tidemill.tides.state import LendReplica, ModelView, Phase, ReplicaView, StartReplica, StopReplica
 
 _LIFE = {Phase.STARTING: 0, Phase.WARMING: 1, Phase.READY: 2}
 LINE_S = 10.0
@@ -19,7 +19,7 @@ LINE_S = 10.0
 class Serving:
     """The replicas of the models, sorted by what they are for, and what the models need."""
 
-    def __init__(self, draft: Draft) -> None:
+    def __init__(self, draft: PlanBuilder) -> None:
         self.mine: dict[str, list[ReplicaView]] = defaultdict(list)
         """For interactive requests, by model."""
         self.lent: dict[str, list[ReplicaView]] = defaultdict(list)
@@ -47,18 +47,18 @@ class Serving:
                 self.mine[replica.model].append(replica)
         for lent in self.lent.values():
             lent.sort(key=lambda each: (-_LIFE[each.phase], each.filler, each.id))
-        self.needs: dict[str, Need] = {
+        self.needs: dict[str, DesiredReplicas] = {
             model.name: replicas_needed(model, self.mine[model.name], draft.now, draft.rules)
             for model in draft.snapshot.models
         }
         backlogs = {backlog.model: backlog for backlog in draft.snapshot.backlogs}
-        self.batches: dict[str, BatchNeed] = {
+        self.batches: dict[str, DesiredBatchReplicas] = {
             model.name: batch_need(backlogs[model.name], draft.now, model.startup_s, draft.rules)
             for model in draft.snapshot.models
             if model.name in backlogs
         }
 
-    def batch_replicas(self, draft: Draft, model: ModelView, times: float = 1.0) -> int:
+    def batch_replicas(self, draft: PlanBuilder, model: ModelView, times: float = 1.0) -> int:
         """Replicas that the deadlines of a model's batches need beside what fits into the interactive ones, at so many
         times the rate that they ask for."""
         need = self.batches.get(model.name)
@@ -73,17 +73,17 @@ class Serving:
         return max(math.ceil(beside / (model.capacity * draft.rules.batch_gain) - 0.5), 0)
 
 
-def offer_replicas(draft: Draft, serving: Serving) -> None:
+def offer_replicas(draft: PlanBuilder, serving: Serving) -> None:
     """Say which replicas could give way, and at what loss."""
     for model in draft.snapshot.models:
         needed = serving.batch_replicas(draft, model, draft.rules.batch_keep)
         for rank, replica in enumerate(serving.lent[model.name]):
-            tier = Tier.NEEDED_BATCH if rank < needed else Tier.LENT
+            tier = PreemptionTier.NEEDED_BATCH if rank < needed else PreemptionTier.LENT
             draft.board.offer(_unit(replica, tier, model.priority, replica.filler * LINE_S))
         _offer_mine(draft, serving, model)
 
 
-def _offer_mine(draft: Draft, serving: Serving, model: ModelView) -> None:
+def _offer_mine(draft: PlanBuilder, serving: Serving, model: ModelView) -> None:
     """Those for people that could give way: what is not needed, and what is beyond the minimum."""
     need, board = serving.needs[model.name], draft.board
     ordered = in_order_of_leaving(draft, _staying(draft, serving.mine[model.name]), model)
@@ -91,21 +91,21 @@ def _offer_mine(draft: Draft, serving: Serving, model: ModelView) -> None:
         board.withdraw(f"replica {replica.id}")
         left = len(ordered) - rank - 1
         if left >= need.count:
-            board.offer(_unit(replica, Tier.SURPLUS, model.priority, model.startup_s))
+            board.offer(_unit(replica, PreemptionTier.SURPLUS, model.priority, model.startup_s))
         elif left >= model.min_replicas:
-            board.offer(_unit(replica, Tier.ABOVE_MINIMUM, model.priority, 10 * model.startup_s))
+            board.offer(_unit(replica, PreemptionTier.ABOVE_MINIMUM, model.priority, 10 * model.startup_s))
 
 
-def _staying(draft: Draft, replicas: Iterable[ReplicaView]) -> list[ReplicaView]:
+def _staying(draft: PlanBuilder, replicas: Iterable[ReplicaView]) -> list[ReplicaView]:
     """Those that this plan has not told to go."""
     return [each for each in replicas if f"replica {each.id}" not in draft.board.gone]
 
 
-def _unit(replica: ReplicaView, tier: int, priority: int, loss_s: float) -> Unit:
-    return Unit(f"replica {replica.id}", replica.devices, tier, priority, loss_s, replica=replica)
+def _unit(replica: ReplicaView, tier: int, priority: int, loss_s: float) -> PreemptionCandidate:
+    return PreemptionCandidate(f"replica {replica.id}", replica.devices, tier, priority, loss_s, replica=replica)
 
 
-def in_order_of_leaving(draft: Draft, replicas: Sequence[ReplicaView], model: ModelView) -> list[ReplicaView]:
+def in_order_of_leaving(draft: PlanBuilder, replicas: Sequence[ReplicaView], model: ModelView) -> list[ReplicaView]:
     """Those that are not ready yet, then the least busy, the youngest; last of all a minimum of them that is on as many
     nodes as it can be."""
     ordered = sorted(replicas, key=lambda each: (_LIFE[each.phase], each.in_flight + each.filler, -each.since, each.id))
@@ -119,39 +119,41 @@ def in_order_of_leaving(draft: Draft, replicas: Sequence[ReplicaView], model: Mo
     return [each for each in ordered if each not in last] + last[::-1]
 
 
-def _nodes_of(draft: Draft, devices: Iterable[str]) -> frozenset[str]:
+def _nodes_of(draft: PlanBuilder, devices: Iterable[str]) -> frozenset[str]:
     views = (draft.board.device.get(device) for device in devices)
     return frozenset(view.node for view in views if view is not None)
 
 
-def give_up(draft: Draft, serving: Serving) -> None:
+def give_up(draft: PlanBuilder, serving: Serving) -> None:
     """Stop the replicas that nobody needs, or lend them to batches that have work for them; take those back that people
     need again."""
     for replica in serving.unknown:
-        draft.evict(_unit(replica, Tier.SURPLUS, 0, 0.0), f"{replica.model} is no longer served")
+        draft.evict(_unit(replica, PreemptionTier.SURPLUS, 0, 0.0), f"{replica.model} is no longer served")
     for model in draft.snapshot.models:
         need, mine = serving.needs[model.name], serving.mine[model.name]
-        batch = serving.batches.get(model.name, BatchNeed())
+        batch = serving.batches.get(model.name, DesiredBatchReplicas())
         here = _staying(draft, mine)
         for replica in in_order_of_leaving(draft, here, model)[: max(len(here) - need.keep, 0)]:
             mine.remove(replica)
             if draft.rules.turn and batch.work > 0 and replica.phase is Phase.READY:
                 why = f"lent to batches of {model.name}; {need.count} replicas are enough: {need.why}"
-                draft.turn_replicas[replica.id] = TurnReplica(replica.id, True, why)
+                draft.turn_replicas[replica.id] = LendReplica(replica.id, True, why)
                 serving.lent[model.name].append(replica)
                 draft.board.withdraw(f"replica {replica.id}")
-                draft.board.offer(_unit(replica, Tier.LENT, model.priority, replica.filler * LINE_S))
+                draft.board.offer(_unit(replica, PreemptionTier.LENT, model.priority, replica.filler * LINE_S))
             else:
                 why = f"{need.count} of {len(here)} replicas are enough: {need.why}"
-                draft.evict(_unit(replica, Tier.SURPLUS, 0, 0.0), why)
+                draft.evict(_unit(replica, PreemptionTier.SURPLUS, 0, 0.0), why)
         _take_back(draft, serving, model)
         for replica in _staying(draft, serving.lent[model.name]):
             if batch.work <= 0 and replica.filler == 0:
                 serving.lent[model.name].remove(replica)
-                draft.evict(_unit(replica, Tier.LENT, 0, 0.0), f"no lines of batches for {model.name} are left")
+                draft.evict(
+                    _unit(replica, PreemptionTier.LENT, 0, 0.0), f"no lines of batches for {model.name} are left"
+                )
 
 
-def serve_people(draft: Draft, serving: Serving, sleepers: Sleepers) -> None:
+def serve_people(draft: PlanBuilder, serving: Serving, sleepers: Sleepers) -> None:
     """Start replicas where a model has too few; make others give way for them."""
     claims: list[tuple[tuple[bool, int, bool, float, str, int], ModelView]] = []
     on: dict[str, frozenset[str]] = {}
@@ -179,15 +181,15 @@ def serve_people(draft: Draft, serving: Serving, sleepers: Sleepers) -> None:
             continue
         below_minimum = not order[0]
 
-        def may(unit: Unit, below_minimum: bool = below_minimum, model: ModelView = model) -> bool:
+        def may(unit: PreemptionCandidate, below_minimum: bool = below_minimum, model: ModelView = model) -> bool:
             if unit.replica is not None and unit.replica.model == model.name:
-                return unit.tier in (Tier.LENT, Tier.NEEDED_BATCH)
-            return unit.tier != Tier.ABOVE_MINIMUM or below_minimum
+                return unit.tier in (PreemptionTier.LENT, PreemptionTier.NEEDED_BATCH)
+            return unit.tier != PreemptionTier.ABOVE_MINIMUM or below_minimum
 
         work, need = f"model {model.name}", serving.needs[model.name]
         # One node's loss shall not take all of a minimum; what is beyond it is packed, so that gangs find whole nodes.
         apart = on[model.name] if below_minimum else frozenset()
-        claim = Claim(work, model.devices, model.kinds, spans=model.spans, apart=apart, may=may)
+        claim = PlacementRequest(work, model.devices, model.kinds, spans=model.spans, apart=apart, may=may)
         grant = sleepers.place(claim, model.name)
         if grant is None:
             refused[model.name] += 1
@@ -203,7 +205,7 @@ def serve_people(draft: Draft, serving: Serving, sleepers: Sleepers) -> None:
     _let_broken_go(draft, serving)
 
 
-def _take_back(draft: Draft, serving: Serving, model: ModelView) -> None:
+def _take_back(draft: PlanBuilder, serving: Serving, model: ModelView) -> None:
     """Replicas lent to batches are taken back where people lack some, which takes no time: for the minimum those on
     other nodes rather than those beside the ones that people have."""
     need, here = serving.needs[model.name], _staying(draft, serving.mine[model.name])
@@ -224,11 +226,11 @@ def _take_back(draft: Draft, serving: Serving, model: ModelView) -> None:
         serving.lent[model.name].remove(replica)
         serving.mine[model.name].append(replica)
         if draft.turn_replicas.pop(replica.id, None) is None:
-            draft.turn_replicas[replica.id] = TurnReplica(replica.id, False, need.why)
+            draft.turn_replicas[replica.id] = LendReplica(replica.id, False, need.why)
     _offer_mine(draft, serving, model)
 
 
-def _say_who_waits(draft: Draft, serving: Serving, refused: Mapping[str, int], late: Mapping[str, int]) -> None:
+def _say_who_waits(draft: PlanBuilder, serving: Serving, refused: Mapping[str, int], late: Mapping[str, int]) -> None:
     for model in draft.snapshot.models:
         need = serving.needs[model.name]
         kinds = " or ".join(model.kinds) or "any kind"
@@ -248,7 +250,7 @@ def _say_who_waits(draft: Draft, serving: Serving, refused: Mapping[str, int], l
             )
 
 
-def _let_broken_go(draft: Draft, serving: Serving) -> None:
+def _let_broken_go(draft: PlanBuilder, serving: Serving) -> None:
     """A replica on a device that was taken out serves until there are others."""
     for replica in serving.broken:
         need = serving.needs.get(replica.model)

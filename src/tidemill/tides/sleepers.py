@@ -11,16 +11,16 @@ from functools import partial
 
 import msgspec
 
-from tidemill.tides.occupancy import Unit
-from tidemill.tides.placement import Claim, Grant, place
-from tidemill.tides.plan_builder import Draft
+from tidemill.tides.occupancy import PreemptionCandidate
+from tidemill.tides.placement import Placement, PlacementRequest, place
+from tidemill.tides.plan_builder import PlanBuilder
 from tidemill.tides.state import Phase, ReplicaView, StopReplica
 
 
 class Sleepers:
     """Those that sleep, by model, and which of them this plan wakes."""
 
-    def __init__(self, draft: Draft) -> None:
+    def __init__(self, draft: PlanBuilder) -> None:
         self._draft = draft
         self._by_model: dict[str, list[ReplicaView]] = defaultdict(list)
         for replica in draft.snapshot.replicas:
@@ -28,7 +28,7 @@ class Sleepers:
                 self._by_model[replica.model].append(replica)
         self._woken: set[str] = set()
 
-    def place(self, claim: Claim, model: str) -> Grant | None:
+    def place(self, claim: PlacementRequest, model: str) -> Placement | None:
         """Devices for a replica of the model: free ones, else such as are coming, else of somebody who gives way, the
         least important first; each time a sleeper's own rather than others."""
         board = self._draft.board
@@ -42,7 +42,7 @@ class Sleepers:
                     return grant
         return None
 
-    def _tries(self, claim: Claim) -> Iterator[Claim]:
+    def _tries(self, claim: PlacementRequest) -> Iterator[PlacementRequest]:
         may = claim.may
         yield msgspec.structs.replace(claim, may=None, now=True)
         yield msgspec.structs.replace(claim, may=None)
@@ -105,5 +105,5 @@ class Sleepers:
         return view is not None and view.up
 
 
-def _up_to(most: int, may: Callable[[Unit], bool], unit: Unit) -> bool:
+def _up_to(most: int, may: Callable[[PreemptionCandidate], bool], unit: PreemptionCandidate) -> bool:
     return unit.tier <= most and may(unit)

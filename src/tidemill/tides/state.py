@@ -1,8 +1,8 @@
 """What the tide sees: devices, models, replicas and work, at one moment. Plain values, from the live fleet or a
 simulated one; instants are seconds of any clock that all of a snapshot shares (live: Unix time).
 
-Demand and capacity are rates of *work*, in tokens of prefill a second (see `tides.routing.Work`): an answer's token
-weighs as much as `Policy.decode_weight` tokens of a prompt.
+Demand and capacity are rates of *work*, in tokens of prefill a second (see `tides.routing.RequestWork`): an answer's
+token weighs as much as `Policy.decode_weight` tokens of a prompt.
 """
 
 from enum import StrEnum
@@ -194,7 +194,7 @@ class BacklogView(msgspec.Struct, frozen=True, kw_only=True):
     parts: tuple[tuple[float, float], ...] = ()
 
 
-class Promise(msgspec.Struct, frozen=True):
+class DevicePromise(msgspec.Struct, frozen=True):
     """A device that is kept for a piece of work until all that it needs has come together."""
 
     device: str
@@ -202,7 +202,7 @@ class Promise(msgspec.Struct, frozen=True):
     """`job ID`, `model NAME`, `reservation ID`."""
 
 
-class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+class FleetSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that a plan is made from."""
 
     now: float
@@ -213,7 +213,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     queues: tuple[QueueView, ...] = ()
     reservations: tuple[ReservationView, ...] = ()
     backlogs: tuple[BacklogView, ...] = ()
-    promises: tuple[Promise, ...] = ()
+    promises: tuple[DevicePromise, ...] = ()
     """Those of the last plan. A plan without them is as right, but may change its mind about which device is whose."""
 
 
@@ -238,7 +238,7 @@ class StopReplica(msgspec.Struct, frozen=True):
     """Put it to sleep instead of ending it."""
 
 
-class TurnReplica(msgspec.Struct, frozen=True):
+class LendReplica(msgspec.Struct, frozen=True):
     """Lend a replica to batches, or take it back for interactive requests; nothing is restarted."""
 
     replica: str
@@ -259,7 +259,7 @@ class PreemptJob(msgspec.Struct, frozen=True):
     why: str
 
 
-class Reserve(msgspec.Struct, frozen=True):
+class AssignReservation(msgspec.Struct, frozen=True):
     """The devices that a reservation in force has from now on: mark these, and no others, as its own
     (`DeviceView.reserved_by`). Before they are marked, they are not lent."""
 
@@ -294,10 +294,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     stop_replicas: tuple[StopReplica, ...] = ()
     start_jobs: tuple[StartJob, ...] = ()
     preempt_jobs: tuple[PreemptJob, ...] = ()
-    turn_replicas: tuple[TurnReplica, ...] = ()
+    turn_replicas: tuple[LendReplica, ...] = ()
     """Only with `Rules.turn`."""
-    reserve: tuple[Reserve, ...] = ()
-    promises: tuple[Promise, ...] = ()
+    reserve: tuple[AssignReservation, ...] = ()
+    promises: tuple[DevicePromise, ...] = ()
     """To be handed back with the next snapshot."""
     devices: tuple[DeviceNote, ...] = ()
     """One for each device of the snapshot, in its order."""

@@ -14,7 +14,7 @@ from tidemill.app.nodes import find_devices
 from tidemill.app.recipes import recipes_of
 from tidemill.errors import ConfigError
 from tidemill.fleet.backend import Device
-from tidemill.fleet.recipe import Recipe, Version
+from tidemill.fleet.recipe import Recipe, WeightsVersion
 from tidemill.tides.state import Objective
 
 CORES = len(os.sched_getaffinity(0))
@@ -91,7 +91,7 @@ def test_vllm_and_sglang_are_started_as_the_keys_say(tmp_path: Path) -> None:
     assert (found.devices, found.kinds, found.version) == (
         8,
         ("h800-sxm", "h20"),
-        Version("2026-11", str(tmp_path / "weights")),
+        WeightsVersion("2026-11", str(tmp_path / "weights")),
     )
     command = found.command(found.version, (), None)
     words = " ".join(command.argv)

@@ -13,7 +13,7 @@ from tests.support.data_plane import Start
 from tests.support.mock import Mock
 from tests.support.plane import Plane, model
 from tests.support.upstream import Asked, Caller, completion
-from tidemill.gateway.admission.fair_queue import CROWDED_S, ModelQueue, Place, Priority, Queues
+from tidemill.gateway.admission.fair_queue import CROWDED_S, FairQueues, ModelQueue, Priority, QueueSlot
 from tidemill.gateway.errors import QueueFull, WaitedTooLong
 
 INTERACTIVE, BATCH = Priority.INTERACTIVE, Priority.BATCH
@@ -42,7 +42,7 @@ class Waiting:
     def __init__(self, queue: ModelQueue) -> None:
         self.queue = queue
         self.served: list[str] = []
-        self.places: list[Place] = []
+        self.places: list[QueueSlot] = []
         self.tasks: list[asyncio.Task[None]] = []
 
     async def ask(self, tenant: str, *, work: int = 100, weight: int = 1, priority: Priority = INTERACTIVE) -> None:
@@ -174,10 +174,10 @@ async def test_a_client_that_leaves_is_taken_out() -> None:
 async def test_any_order_of_events_leaves_nothing_behind(seed: int) -> None:
     chance, clock = random.Random(seed), Clock()
     places = queue(chance.randint(1, 9), max_queued=chance.randint(1, 12), clock=clock, max_wait_s=0.02)
-    tasks: list[tuple[Any, asyncio.Task[Place | None]]] = []
-    held: list[Place] = []
+    tasks: list[tuple[Any, asyncio.Task[QueueSlot | None]]] = []
+    held: list[QueueSlot] = []
 
-    async def ask(who: Any, tenant: str, priority: Priority) -> Place | None:
+    async def ask(who: Any, tenant: str, priority: Priority) -> QueueSlot | None:
         turn = (tenant, chance.randint(1, 3), chance.randint(1, 1000), priority)
         try:
             place = places.enter_now(*turn) or await places.enter(who, *turn)
@@ -221,9 +221,9 @@ async def test_any_order_of_events_leaves_nothing_behind(seed: int) -> None:
 
 def test_processes_share_a_bound() -> None:
     for processes in (1, 2, 3, 5):
-        parts = [Queues(index, processes, Clock()).part(8) for index in range(processes)]
+        parts = [FairQueues(index, processes, Clock()).part(8) for index in range(processes)]
         assert sum(parts) == 8 and max(parts) - min(parts) <= 1
-    assert [Queues(index, 4, Clock()).part(2) for index in range(4)] == [1, 1, 1, 1]
+    assert [FairQueues(index, 4, Clock()).part(2) for index in range(4)] == [1, 1, 1, 1]
 
 
 # The way of a request
@@ -328,7 +328,7 @@ async def test_a_tenant_that_floods_does_not_move_anothers_first_token(tmp_path:
             alone = p95(await ttfts(plane, victim, 10))
             floods = [asyncio.create_task(flood()) for _ in range(40)]
             await asyncio.sleep(0.5)
-            beside = p95(await ttfts(plane, victim, 20))
+            hedge = p95(await ttfts(plane, victim, 20))
             in_line = p95(await ttfts(plane, plane.key, 4))  # as one of the flood: first come, first served
             queue = plane.queues.of("mock")
             assert queue is not None and queue.queued >= 20, "the flood was one"
@@ -336,7 +336,7 @@ async def test_a_tenant_that_floods_does_not_move_anothers_first_token(tmp_path:
                 each.cancel()
             await asyncio.gather(*floods, return_exceptions=True)
             print(
-                f"p95 TTFT: {alone * 1000:.0f} ms alone, {beside * 1000:.0f} ms beside the flood, {in_line:.1f} s in it"
+                f"p95 TTFT: {alone * 1000:.0f} ms alone, {hedge * 1000:.0f} ms beside the flood, {in_line:.1f} s in it"
             )
             assert in_line > 3 * alone
-            assert beside < 1.2 * alone
+            assert hedge < 1.2 * alone

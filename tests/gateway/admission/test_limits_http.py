@@ -38,7 +38,7 @@ async def bound_key(plane: Plane, **policy: object) -> str:
             now=datetime.now(UTC),
             policy=KeyPolicy(**policy),  # type: ignore[arg-type]
         )
-    await plane.door.renew()
+    await plane.authenticator.renew()
     return key
 
 
@@ -207,7 +207,9 @@ async def test_a_soft_limit_warns_in_a_header(start: Start) -> None:
     plane, _ = await start(answers)
     limit = await plane.limit("budget", 100_000_000, per=Per.MONTH, soft_percent=80)
     assert "x-tidemill-budget-warning" not in (await plane.ask()).headers
-    label = plane.limits.plan(plane.door.snapshot.keys[next(iter(plane.door.snapshot.keys))], "mock").budgets[0]  # type: ignore[union-attr]
+    label = plane.limits.plan(
+        plane.authenticator.snapshot.keys[next(iter(plane.authenticator.snapshot.keys))], "mock"
+    ).budgets[0]  # type: ignore[union-attr]
     period = label.period(time.time_ns() // 1000).span.label
     with plane.store.write() as connection:  # as the loader does once enough is spent (tests/meter/test_budgets.py)
         connection.execute(budgets.update().where(budgets.c.limit_id == limit.limit_id).values(warned_at=1))
@@ -258,7 +260,7 @@ async def test_a_key_may_be_bound_to_networks(
 ) -> None:
     plane, _ = await start(answers)
     key = await bound_key(plane, networks=tuple(networks.split(",")))
-    plane.door._proxies = networks_of(tuple(proxies.split(","))) if proxies else ()
+    plane.authenticator._proxies = networks_of(tuple(proxies.split(","))) if proxies else ()
     headers = f"x-forwarded-for: {forwarded}\r\n".encode() if forwarded else b""
     body = {"model": "mock", "messages": [{"role": "user", "content": "x"}]}
     answer = await plane.send(post("/v1/chat/completions", body, key, headers))

@@ -17,8 +17,8 @@ from tests.store.databases import FlakyStore
 from tidemill.errors import Unavailable
 from tidemill.gateway.admission import limit_leases as shares_module
 from tidemill.gateway.admission import rate_limits as limits_module
-from tidemill.gateway.admission.limit_leases import Shares
-from tidemill.gateway.admission.rate_limits import Limits, Plan, Stay, estimate
+from tidemill.gateway.admission.limit_leases import LimitLeases
+from tidemill.gateway.admission.rate_limits import BoundLimits, LimitReservation, RateLimits, estimate
 from tidemill.gateway.auth.snapshot import EMPTY, Principal
 from tidemill.gateway.errors import RateLimited
 from tidemill.gateway.protocols.request import read_chat, read_embeddings
@@ -47,7 +47,7 @@ class Site:
         with self.store.write() as connection:
             self.tenant = create_tenant(connection, name="acme", currency="USD", now=datetime.now(UTC)).tenant_id
         self.pool = ThreadPoolExecutor(8)
-        self.processes: list[Limits] = []
+        self.processes: list[RateLimits] = []
         self._beats: list[asyncio.Task[None]] = []
         self._limits: tuple[Limit, ...] = ()
 
@@ -64,30 +64,30 @@ class Site:
     def principal(self) -> Principal:
         return Principal(self.tenant, "key_1", "USD", first_key_id="key_1", limits=self._limits)
 
-    def start(self, count: int, *, beat: bool = True) -> list[Limits]:
+    def start(self, count: int, *, beat: bool = True) -> list[RateLimits]:
         for _ in range(count):
-            process = Limits(Shares(self.store, f"w{len(self.processes)}", self.pool), "UTC")
+            process = RateLimits(LimitLeases(self.store, f"w{len(self.processes)}", self.pool), "UTC")
             self.processes.append(process)
             if beat:
                 self._beats.append(asyncio.create_task(self._beat(process)))
         return self.processes
 
-    async def _beat(self, process: Limits) -> None:
+    async def _beat(self, process: RateLimits) -> None:
         while True:
             await asyncio.sleep(0.2)  # five times as fast as it does
             await process.shares.beat()
 
-    def plan(self, process: Limits) -> Plan:
+    def plan(self, process: RateLimits) -> BoundLimits:
         plan = process.plan(self.principal, "m")
         assert plan is not None
         return plan
 
-    async def enter(self, process: Limits, max_tokens: int = 10) -> Stay:
+    async def enter(self, process: RateLimits, max_tokens: int = 10) -> LimitReservation:
         request, body = chat(max_tokens)
         plan = self.plan(process)
         return process.enter_now(plan, request, body) or await process.enter(plan, request, body)
 
-    async def flood(self, counts: list[int], **options: Any) -> list[Stay]:
+    async def flood(self, counts: list[int], **options: Any) -> list[LimitReservation]:
         """So many requests at each process, all at once; gives those that were let in."""
         asked = [
             self.enter(process, **options)
@@ -95,8 +95,8 @@ class Site:
             for _ in range(count)
         ]
         answers = await asyncio.gather(*asked, return_exceptions=True)
-        assert all(isinstance(each, Stay | RateLimited) for each in answers), answers
-        return [each for each in answers if isinstance(each, Stay)]
+        assert all(isinstance(each, LimitReservation | RateLimited) for each in answers), answers
+        return [each for each in answers if isinstance(each, LimitReservation)]
 
     def close(self) -> None:
         for beat in self._beats:
@@ -261,7 +261,7 @@ async def test_a_lost_answer_does_no_harm(site: Site) -> None:
         site.store.lose_commit = round % 3 == 0
         asked = [site.enter(process) for process in site.processes for _ in range(4)]
         answers = await asyncio.gather(*asked, return_exceptions=True)
-        passed += sum(isinstance(each, Stay) for each in answers)
+        passed += sum(isinstance(each, LimitReservation) for each in answers)
     assert passed <= 60
     passed += len(await site.flood([60, 60]))
     assert passed == 60
@@ -306,6 +306,6 @@ async def test_nobody_waits_for_others_longer_than_a_moment(site: Site, monkeypa
 
 
 def test_no_limits_no_plan() -> None:
-    limits = Limits(Shares(None, "w", None), "UTC")  # type: ignore[arg-type]
+    limits = RateLimits(LimitLeases(None, "w", None), "UTC")  # type: ignore[arg-type]
     limits.update(EMPTY)
     assert limits.plan(Principal("ten_1", "key_1", "USD"), "m") is None

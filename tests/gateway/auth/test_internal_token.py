@@ -10,10 +10,10 @@ import pytest
 from tests.support.plane import CHAT, Plane, model
 from tests.support.upstream import Upstream, completion, usage_object
 from tests.support.wire import Answer, post
-from tidemill.gateway.auth.internal_token import InternalRoad
+from tidemill.gateway.auth.internal_token import InternalAuth
 from tidemill.http.server import Exchange
-from tidemill.ledger.pricing import Price, Tier
-from tidemill.ledger.usage import Status
+from tidemill.ledger.pricing import Price, PriceTier
+from tidemill.ledger.usage import RequestStatus
 from tidemill.store.keys import create_key, revoke_key
 from tidemill.store.prices import set_price
 
@@ -34,11 +34,11 @@ async def plane(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator
     upstream = Upstream(getattr(request, "param", whole))
     await upstream.start()
     async with Plane(tmp_path, [model(upstream.port)]) as plane:
-        plane.door._road = InternalRoad(TOKEN)
+        plane.authenticator._road = InternalAuth(TOKEN)
         with plane.store.write() as connection:
             now = datetime.now(UTC)
-            set_price(connection, model="mock", currency="USD", price=BATCH_PRICE, now=now, tier=Tier.BATCH)
-        await plane.door.renew()
+            set_price(connection, model="mock", currency="USD", price=BATCH_PRICE, now=now, tier=PriceTier.BATCH)
+        await plane.authenticator.renew()
         yield plane
     await upstream.stop()
 
@@ -63,7 +63,7 @@ async def test_a_line_is_metered_in_its_tenants_name_at_the_batch_price(plane: P
     record = await plane.record()
     opened = record.opened
     assert (opened.request_id, opened.tenant_id, opened.key_id) == ("batch_x_1", plane.tenant_id, "key_gone")
-    assert opened.tier is Tier.BATCH and opened.price == (500_000_000, 100_000_000, 700_000_000)
+    assert opened.tier is PriceTier.BATCH and opened.price == (500_000_000, 100_000_000, 700_000_000)
     assert record.charge == 7 * 500 + 3 * 100 + 4 * 700
 
 
@@ -75,7 +75,7 @@ async def test_another_token_is_refused(plane: Plane, token: str) -> None:
 
 
 async def test_without_a_token_of_its_own_a_gateway_admits_nobody(plane: Plane) -> None:
-    plane.door._road = InternalRoad()
+    plane.authenticator._road = InternalAuth()
     assert (await ask(plane, token="")).status == 401
     assert (await ask(plane)).status == 401
 
@@ -96,11 +96,11 @@ async def test_a_revoked_key_does_not_stop_its_batch_but_the_last_one_does(plane
     with plane.store.write() as connection:
         key, secret = create_key(connection, tenant_id=plane.tenant_id, name="second", now=datetime.now(UTC))
         revoke_key(connection, key=plane.key, now=datetime.now(UTC))
-    await plane.door.renew()
+    await plane.authenticator.renew()
     assert (await ask(plane, key="key_gone")).status == 200
     with plane.store.write() as connection:
         revoke_key(connection, key=secret, now=datetime.now(UTC))
-    await plane.door.renew()
+    await plane.authenticator.renew()
     answer = await ask(plane, key=key.key_id)
     assert answer.status == 401 and answer.error["code"] == "invalid_api_key"
 
@@ -110,8 +110,8 @@ async def test_another_tenants_key_is_not_borrowed(plane: Plane) -> None:
 
 
 async def test_a_model_without_a_batch_price_is_not_sold_at_another(plane: Plane) -> None:
-    snapshot = plane.door.snapshot
-    plane.door.snapshot = type(snapshot)(snapshot.revision, snapshot.keys, snapshot.prices)
+    snapshot = plane.authenticator.snapshot
+    plane.authenticator.snapshot = type(snapshot)(snapshot.revision, snapshot.keys, snapshot.prices)
     answer = await ask(plane)
     assert answer.status == 400 and "price" in answer.error["message"]
 
@@ -120,7 +120,7 @@ async def test_a_model_without_a_batch_price_is_not_sold_at_another(plane: Plane
 async def test_an_attempt_that_gives_no_answer_costs_nothing(plane: Plane) -> None:
     assert (await ask(plane)).status == 502
     record = await plane.record()
-    assert record.charge == 0 and record.status == Status.ENGINE_ERROR
+    assert record.charge == 0 and record.status == RequestStatus.ENGINE_ERROR
 
 
 async def test_tenants_cannot_choose_the_id_of_a_request(plane: Plane) -> None:
@@ -129,4 +129,4 @@ async def test_tenants_cannot_choose_the_id_of_a_request(plane: Plane) -> None:
     answer = await plane.send(post(CHAT, body, plane.key, headers))
     assert answer.status == 200 and answer.headers["x-request-id"].startswith("req_")
     record = await plane.record()
-    assert record.opened.tenant_id == plane.tenant_id and record.opened.tier is Tier.STANDARD
+    assert record.opened.tenant_id == plane.tenant_id and record.opened.tier is PriceTier.STANDARD

@@ -15,7 +15,7 @@ from tests.support.plane import Plane
 from tests.support.wire import get, post
 from tidemill.clock import to_micros
 from tidemill.gateway.endpoints.files import UPLOADS_PER_TENANT
-from tidemill.store.blobs import Incoming
+from tidemill.store.blobs import PendingBlob
 from tidemill.store.files import delete_expired
 from tidemill.store.keys import create_key
 from tidemill.store.schema import files
@@ -43,7 +43,7 @@ async def other_key(plane: Plane) -> str:
     with plane.store.write() as connection:
         tenant = create_tenant(connection, name="rival", currency="USD", now=now)
         _, key = create_key(connection, tenant_id=tenant.tenant_id, name="test", now=now)
-    await plane.door.renew()
+    await plane.authenticator.renew()
     return key
 
 
@@ -311,14 +311,14 @@ async def test_a_slow_disk_makes_the_client_wait(
 ) -> None:
     released = asyncio.Event()
     loop = asyncio.get_running_loop()
-    write: Callable[[Incoming, bytes], None] = Incoming.write
+    write: Callable[[PendingBlob, bytes], None] = PendingBlob.write
 
-    def slow(self: Incoming, data: bytes) -> None:
+    def slow(self: PendingBlob, data: bytes) -> None:
         asyncio.run_coroutine_threadsafe(released.wait(), loop).result()
         write(self, data)
 
     monkeypatch.setattr("tidemill.gateway.endpoints.uploads.WRITE_BYTES", 1)
-    monkeypatch.setattr(Incoming, "write", slow)
+    monkeypatch.setattr(PendingBlob, "write", slow)
     line = await plane.line()
     line.writer.transport.set_write_buffer_limits(high=1)
     whole = simple(b"x" * 1_000_000, plane.key)

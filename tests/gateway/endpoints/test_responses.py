@@ -73,7 +73,7 @@ async def other_tenant(plane: Plane) -> str:
         tenant = create_tenant(connection, name="other", currency="USD", now=now)
         _, key = create_key(connection, tenant_id=tenant.tenant_id, name="test", now=now)
         bump_revision(connection)
-    await plane.door.renew()
+    await plane.authenticator.renew()
     return key
 
 
@@ -177,9 +177,9 @@ async def test_a_response_is_kept_beyond_the_process_that_made_it(start: Start) 
     plane, _ = await start(saying("hello"))
     made = await client_of(plane).responses.create(**ASK)
     await plane.settled()
-    if plane.shelf._writing is not None:
-        await plane.shelf._writing
-    other_process = responses_shelf.Shelf(plane.store)
+    if plane.response_store._writing is not None:
+        await plane.response_store._writing
+    other_process = responses_shelf.ResponseStore(plane.store)
     found = await other_process.find(plane.tenant_id, made.id)
     assert found is not None and json.loads(found.response)["id"] == made.id
     await other_process.close(within_s=1.0)
@@ -199,7 +199,7 @@ async def test_the_operator_says_what_is_kept(
     start: Start, by_default: bool, keep_s: int, asked: bool | None, kept: bool
 ) -> None:
     plane, _ = await start(saying("hello", "hello"))
-    plane.shelf._rules = responses_shelf.ShelfRules(keep_s=keep_s, by_default=by_default)
+    plane.response_store._rules = responses_shelf.ResponseStoreRules(keep_s=keep_s, by_default=by_default)
     client = client_of(plane)
     wish: dict[str, Any] = {} if asked is None else {"store": asked}
     made = await client.responses.create(**ASK, **wish)
@@ -216,14 +216,14 @@ async def test_the_operator_says_what_is_kept(
 async def test_old_responses_are_swept(start: Start) -> None:
     plane, _ = await start(saying("hello"))
     made = await client_of(plane).responses.create(**ASK)
-    assert plane.shelf._writing is not None
-    await plane.shelf._writing
-    await plane.shelf.sweep()
-    assert await plane.shelf.find(plane.tenant_id, made.id) is not None
-    plane.shelf._rules = responses_shelf.ShelfRules(keep_s=0)
-    await plane.shelf.sweep()
-    plane.shelf._rules = responses_shelf.ShelfRules()
-    assert await plane.shelf.find(plane.tenant_id, made.id) is None
+    assert plane.response_store._writing is not None
+    await plane.response_store._writing
+    await plane.response_store.sweep()
+    assert await plane.response_store.find(plane.tenant_id, made.id) is not None
+    plane.response_store._rules = responses_shelf.ResponseStoreRules(keep_s=0)
+    await plane.response_store.sweep()
+    plane.response_store._rules = responses_shelf.ResponseStoreRules()
+    assert await plane.response_store.find(plane.tenant_id, made.id) is None
 
 
 async def test_going_on_from_a_response(start: Start) -> None:
@@ -274,8 +274,8 @@ async def test_a_response_is_its_tenants_alone(start: Start) -> None:
     stranger = client_of(plane, await other_tenant(plane))
     kept = await client_of(plane).responses.create(**ASK)
     for written in (False, True):
-        if written and plane.shelf._writing is not None:
-            await plane.shelf._writing
+        if written and plane.response_store._writing is not None:
+            await plane.response_store._writing
         with pytest.raises(openai.NotFoundError):
             await stranger.responses.retrieve(kept.id)
         with pytest.raises(openai.NotFoundError):
@@ -291,8 +291,8 @@ async def test_a_response_that_is_too_old_is_gone(start: Start) -> None:
     client = client_of(plane)
     kept = await client.responses.create(**ASK)
     await plane.settled()
-    if plane.shelf._writing is not None:
-        await plane.shelf._writing
+    if plane.response_store._writing is not None:
+        await plane.response_store._writing
     with plane.store.write() as connection:
         connection.execute(update(schema.responses).values(expires_at=time.time_ns() // 1000))
     with pytest.raises(openai.NotFoundError):
@@ -324,7 +324,7 @@ async def test_a_store_that_does_not_answer_for_a_while_loses_nothing(
     response = await client_of(plane).responses.create(**ASK)
     assert (await client_of(plane).responses.retrieve(response.id)).id == response.id  # from memory
     async with asyncio.timeout(5):
-        while plane.shelf._writing is not None:
+        while plane.response_store._writing is not None:
             await asyncio.sleep(0.02)
     assert len(tries) == 3
     assert (await client_of(plane).responses.retrieve(response.id)).id == response.id

@@ -14,8 +14,8 @@ from tests.support.data_plane import Start
 from tests.support.plane import CHAT, MAX_BODY_BYTES, Plane
 from tests.support.upstream import Asked, Caller, completion, usage_object
 from tests.support.wire import Line, get, post
-from tidemill.gateway.auth import authenticator as door
-from tidemill.gateway.auth.snapshot import Snapshot, key_digest, read_snapshot
+from tidemill.gateway.auth import authenticator as authenticator
+from tidemill.gateway.auth.snapshot import AccessSnapshot, key_digest, read_snapshot
 from tidemill.store.engine import Store
 from tidemill.store.keys import create_key, revoke_key
 
@@ -158,12 +158,12 @@ async def test_a_key_works_from_the_moment_it_is_made_until_it_is_revoked(start:
     for _ in range(10):  # at any moment within the door's own renewals
         with plane.store.write() as connection:
             key, secret = create_key(connection, tenant_id=plane.tenant_id, name="new", now=datetime.now(UTC))
-        await plane.door.renew()  # what `announce` has the gateways do
+        await plane.authenticator.renew()  # what `announce` has the gateways do
         data = post(CHAT, {"model": "mock", "messages": MESSAGES}, secret)
         assert (await plane.send(data)).status == 200
         with plane.store.write() as connection:
             revoke_key(connection, key=key.key_id, now=datetime.now(UTC))
-        await plane.door.renew()
+        await plane.authenticator.renew()
         await refused(plane, data, 401, "revoked")
 
 
@@ -172,22 +172,22 @@ async def test_a_renewal_that_began_before_is_not_enough(start: Start, monkeypat
     plane, _ = await start(polite)
     looked, go_on = threading.Event(), threading.Event()
 
-    def look_slowly(store: Store, known: int) -> Snapshot | None:
+    def look_slowly(store: Store, known: int) -> AccessSnapshot | None:
         seen = read_snapshot(store, known)
         looked.set()
         go_on.wait(5)
         return seen
 
-    monkeypatch.setattr(door, "read_snapshot", look_slowly)
-    first = asyncio.create_task(plane.door.renew())
+    monkeypatch.setattr(authenticator, "read_snapshot", look_slowly)
+    first = asyncio.create_task(plane.authenticator.renew())
     await asyncio.to_thread(looked.wait, 5)
     with plane.store.write() as connection:
         _, secret = create_key(connection, tenant_id=plane.tenant_id, name="new", now=datetime.now(UTC))
-    second = asyncio.create_task(plane.door.renew())
+    second = asyncio.create_task(plane.authenticator.renew())
     await asyncio.sleep(0.01)
     go_on.set()
     await asyncio.gather(first, second)
-    assert key_digest(secret.encode()) in plane.door.snapshot.keys
+    assert key_digest(secret.encode()) in plane.authenticator.snapshot.keys
 
 
 @pytest.mark.parametrize("chunked", [False, True])

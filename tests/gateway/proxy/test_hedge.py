@@ -13,7 +13,7 @@ from tests.support.fleet import Fleet, either, models
 from tests.support.plane import Plane
 from tests.support.upstream import STREAM_HEAD, Asked, Caller, Upstream, role, word
 from tidemill.gateway.routing.models import HEDGE_BURST
-from tidemill.ledger.usage import Status
+from tidemill.ledger.usage import RequestStatus
 from tidemill.meter.live import TooManyOpen
 
 HEDGED: dict[str, Any] = {"owned": True, "hedge_seconds": 0.15}
@@ -76,7 +76,7 @@ async def of(fleet: Fleet, turns: Turns, **changes: Any) -> tuple[Plane, list[Up
 
 
 def hedges(plane: Plane) -> tuple[int, int]:
-    figures = plane.meter.tally.figures(plane.leasing, plane.log)
+    figures = plane.meter.metrics.figures(plane.leasing, plane.log)
     return figures.hedges.get("mock", 0), figures.hedges_won.get("mock", 0)
 
 
@@ -91,7 +91,7 @@ async def test_the_second_answers_where_the_first_is_silent_and_it_is_billed_onc
     assert answer.status == 200 and answer.text == "ab"
     assert [len(engine.asked) for engine in engines] == [1, 1]
     (record,) = await plane.settled()
-    assert (record.prompt, record.completion, record.status) == (100, 2, Status.OK)
+    assert (record.prompt, record.completion, record.status) == (100, 2, RequestStatus.OK)
     assert record.opened.replica == f"mock/{[engine.port for engine in engines].index(turns.ports[1])}"
     assert turns.left == 1, "the first one was hung up on"
     assert hedges(plane) == (1, 1) and in_flight(plane) == [0, 0]
@@ -159,7 +159,7 @@ async def test_a_client_that_leaves_in_the_race_ends_both(fleet: Fleet) -> None:
             await asyncio.sleep(0.01)
     asking.cancel()
     (record,) = await plane.settled()
-    assert (record.status, record.completion, record.charge) == (Status.CLIENT_CLOSED, 0, 0)
+    assert (record.status, record.completion, record.charge) == (RequestStatus.CLIENT_CLOSED, 0, 0)
     async with asyncio.timeout(5.0):
         while turns.left < 2:
             await asyncio.sleep(0.01)
@@ -214,7 +214,7 @@ async def test_a_client_that_leaves_after_the_first_has_died_pays_for_nothing(fl
     assert sum(len(engine.asked) for engine in engines) == 2
     asking.cancel()
     (record,) = await plane.settled()
-    assert (record.status, record.charge, sent) == (Status.CLIENT_CLOSED, 0, [])
+    assert (record.status, record.charge, sent) == (RequestStatus.CLIENT_CLOSED, 0, [])
     assert in_flight(plane) == [0, 0]
 
 

@@ -14,10 +14,10 @@ from tests.support.plane import CHAT, PRICE, Plane
 from tests.support.upstream import DONE, Asked, Caller, Upstream, finish, role, usage, word
 from tests.support.wire import Answer, post
 from tidemill.gateway.admission.fair_queue import Priority
-from tidemill.gateway.auth.internal_token import InternalRoad
+from tidemill.gateway.auth.internal_token import InternalAuth
 from tidemill.gateway.routing.models import ModelSpec
 from tidemill.gateway.routing.replica import ReplicaSpec
-from tidemill.ledger.pricing import Tier
+from tidemill.ledger.pricing import PriceTier
 from tidemill.store.prices import set_price
 
 TOKEN = "the-token-of-this-start"
@@ -52,10 +52,10 @@ class World:
 
 async def open_road(plane: Plane) -> None:
     """Admit lines of batches, at a price."""
-    plane.door._road = InternalRoad(TOKEN)
+    plane.authenticator._road = InternalAuth(TOKEN)
     with plane.store.write() as connection:
-        set_price(connection, model="mock", currency="USD", price=PRICE, now=datetime.now(UTC), tier=Tier.BATCH)
-    await plane.door.renew()
+        set_price(connection, model="mock", currency="USD", price=PRICE, now=datetime.now(UTC), tier=PriceTier.BATCH)
+    await plane.authenticator.renew()
 
 
 @pytest_asyncio.fixture

@@ -25,7 +25,7 @@ class World:
         self.engine = engine
         self._asleep = asleep
         self.wanted = 0
-        plane.routes.waking.on_wanted = self._on_wanted
+        plane.routes.activator.on_wanted = self._on_wanted
 
     def _on_wanted(self) -> None:
         self.wanted += 1
@@ -38,7 +38,7 @@ class World:
 
     async def waiting(self, count: int) -> None:
         async with asyncio.timeout(10.0):
-            while sum(self.plane.routes.waking.waiting.values()) != count:
+            while sum(self.plane.routes.activator.waiting.values()) != count:
                 await asyncio.sleep(0.01)
 
 
@@ -114,7 +114,7 @@ async def test_so_many_wait_and_no_more(world: World) -> None:
 async def test_nobody_waits_for_ever(world: World) -> None:
     refused = await world.plane.ask()
     assert refused.status == 503 and refused.error["code"] == "model_not_ready"
-    assert world.plane.routes.waking.waiting == {}
+    assert world.plane.routes.activator.waiting == {}
 
 
 async def test_a_model_that_will_not_wake_is_said_to_be_away(world: World) -> None:

@@ -2,7 +2,7 @@
 
 from tests.support.data_plane import Start
 from tests.support.upstream import DONE, Asked, Caller, finish, role, usage, word
-from tidemill.gateway.routing.demand import Gauge, ModelSeen
+from tidemill.gateway.routing.demand import DemandCounter, ModelSeen
 from tidemill.tides.buckets import bucket_of
 from tidemill.tides.state import Objective
 
@@ -13,8 +13,8 @@ async def streams(asked: Asked, caller: Caller) -> None:
 
 async def test_what_was_expected_is_corrected_by_what_it_was(start: Start) -> None:
     plane, _ = await start(streams, objective=Objective(ttft_s=60.0, tpot_s=60.0))
-    gauge: Gauge = plane.routes.by_name["mock"].gauge
-    assert gauge.take() is None
+    demand: DemandCounter = plane.routes.by_name["mock"].demand
+    assert demand.take() is None
     for _ in range(3):
         assert (await plane.ask(stream=True)).status == 200
     await plane.settled()

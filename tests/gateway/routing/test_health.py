@@ -38,8 +38,8 @@ from tests.support.upstream import (
 )
 from tidemill.gateway.proxy.retry import MAX_ATTEMPTS
 from tidemill.gateway.routing.circuit_breaker import FAILING_AFTER, UNREACHABLE_AFTER
-from tidemill.gateway.routing.replica import Replica
-from tidemill.tides.routing import Standing
+from tidemill.gateway.routing.replica import RoutedReplica
+from tidemill.tides.routing import ReplicaHealth
 
 OWN = {"owned": True}
 """An engine of one's own that speaks OpenAI's language: it may be asked again, as nobody bills it."""
@@ -56,7 +56,7 @@ async def of(fleet: Fleet, *scripts: Script, **changes: object) -> tuple[Plane, 
     return await fleet.plane(models("mock", *(engine.port for engine in engines), **changes)), engines
 
 
-def replica(plane: Plane, index: int, name: str = "mock") -> Replica:
+def replica(plane: Plane, index: int, name: str = "mock") -> RoutedReplica:
     return plane.routes.by_name[name].replicas[index]
 
 
@@ -75,7 +75,7 @@ async def test_a_replica_that_is_gone_is_passed_by(fleet: Fleet) -> None:
     records = await plane.settled()
     assert [each.opened.replica for each in records] == ["mock/1"] * 10, "one record each, and it names who served"
     assert {each.status for each in records} == {"ok"}
-    assert replica(plane, 0).standing(now(), None) is Standing.DOWN
+    assert replica(plane, 0).health(now(), None) is ReplicaHealth.DOWN
     assert len(engine.asked) == 10
 
 

@@ -129,8 +129,8 @@ async def ask_in_session(plane: Plane, header: str | None = None, **fields: obje
     assert (await plane.send(post(CHAT, body, plane.key, headers))).status == 200
 
 
-@pytest.mark.parametrize("way", ["header", "user", "prompt_cache_key"])
-async def test_a_session_has_a_home(fleet: Fleet, way: str) -> None:
+@pytest.mark.parametrize("selector", ["header", "user", "prompt_cache_key"])
+async def test_a_session_has_a_home(fleet: Fleet, selector: str) -> None:
     """The same one in each gateway process, as they do not talk to each other."""
     homes: list[list[str]] = []
     for _ in range(2):
@@ -140,7 +140,11 @@ async def test_a_session_has_a_home(fleet: Fleet, way: str) -> None:
         for session in ("s1", "s2", "s3", "s4", "s5", "s6", "s7", "s8"):
             before = [len(engine.asked) for engine in engines]
             for _ in range(3):
-                await (ask_in_session(plane, session) if way == "header" else ask_in_session(plane, **{way: session}))
+                await (
+                    ask_in_session(plane, session)
+                    if selector == "header"
+                    else ask_in_session(plane, **{selector: session})
+                )
             grown = [len(engine.asked) - count for engine, count in zip(engines, before, strict=True)]
             assert sorted(grown) == [0, 0, 3], (session, grown)
             plane_homes.append(f"{session}:{grown.index(3)}")
@@ -316,7 +320,7 @@ async def test_a_tenant_in_another_currency_is_not_compared(fleet: Fleet) -> Non
                 ),
             )
         body = {"model": "mock", "messages": [{"role": "user", "content": "hi"}]}
-        await plane.door.renew()
+        await plane.authenticator.renew()
         assert (await plane.send(post(CHAT, body, key))).status == status
         await asyncio.sleep(0.05)
         # The fixture's own tenant has not spent anything; this one has.

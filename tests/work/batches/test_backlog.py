@@ -5,7 +5,7 @@ from itertools import groupby
 
 from tests.work.conftest import Mill, answered, line
 from tidemill.tides.routing import POLICY
-from tidemill.work.batches.attempt import Answer, Call
+from tidemill.work.batches.attempt import LineAnswer, LineCall
 from tidemill.work.batches.backlog import MAX_PARTS, MIN_DONE, _most_urgent
 from tidemill.work.batches.lines import BEGINNING, beginning_of
 from tidemill.work.batches.slack import TideSlack
@@ -16,7 +16,7 @@ SYSTEM = "You are a miller who weighs grain. " * 40
 async def test_the_work_that_is_left_falls_as_lines_are_done(mill: Mill) -> None:
     held = asyncio.Event()
 
-    async def plane(call: Call) -> Answer:
+    async def plane(call: LineCall) -> LineAnswer:
         await held.wait()
         return answered()
 
@@ -38,7 +38,7 @@ async def test_the_work_that_is_left_falls_as_lines_are_done(mill: Mill) -> None
 async def test_what_lines_take_is_learned_from_those_that_are_done(mill: Mill) -> None:
     served = 0
 
-    async def plane(call: Call) -> Answer:
+    async def plane(call: LineCall) -> LineAnswer:
         nonlocal served
         served += 1
         if served > MIN_DONE + 2:
@@ -78,7 +78,7 @@ async def test_the_runner_takes_up_more_lines_when_it_may(mill: Mill) -> None:
     mill.slack = slack
     slack.allowed = {"mock": 0}
 
-    async def slow(call: Call) -> Answer:
+    async def slow(call: LineCall) -> LineAnswer:
         await asyncio.sleep(0.02)
         return answered()
 
@@ -108,7 +108,7 @@ async def test_lines_that_begin_alike_are_sent_one_after_the_other(mill: Mill) -
     batch_id = mill.submit([line("short"), *lines])
     sent: list[int] = []
 
-    async def plane(call: Call) -> Answer:
+    async def plane(call: LineCall) -> LineAnswer:
         sent.append(int(call.request_id.rpartition("_")[2]) - 2)
         return answered()
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.work.conftest import CHAT, RULES, line
 from tidemill.store.batches import LineError
-from tidemill.work.batches.lines import MAX_CUSTOM_ID, MAX_ERRORS, InvalidInput, LineRules, decode_line, read_index
+from tidemill.work.batches.lines import MAX_CUSTOM_ID, MAX_ERRORS, InvalidBatchInput, LineRules, decode_line, read_index
 
 
 def written(path: Path, *lines: Any, end: bytes = b"\n", before: bytes = b"") -> Path:
@@ -21,7 +21,7 @@ def written(path: Path, *lines: Any, end: bytes = b"\n", before: bytes = b"") ->
 
 
 def errors(path: Path, rules: LineRules = RULES, models: Any = ("mock",)) -> tuple[LineError, ...]:
-    with pytest.raises(InvalidInput) as refused:
+    with pytest.raises(InvalidBatchInput) as refused:
         read_index(path, CHAT, rules, models)
     return tuple(refused.value.errors)
 
@@ -117,7 +117,7 @@ def test_no_file_breaks_the_reader(tmp_path_factory: pytest.TempPathFactory, pie
     path.write_bytes(b"".join(pieces) + b"\n" + good)
     try:
         index = read_index(path, CHAT, LineRules(1000, 64))
-    except InvalidInput as refused:
+    except InvalidBatchInput as refused:
         assert refused.errors
     else:
         assert len(index) == 1

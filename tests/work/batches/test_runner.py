@@ -19,11 +19,11 @@ from tidemill.store import batches as batches_store
 from tidemill.store.batches import BatchStatus
 from tidemill.store.files import find_file
 from tidemill.work.batches import runner as batch_module
-from tidemill.work.batches.attempt import MAX_LOST, Answer, Call, Done, Lost
-from tidemill.work.batches.results import OUTPUT, Response, Results
+from tidemill.work.batches.attempt import MAX_LOST, LineAnswer, LineCall, LineDone, NoAnswer
+from tidemill.work.batches.results import OUTPUT, LineResponse, Results
 
 
-def number_of(call: Call) -> int:
+def number_of(call: LineCall) -> int:
     return int(call.request_id.rpartition("_")[2])
 
 
@@ -42,7 +42,7 @@ async def test_all_lines_of_a_batch(mill: Mill) -> None:
         "response": {"status_code": 200, "request_id": f"{batch_id}_1", "body": json.loads(answered().body)},
         "error": None,
     }
-    first = Call(
+    first = LineCall(
         path=CHAT, body=b'{"model": "mock"}', tenant_id=mill.tenant_id, key_id="key_1", request_id=f"{batch_id}_1"
     )
     assert running.calls.count(first) == 1  # the lines in work at a time come in any order
@@ -55,7 +55,7 @@ async def test_all_lines_of_a_batch(mill: Mill) -> None:
 
 
 async def test_no_more_lines_than_slots_and_none_while_somebody_waits(mill: Mill) -> None:
-    async def slow(call: Call) -> Answer:
+    async def slow(call: LineCall) -> LineAnswer:
         await asyncio.sleep(0.02)
         return answered()
 
@@ -87,7 +87,7 @@ async def test_the_most_urgent_batch_goes_first(mill: Mill) -> None:
 async def test_two_models_do_not_wait_for_each_other(mill: Mill) -> None:
     held = asyncio.Event()
 
-    async def plane(call: Call) -> Answer:
+    async def plane(call: LineCall) -> LineAnswer:
         if json.loads(call.body)["model"] == "mock":
             await held.wait()
         return answered()
@@ -107,7 +107,7 @@ async def test_two_models_do_not_wait_for_each_other(mill: Mill) -> None:
 async def test_a_refusal_for_now_is_no_result(mill: Mill, status: int) -> None:
     asked: Counter[int] = Counter()
 
-    async def plane(call: Call) -> Answer:
+    async def plane(call: LineCall) -> LineAnswer:
         asked[number_of(call)] += 1
         return answered() if asked[number_of(call)] > 8 else answered(status, {"error": {"message": "busy"}})
 
@@ -123,7 +123,7 @@ async def test_a_refusal_for_now_is_no_result(mill: Mill, status: int) -> None:
 
 
 async def test_a_tenant_that_is_refused_rests_and_others_do_not(mill: Mill) -> None:
-    async def plane(call: Call) -> Answer:
+    async def plane(call: LineCall) -> LineAnswer:
         await asyncio.sleep(0)
         return answered(429, {}, retry_after_s=60.0)
 
@@ -137,7 +137,7 @@ async def test_a_tenant_that_is_refused_rests_and_others_do_not(mill: Mill) -> N
 async def test_retry_after_is_kept(mill: Mill) -> None:
     times: list[float] = []
 
-    async def plane(call: Call) -> Answer:
+    async def plane(call: LineCall) -> LineAnswer:
         times.append(asyncio.get_running_loop().time())
         return answered() if len(times) > 1 else answered(429, {}, retry_after_s=0.4)
 
@@ -153,7 +153,7 @@ async def test_a_poison_line_fails_alone(mill: Mill, way: str) -> None:
     mill.slack.parallel = {"mock": 10}
     alive = asyncio.Event()
 
-    async def plane(call: Call) -> Answer:
+    async def plane(call: LineCall) -> LineAnswer:
         nonlocal alive
         mine = alive
         if number_of(call) == 7:
@@ -166,7 +166,7 @@ async def test_a_poison_line_fails_alone(mill: Mill, way: str) -> None:
             return answered()
         if way == "status":
             return answered(502, {"error": {"message": "The engine was lost."}})
-        raise Lost("The engine closed the connection.", sent=True)
+        raise NoAnswer("The engine closed the connection.", sent=True)
 
     batch_id = mill.submit([line(f"r{number}") for number in range(1, 101)])
     async with mill.run(plane) as running:
@@ -181,11 +181,11 @@ async def test_a_poison_line_fails_alone(mill: Mill, way: str) -> None:
 async def test_a_gateway_that_is_not_there_costs_no_attempts(mill: Mill) -> None:
     asked = 0
 
-    async def plane(call: Call) -> Answer:
+    async def plane(call: LineCall) -> LineAnswer:
         nonlocal asked
         asked += 1
         if asked < 10:
-            raise Lost("refused", sent=False)
+            raise NoAnswer("refused", sent=False)
         return answered()
 
     batch_module.LONGEST_WAIT_S, longest = 0.05, batch_module.LONGEST_WAIT_S
@@ -198,16 +198,16 @@ async def test_a_gateway_that_is_not_there_costs_no_attempts(mill: Mill) -> None
 
 
 async def test_errors_and_answers_that_are_none(mill: Mill) -> None:
-    async def plane(call: Call) -> Answer:
+    async def plane(call: LineCall) -> LineAnswer:
         match number_of(call):
             case 1:
                 return answered(400, {"error": {"message": "no", "code": "context_length_exceeded"}})
             case 2:
-                return Answer(200, b"<html>")
+                return LineAnswer(200, b"<html>")
             case 3:
-                return Answer(404, b"not found\xff")
+                return LineAnswer(404, b"not found\xff")
             case _:
-                return Answer(200, b'{\r\n "id":\n "c"\n}')
+                return LineAnswer(200, b'{\r\n "id":\n "c"\n}')
 
     batch_id = mill.submit([line("bad"), line("html"), line("text"), line("pretty"), line("stream", stream=True)])
     async with mill.run(plane) as running:
@@ -224,7 +224,7 @@ async def test_errors_and_answers_that_are_none(mill: Mill) -> None:
 async def test_a_balance_that_parallel_lines_hold_is_asked_again(mill: Mill) -> None:
     in_flight = 0
 
-    async def plane(call: Call) -> Answer:
+    async def plane(call: LineCall) -> LineAnswer:
         nonlocal in_flight
         in_flight += 1
         try:
@@ -242,7 +242,7 @@ async def test_a_balance_that_parallel_lines_hold_is_asked_again(mill: Mill) -> 
 async def test_cancelling_lets_what_is_in_flight_end(mill: Mill) -> None:
     release = asyncio.Event()
 
-    async def plane(call: Call) -> Answer:
+    async def plane(call: LineCall) -> LineAnswer:
         await release.wait()
         return answered()
 
@@ -265,7 +265,7 @@ async def test_a_line_that_never_ends_does_not_keep_a_batch_from_its_end(
 ) -> None:
     monkeypatch.setattr(batch_module, "FINISH_S", 0.2)
 
-    async def never(call: Call) -> Answer:
+    async def never(call: LineCall) -> LineAnswer:
         await asyncio.Event().wait()
         raise AssertionError
 
@@ -290,7 +290,7 @@ async def test_a_batch_cancelled_before_anything_was_looked_at(mill: Mill) -> No
 
 
 async def test_a_stop_records_what_still_ends_and_another_runner_goes_on(mill: Mill) -> None:
-    async def slow(call: Call) -> Answer:
+    async def slow(call: LineCall) -> LineAnswer:
         await asyncio.sleep(0.2 if number_of(call) % 2 else 30)
         return answered()
 
@@ -393,7 +393,7 @@ async def test_a_kill_between_any_two_steps(
 
 
 def _done(status: int) -> Any:
-    return Done(Response(status, "batch_x_1", msgspec.Raw(b"{}")))
+    return LineDone(LineResponse(status, "batch_x_1", msgspec.Raw(b"{}")))
 
 
 async def test_a_full_disk_loses_no_result(mill: Mill, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,16 +17,16 @@ from tidemill.fleet.backend import Device
 from tidemill.ledger.devices import DeviceTier
 from tidemill.ledger.money import Nanos, parse_amount
 from tidemill.store.balance_leases import leased
-from tidemill.store.device_meters import MeterWish, begin_meters, meter_rows, open_meters, verify_meters
+from tidemill.store.device_meters import MeterStart, begin_meters, meter_rows, open_meters, verify_meters
 from tidemill.store.device_prices import agreed_price, set_device_price
 from tidemill.store.engine import Store
 from tidemill.store.ids import new_id
 from tidemill.store.jobs import (
     Attempt,
+    AttemptOutcome,
     Job,
     JobSpec,
     JobState,
-    Outcome,
     ask_to_cancel,
     create_job,
     find_job,
@@ -43,7 +43,7 @@ from tidemill.store.reservations import (
 )
 from tidemill.store.schema import jobs
 from tidemill.store.tenants import Tenant, create_tenant
-from tidemill.work.jobs.attempt_store import Ending, JobLedger
+from tidemill.work.jobs.attempt_store import AttemptEnd, AttemptStore
 
 __all__ = ["databases", "postgres_server", "quick_directory", "store"]
 
@@ -60,7 +60,7 @@ class World:
 
     def __init__(self, store: Store, balance: str = "1000000") -> None:
         self.store = store
-        self.ledger = JobLedger(store, "Asia/Shanghai")
+        self.ledger = AttemptStore(store, "Asia/Shanghai")
         self.devices = [Device(f"n/{index}", "n", index, "cpu") for index in range(4)]
         with store.write() as connection:
             self.tenant: Tenant = create_tenant(connection, name="acme", currency="CNY", now=LONG_AGO)
@@ -102,7 +102,7 @@ class World:
             if active:
                 states = (ReservationState.BOOKED,), ReservationState.ACTIVE
                 assert step_reservation(connection, made.reservation_id, *states)
-                wish = MeterWish(
+                wish = MeterStart(
                     price=price,
                     tier=DeviceTier.RESERVED,
                     devices=2,
@@ -114,11 +114,11 @@ class World:
 
     def end_reservation(self, reservation: Reservation) -> None:
         """As its time is over."""
-        from tidemill.store.device_meters import ReadingWish, read_meters
+        from tidemill.store.device_meters import MeterReading, read_meters
 
         with self.store.write() as connection:
             wishes = [
-                ReadingWish(meter_id=meter.meter_id, until=reservation.ends_at, final=True)
+                MeterReading(meter_id=meter.meter_id, until=reservation.ends_at, final=True)
                 for meter in open_meters(connection, reservation_id=reservation.reservation_id)
             ]
             read_meters(connection, self.tenant.tenant_id, wishes, zone="UTC")
@@ -133,8 +133,8 @@ class World:
         return Attempt(**{name: getattr(attempt, name) for name in attempt.__struct_fields__} | {"started_at": OCTOBER})
 
     def end(self, job: Job, attempt: Attempt, after_s: float, becomes: JobState = JobState.SUCCEEDED) -> None:
-        ending = Ending(
-            outcome=Outcome.SUCCEEDED if becomes is JobState.SUCCEEDED else Outcome.PREEMPTED,
+        ending = AttemptEnd(
+            outcome=AttemptOutcome.SUCCEEDED if becomes is JobState.SUCCEEDED else AttemptOutcome.PREEMPTED,
             exit_code=0,
             reason="ended",
             ran_us=round(after_s * US),

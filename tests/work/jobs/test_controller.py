@@ -15,7 +15,7 @@ import pytest
 from tests.support.jobs import EXAMPLE, Jobs, spawned
 from tidemill.ledger.money import parse_amount
 from tidemill.store.job_files import JobFiles
-from tidemill.store.jobs import JobState, Outcome, ask_to_cancel
+from tidemill.store.jobs import AttemptOutcome, JobState, ask_to_cancel
 
 SLEEPER = ("sh", "-c", "echo up; trap 'echo saved; exit 7' TERM; sleep 60 & wait")
 DEAF = ("sh", "-c", "trap '' TERM; echo up; while :; do sleep 0.1; done")
@@ -80,9 +80,9 @@ async def test_training_that_is_preempted_twice_ends_as_one_that_is_not(jobs: Jo
         assert json.load(file) == undisturbed
     assert undisturbed["accuracy"] > 0.9
     assert [each.outcome for each in jobs.attempts(job)] == [
-        Outcome.PREEMPTED,
-        Outcome.PREEMPTED,
-        Outcome.SUCCEEDED,
+        AttemptOutcome.PREEMPTED,
+        AttemptOutcome.PREEMPTED,
+        AttemptOutcome.SUCCEEDED,
     ]
     assert "begins at step 0" not in jobs.files.read_log(job, 2, 0).data.decode()
     jobs.check_books()
@@ -96,7 +96,7 @@ async def test_one_that_ignores_its_signal_is_killed_after_its_grace(jobs: Jobs)
     await jobs.until(lambda: jobs.book.views()[0].phase == "stopping")
     assert (await jobs.reach(job, JobState.QUEUED)).exit_code == -9
     assert spawned(job) == []
-    assert jobs.attempts(job)[0].outcome is Outcome.PREEMPTED
+    assert jobs.attempts(job)[0].outcome is AttemptOutcome.PREEMPTED
     jobs.check_books()
 
 
@@ -185,7 +185,7 @@ async def test_when_the_money_is_used_up_it_checkpoints_and_waits(tmp_path: Path
         await jobs.until(lambda: [each.outcome for each in jobs.attempts(job)] not in ([], [None]))
         waits = jobs.job(job)
         assert waits.reason == "unpaid: insufficient balance" and waits.exit_code == 7
-        assert jobs.attempts(job)[0].outcome is Outcome.UNPAID
+        assert jobs.attempts(job)[0].outcome is AttemptOutcome.UNPAID
         assert jobs.balance() > 0 and jobs.rows()[0].uncollected == 0
         jobs.check_books()
     finally:
@@ -224,7 +224,7 @@ async def test_a_stopped_platform_takes_its_jobs_up_again(tmp_path: Path) -> Non
     jobs = await Jobs(tmp_path).open()
     try:
         assert jobs.job(job).reason == "stopped: the platform is stopped"
-        assert [each.outcome for each in jobs.attempts(job)] == [Outcome.STOPPED]
+        assert [each.outcome for each in jobs.attempts(job)] == [AttemptOutcome.STOPPED]
         jobs.check_books()
         await jobs.start(job)
         await jobs.says(job, "up", attempt=2)

@@ -13,7 +13,7 @@ from tidemill.ledger.devices import DeviceTier
 from tidemill.ledger.money import Nanos, parse_amount
 from tidemill.store.device_prices import agreed_price
 from tidemill.store.ids import new_id
-from tidemill.store.jobs import Attempt, JobState, Outcome, ask_to_cancel
+from tidemill.store.jobs import Attempt, AttemptOutcome, JobState, ask_to_cancel
 from tidemill.store.reservations import (
     Reservation,
     ReservationState,
@@ -119,7 +119,7 @@ async def test_a_beginning_whose_answer_was_lost(
             await jobs.reach(job, JobState.CANCELLED)
         else:
             await jobs.until(lambda: any(each.ended_at for each in jobs.attempts(job)))
-            assert jobs.attempts(job)[0].outcome is Outcome.LOST
+            assert jobs.attempts(job)[0].outcome is AttemptOutcome.LOST
             jobs.check_books()
             await jobs.start(job)
             await jobs.says(job, "up", attempt=2)

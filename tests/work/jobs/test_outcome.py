@@ -6,8 +6,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from tidemill.store.jobs import Job, JobSpec, JobState, Outcome
-from tidemill.work.jobs.launch import Cause, RunEnd
+from tidemill.store.jobs import AttemptOutcome, Job, JobSpec, JobState
+from tidemill.work.jobs.launch import RunEnd, StopCause
 from tidemill.work.jobs.outcome import MAX_LOSSES, RETRY_LONGEST_S, ending_of
 
 NOW = datetime(2026, 11, 24, tzinfo=UTC)
@@ -25,40 +25,50 @@ def end(**fields: Any) -> RunEnd:
 @pytest.mark.parametrize(
     ("how", "done", "outcome", "becomes"),
     [
-        (end(), False, Outcome.SUCCEEDED, JobState.SUCCEEDED),
-        (end(exit_code=3), False, Outcome.FAILED, JobState.FAILED),
-        (end(exit_code=3), True, Outcome.FAILED, JobState.FAILED),
-        (end(exit_code=-11), False, Outcome.FAILED, JobState.FAILED),
-        (end(exit_code=None, by_itself=False, cannot="no such program"), False, Outcome.FAILED, JobState.FAILED),
-        (end(exit_code=None, by_itself=False, lost="node lost"), False, Outcome.LOST, JobState.QUEUED),
+        (end(), False, AttemptOutcome.SUCCEEDED, JobState.SUCCEEDED),
+        (end(exit_code=3), False, AttemptOutcome.FAILED, JobState.FAILED),
+        (end(exit_code=3), True, AttemptOutcome.FAILED, JobState.FAILED),
+        (end(exit_code=-11), False, AttemptOutcome.FAILED, JobState.FAILED),
+        (end(exit_code=None, by_itself=False, cannot="no such program"), False, AttemptOutcome.FAILED, JobState.FAILED),
+        (end(exit_code=None, by_itself=False, lost="node lost"), False, AttemptOutcome.LOST, JobState.QUEUED),
         # asked to go, and it did
-        (end(cause=Cause.PREEMPT, by_itself=False), False, Outcome.PREEMPTED, JobState.QUEUED),
-        (end(cause=Cause.PREEMPT, by_itself=False, exit_code=-15), False, Outcome.PREEMPTED, JobState.QUEUED),
-        (end(cause=Cause.STOP, by_itself=False, exit_code=-9), True, Outcome.STOPPED, JobState.QUEUED),
-        (end(cause=Cause.UNPAID, by_itself=False), False, Outcome.UNPAID, JobState.QUEUED),
-        (end(cause=Cause.CANCEL, by_itself=False), False, Outcome.CANCELLED, JobState.CANCELLED),
-        (end(cause=Cause.EXPIRE, by_itself=False), False, Outcome.EXPIRED, JobState.EXPIRED),
-        # before it had begun
-        (end(cause=Cause.PREEMPT, by_itself=False, exit_code=None), False, Outcome.PREEMPTED, JobState.QUEUED),
+        (end(cause=StopCause.PREEMPT, by_itself=False), False, AttemptOutcome.PREEMPTED, JobState.QUEUED),
         (
-            end(cause=Cause.PREEMPT, by_itself=False, exit_code=None, cannot="x"),
+            end(cause=StopCause.PREEMPT, by_itself=False, exit_code=-15),
             False,
-            Outcome.PREEMPTED,
+            AttemptOutcome.PREEMPTED,
+            JobState.QUEUED,
+        ),
+        (end(cause=StopCause.STOP, by_itself=False, exit_code=-9), True, AttemptOutcome.STOPPED, JobState.QUEUED),
+        (end(cause=StopCause.UNPAID, by_itself=False), False, AttemptOutcome.UNPAID, JobState.QUEUED),
+        (end(cause=StopCause.CANCEL, by_itself=False), False, AttemptOutcome.CANCELLED, JobState.CANCELLED),
+        (end(cause=StopCause.EXPIRE, by_itself=False), False, AttemptOutcome.EXPIRED, JobState.EXPIRED),
+        # before it had begun
+        (
+            end(cause=StopCause.PREEMPT, by_itself=False, exit_code=None),
+            False,
+            AttemptOutcome.PREEMPTED,
+            JobState.QUEUED,
+        ),
+        (
+            end(cause=StopCause.PREEMPT, by_itself=False, exit_code=None, cannot="x"),
+            False,
+            AttemptOutcome.PREEMPTED,
             JobState.QUEUED,
         ),
         # it says that it is done
-        (end(cause=Cause.PREEMPT, by_itself=False), True, Outcome.SUCCEEDED, JobState.SUCCEEDED),
-        (end(cause=Cause.EXPIRE, by_itself=False), True, Outcome.SUCCEEDED, JobState.SUCCEEDED),
-        (end(cause=Cause.CANCEL, by_itself=False), True, Outcome.CANCELLED, JobState.CANCELLED),
+        (end(cause=StopCause.PREEMPT, by_itself=False), True, AttemptOutcome.SUCCEEDED, JobState.SUCCEEDED),
+        (end(cause=StopCause.EXPIRE, by_itself=False), True, AttemptOutcome.SUCCEEDED, JobState.SUCCEEDED),
+        (end(cause=StopCause.CANCEL, by_itself=False), True, AttemptOutcome.CANCELLED, JobState.CANCELLED),
         # it ended before it heard
-        (end(cause=Cause.PREEMPT), False, Outcome.SUCCEEDED, JobState.SUCCEEDED),
-        (end(cause=Cause.CANCEL), False, Outcome.SUCCEEDED, JobState.SUCCEEDED),
-        (end(cause=Cause.PREEMPT, exit_code=3), False, Outcome.FAILED, JobState.FAILED),
-        (end(cause=Cause.CANCEL, exit_code=3), False, Outcome.CANCELLED, JobState.CANCELLED),
-        (end(cause=Cause.EXPIRE, exit_code=3), False, Outcome.EXPIRED, JobState.EXPIRED),
+        (end(cause=StopCause.PREEMPT), False, AttemptOutcome.SUCCEEDED, JobState.SUCCEEDED),
+        (end(cause=StopCause.CANCEL), False, AttemptOutcome.SUCCEEDED, JobState.SUCCEEDED),
+        (end(cause=StopCause.PREEMPT, exit_code=3), False, AttemptOutcome.FAILED, JobState.FAILED),
+        (end(cause=StopCause.CANCEL, exit_code=3), False, AttemptOutcome.CANCELLED, JobState.CANCELLED),
+        (end(cause=StopCause.EXPIRE, exit_code=3), False, AttemptOutcome.EXPIRED, JobState.EXPIRED),
     ],
 )
-def test_what_becomes_of_it(how: RunEnd, done: bool, outcome: Outcome, becomes: JobState) -> None:
+def test_what_becomes_of_it(how: RunEnd, done: bool, outcome: AttemptOutcome, becomes: JobState) -> None:
     ending = ending_of(job(), how, "why", done=done, now=NOW)
     assert (ending.outcome, ending.becomes, ending.ran_us) == (outcome, becomes, 5)
 
@@ -81,7 +91,7 @@ def test_one_that_takes_its_node_along_each_time_is_given_up() -> None:
 
 
 def test_one_without_money_waits_a_while() -> None:
-    ending = ending_of(job(), end(cause=Cause.UNPAID, by_itself=False), "insufficient balance", done=False, now=NOW)
+    ending = ending_of(job(), end(cause=StopCause.UNPAID, by_itself=False), "insufficient balance", done=False, now=NOW)
     assert ending.job_reason == "unpaid: insufficient balance" and ending.not_before is not None
     assert ending.not_before > NOW + timedelta(seconds=1)
     assert msgspec.to_builtins(ending)["becomes"] == "queued"

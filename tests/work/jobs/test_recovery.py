@@ -16,9 +16,9 @@ import pytest
 
 from tests.support.jobs import WITHIN_S, Jobs, shims, spawned
 from tests.support.paths import ROOT
-from tidemill.fleet.backend import Ended
-from tidemill.store.jobs import JobState, Outcome
-from tidemill.work.jobs.recovery import Recovery, read_end
+from tidemill.fleet.backend import ProcessEnd
+from tidemill.store.jobs import AttemptOutcome, JobState
+from tidemill.work.jobs.recovery import JobRecovery, read_end
 
 SAVES = ("sh", "-c", "echo up; trap 'echo saved; exit 0' TERM; sleep 60 & wait")
 
@@ -106,7 +106,7 @@ async def test_after_a_kill_of_everything_it_counts_to_its_last_reading(tmp_path
     try:
         waits = await jobs.reach(life.job, JobState.QUEUED)
         assert waits.reason == "lost: the platform was killed" and waits.losses == 1
-        assert jobs.attempts(life.job)[0].outcome is Outcome.LOST
+        assert jobs.attempts(life.job)[0].outcome is AttemptOutcome.LOST
         assert before <= life.billed_us() == billed
         assert spawned(life.job) == []
         jobs.check_books()
@@ -123,7 +123,7 @@ async def test_a_shim_that_is_killed_takes_its_job_along(tmp_path: Path, lives: 
     os.kill(shim, signal.SIGKILL)
     life.wait_for("up", attempt=2)  # that platform starts all that waits
     first, *_ = life.jobs.attempts(life.job)
-    assert (first.outcome, first.exit_code) == (Outcome.LOST, -9)
+    assert (first.outcome, first.exit_code) == (AttemptOutcome.LOST, -9)
     life.kill(everything=True)
     jobs = await life.next_life()
     await jobs.reach(life.job, JobState.QUEUED)
@@ -166,7 +166,9 @@ async def test_a_clock_that_jumped_meanwhile_is_not_believed(tmp_path: Path, liv
     lives.append(life)
     life.kill(everything=True)
     billed = life.billed_us()
-    life.jobs.files.end_file(life.job, 1, 0).write_bytes(msgspec.json.encode(Ended(0, time.time() + jump_s, "stopped")))
+    life.jobs.files.end_file(life.job, 1, 0).write_bytes(
+        msgspec.json.encode(ProcessEnd(0, time.time() + jump_s, "stopped"))
+    )
     jobs = await life.next_life()
     try:
         await jobs.reach(life.job, JobState.QUEUED)
@@ -183,7 +185,7 @@ async def test_one_that_was_taken_and_never_begun_waits_again(tmp_path: Path) ->
     job = jobs.submit("true")
     with jobs.store.write() as connection:
         connection.exec_driver_sql("UPDATE jobs SET state = 'starting'")
-    recovery = Recovery(jobs.store, jobs.files, jobs.book._ledger, jobs.job(job))
+    recovery = JobRecovery(jobs.store, jobs.files, jobs.book._ledger, jobs.job(job))
     assert recovery.attempt() is None
     await jobs.open()
     assert (await jobs.reach(job, JobState.QUEUED)).reason == "the platform was killed"

@@ -25,8 +25,8 @@ from tidemill.store.reservations import (
     find_reservation,
 )
 from tidemill.store.tenants import Tenant, create_tenant
-from tidemill.work.jobs.attempt_store import JobLedger
-from tidemill.work.jobs.reservation_controller import ReservationBook
+from tidemill.work.jobs.attempt_store import AttemptStore
+from tidemill.work.jobs.reservation_controller import ReservationController
 
 __all__ = ["databases", "postgres_server", "quick_directory", "store"]
 
@@ -44,12 +44,12 @@ def acme(store: Store) -> Tenant:
 
 
 @pytest.fixture
-def books(databases: Databases, store: Store) -> list[ReservationBook]:
+def books(databases: Databases, store: Store) -> list[ReservationController]:
     return [book(databases.again(store)) for _ in range(2)]
 
 
-def book(store: Store, site: str = "here") -> ReservationBook:
-    return ReservationBook(store, JobLedger(store, ZONE), ZONE, site)
+def book(store: Store, site: str = "here") -> ReservationController:
+    return ReservationController(store, AttemptStore(store, ZONE), ZONE, site)
 
 
 def at(second: float) -> datetime:
@@ -83,7 +83,9 @@ def check(store: Store, acme: Tenant) -> None:
         assert leased(connection, acme.tenant_id) == 0
 
 
-def test_each_moment_is_billed_once_and_in_its_month(store: Store, acme: Tenant, books: list[ReservationBook]) -> None:
+def test_each_moment_is_billed_once_and_in_its_month(
+    store: Store, acme: Tenant, books: list[ReservationController]
+) -> None:
     """Their clocks differ, and one goes back."""
     reserve(store, acme, -100, 200)
     for second, which in ((-101, 0), (-99, 0), (-97, 1), (-50, 1), (-55, 0), (30, 0), (20, 1), (199, 1), (205, 0)):
@@ -106,7 +108,7 @@ def test_each_moment_is_billed_once_and_in_its_month(store: Store, acme: Tenant,
     check(store, acme)
 
 
-def test_cancelled_while_both_look(store: Store, acme: Tenant, books: list[ReservationBook]) -> None:
+def test_cancelled_while_both_look(store: Store, acme: Tenant, books: list[ReservationController]) -> None:
     for _ in range(6):
         reservation_id = reserve(store, acme, 0, 1000)
         failures: list[BaseException] = []
@@ -117,7 +119,7 @@ def test_cancelled_while_both_look(store: Store, acme: Tenant, books: list[Reser
             with store.write() as connection:
                 cancel_reservation(connection, reservation_id, "enough", now=at(100))
 
-        def see_to(book: ReservationBook) -> None:
+        def see_to(book: ReservationController) -> None:
             for second in (99, 100, 101):
                 book.bill(at(second))
                 book.look(at(second))
@@ -146,7 +148,7 @@ def test_cancelled_while_both_look(store: Store, acme: Tenant, books: list[Reser
 
 
 def test_what_was_cancelled_is_not_billed_beyond_it_however_late_it_is_noticed(
-    store: Store, acme: Tenant, books: list[ReservationBook]
+    store: Store, acme: Tenant, books: list[ReservationController]
 ) -> None:
     reservation_id = reserve(store, acme, 0, 1000)
     books[0].look(at(1))

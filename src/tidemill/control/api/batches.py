@@ -12,7 +12,7 @@ from tidemill.control.api.access import Running, change, read, read_drained
 from tidemill.control.api.schemas import CONFLICT, FAILURES, Amount, Answer, Body, Currency, Instant
 
 
-class Batch(Answer):
+class BatchSchema(Answer):
     """A batch of requests. `completed` + `failed` = `total` once it has ended."""
 
     id: str
@@ -45,7 +45,7 @@ class BatchError(Answer):
     line: Annotated[int | None, Meta(description="Counts from 1; null: the file as a whole.")]
 
 
-class WholeBatch(Batch):
+class WholeBatch(BatchSchema):
     """A batch with its errors, and what it has cost until now."""
 
     charge: Amount
@@ -55,7 +55,7 @@ class WholeBatch(Batch):
 class Batches(Answer):
     """A page of batches, newest first."""
 
-    batches: list[Batch]
+    batches: list[BatchSchema]
     next: Annotated[str | None, Meta(description="`after` of the next page; null at the end.")]
 
 

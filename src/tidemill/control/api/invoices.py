@@ -29,7 +29,7 @@ class InvoicePeriod(Answer):
     end: Instant
 
 
-class InvoiceLine(Answer):
+class InvoiceLineSchema(Answer):
     """One kind of token of one model at one price version: the exact sum of that component of its records."""
 
     model: str
@@ -74,7 +74,7 @@ class InvoiceCredit(Answer):
     memo: str
 
 
-class Invoice(Answer):
+class InvoiceSchema(Answer):
     """A tenant's bill for a month. The lines add up to `subtotal` exactly, and so do the usage records."""
 
     number: str
@@ -88,7 +88,7 @@ class Invoice(Answer):
     period: InvoicePeriod
     as_of: Instant
     requests: int
-    lines: list[InvoiceLine]
+    lines: list[InvoiceLineSchema]
     device_lines: list[InvoiceDeviceLine]
     subtotal: Amount
     rounding: Annotated[str, Meta(description="What rounding to the currency's minor unit has added.")]
@@ -105,7 +105,7 @@ MonthParam = Annotated[str | None, QueryParameter(description="A billing month s
 
 
 @get("/invoices", responses=FAILURES)
-async def get_invoice(platform: Running, tenant: TenantParam, month: MonthParam = None) -> Invoice:
+async def get_invoice(platform: Running, tenant: TenantParam, month: MonthParam = None) -> InvoiceSchema:
     """A tenant's invoice of a month; a draft while the month is not over."""
     now = datetime.now(UTC)
     found = await read_drained(
@@ -114,7 +114,7 @@ async def get_invoice(platform: Running, tenant: TenantParam, month: MonthParam 
             connection, tenant, month, zone=platform.zone, issuer=platform.issuer, now=now
         ),
     )
-    return convert(found, Invoice)
+    return convert(found, InvoiceSchema)
 
 
 @get("/invoices/text", media_type=MediaType.TEXT, responses=FAILURES)

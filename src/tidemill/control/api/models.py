@@ -38,7 +38,7 @@ class Models(Answer):
     models: list[Model]
 
 
-class Price(Rates):
+class PriceSchema(Rates):
     """A price version: in force from `valid_from` until the next of its model and currency, and never edited."""
 
     id: str
@@ -51,7 +51,7 @@ class Price(Rates):
 class Prices(Answer):
     """Price versions."""
 
-    prices: list[Price]
+    prices: list[PriceSchema]
 
 
 @get("/models", responses=FAILURES)

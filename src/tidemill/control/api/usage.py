@@ -22,7 +22,7 @@ class UsageSums(Answer):
     charge: Amount
 
 
-class UsageRecord(Answer):
+class UsageRecordSchema(Answer):
     """One accepted request: what it used, what it cost, and how it ended."""
 
     request_id: str
@@ -49,7 +49,7 @@ class UsageRecord(Answer):
     device_ns: Annotated[int, Meta(description="Its fair share of its replica's busy time, nanoseconds.")]
 
 
-class DeviceUse(Answer):
+class DeviceUseSchema(Answer):
     """Device time of jobs and reservations by kind of device, tier and price version."""
 
     kind: Annotated[str, Meta(examples=["h800-sxm", "cpu"])]
@@ -80,7 +80,7 @@ class DeviceRecord(Answer):
     currency: Currency
 
 
-class UsageStatement(UsageSums, omit_defaults=True):
+class UsageStatementSchema(UsageSums, omit_defaults=True):
     """A tenant's usage in a month or in all, and its balance of now."""
 
     tenant: Annotated[str, Meta(description="The tenant's name.")]
@@ -90,11 +90,11 @@ class UsageStatement(UsageSums, omit_defaults=True):
     zone: Annotated[str, Meta(description="The time zone whose midnights bound the month.")]
     balance: Amount
     models: Annotated[dict[str, UsageSums], Meta(description="The same sums by model, without device time.")]
-    devices: Annotated[list[DeviceUse], Meta(description="Device time; its charges are in `charge`, too.")]
+    devices: Annotated[list[DeviceUseSchema], Meta(description="Device time; its charges are in `charge`, too.")]
     device_records: Annotated[
         list[DeviceRecord] | None, Meta(description="With the first page of records: the rentals behind `devices`.")
     ] = None
-    records: Annotated[list[UsageRecord] | None, Meta(description="When asked for: oldest first.")] = None
+    records: Annotated[list[UsageRecordSchema] | None, Meta(description="When asked for: oldest first.")] = None
     next: Annotated[str | None, Meta(description="`after` of the next page of records; missing at the end.")] = None
 
 
@@ -108,7 +108,7 @@ async def get_usage(
     records: Annotated[bool, QueryParameter(description="Add the usage records.")] = False,
     after: Annotated[str | None, QueryParameter(description="`next` of the page of records before.")] = None,
     limit: Annotated[int, QueryParameter(description=f"Records in a page, 1 to {MAX_PAGE_RECORDS}.")] = PAGE_RECORDS,
-) -> UsageStatement:
+) -> UsageStatementSchema:
     """What a tenant has used: sums by model and in all, exactly those of the usage records settled until now."""
     found = await read_drained(
         platform,
@@ -116,4 +116,4 @@ async def get_usage(
             connection, tenant, zone=platform.zone, month=month, records=records, after=after, limit=limit
         ),
     )
-    return convert(found, UsageStatement)
+    return convert(found, UsageStatementSchema)

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import msgspec
 
 from tidemill.engines.catalogue.gpus import GpuSpec
-from tidemill.engines.catalogue.models import ModelSpec
+from tidemill.engines.catalogue.models import CatalogueModel
 from tidemill.errors import NotFound
 
-__all__ = ["GpuSpec", "ModelSpec", "gpu_named", "gpus", "model_named", "models"]
+__all__ = ["CatalogueModel", "GpuSpec", "gpu_named", "gpus", "model_named", "models"]
 
 T = TypeVar("T")
 
@@ -43,14 +43,14 @@ _SHORT = {
 
 
 @cache
-def models() -> Mapping[str, ModelSpec]:
+def models() -> Mapping[str, CatalogueModel]:
     """All models, by name."""
-    found: dict[str, ModelSpec] = {}
+    found: dict[str, CatalogueModel] = {}
     folder = files(__name__) / "models"
     for file in sorted(folder.iterdir(), key=lambda each: each.name):
         if file.name.endswith(".toml"):
             for name, table in _read(file).items():
-                found[name] = msgspec.convert({"name": name, **table}, ModelSpec)
+                found[name] = msgspec.convert({"name": name, **table}, CatalogueModel)
     return found
 
 
@@ -61,9 +61,9 @@ def gpus() -> Mapping[str, GpuSpec]:
     return {kind: msgspec.convert({"kind": kind, **table}, GpuSpec) for kind, table in tables.items()}
 
 
-def model_named(name: str) -> ModelSpec:
+def model_named(name: str) -> CatalogueModel:
     """A model by its name, an alias or its hub id, whatever the case. Raises NotFound with the nearest right name."""
-    known: dict[str, ModelSpec] = {}
+    known: dict[str, CatalogueModel] = {}
     for spec in models().values():
         known |= dict.fromkeys((spec.name, spec.hub_id.lower(), spec.hub_id.lower().rpartition("/")[2]), spec)
         known |= dict.fromkeys(spec.aliases, spec)

@@ -8,16 +8,16 @@ import msgspec
 
 from tidemill.clock import now_us
 from tidemill.errors import Unavailable
-from tidemill.gateway.admission.fair_queue import ModelQueue, Place, Priority, Queues, priority_of
-from tidemill.gateway.admission.holds import CountPrompt, Hold, NotCovered, hold_now, hold_scarce, insufficient
-from tidemill.gateway.admission.rate_limits import Limits, Plan, Stay, estimate
+from tidemill.gateway.admission.fair_queue import FairQueues, ModelQueue, Priority, QueueSlot, priority_of
+from tidemill.gateway.admission.holds import CountPrompt, Hold, PurseTooSmall, hold_now, hold_scarce, insufficient
+from tidemill.gateway.admission.rate_limits import BoundLimits, LimitReservation, RateLimits, estimate
 from tidemill.gateway.auth.snapshot import PricePoint, Principal
 from tidemill.gateway.protocols.dialect import dialect_of
 from tidemill.gateway.protocols.request import ModelRequest
-from tidemill.gateway.routing.models import Route
+from tidemill.gateway.routing.models import ModelRoute
 from tidemill.http.server import Exchange
-from tidemill.ledger.pricing import Tier
-from tidemill.meter.balance_leases import Leasing, PurseId
+from tidemill.ledger.pricing import PriceTier
+from tidemill.meter.balance_leases import BalanceLeases, PurseId
 from tidemill.store.budgets import BudgetPeriod
 
 DO_NOT_RETRY = b"x-should-retry: false\r\n"
@@ -30,10 +30,10 @@ class Admitted(msgspec.Struct):
     hold: Hold
     started_us: int
     """The instant whose budgets are held: microseconds since 1970 UTC."""
-    stay: Stay | None = None
-    place: Place | None = None
+    stay: LimitReservation | None = None
+    place: QueueSlot | None = None
 
-    def settle(self, leasing: Leasing, charge: int, used_tokens: int) -> None:
+    def settle(self, leasing: BalanceLeases, charge: int, used_tokens: int) -> None:
         """The request has ended: it costs so much, and used so many tokens."""
         leasing.settle_all(self.hold.purses, self.hold.amount, charge)
         if self.stay is not None:
@@ -41,7 +41,7 @@ class Admitted(msgspec.Struct):
         if self.place is not None:
             self.place.leave(used_tokens)
 
-    def cancel(self, leasing: Leasing) -> None:
+    def cancel(self, leasing: BalanceLeases) -> None:
         """The request is not worked on after all."""
         leasing.settle_all(self.hold.purses, self.hold.amount, 0)
         if self.stay is not None:
@@ -53,13 +53,15 @@ class Admitted(msgspec.Struct):
 class Admission:
     """Admits the requests of one gateway process."""
 
-    def __init__(self, leasing: Leasing, limits: Limits | None = None, queues: Queues | None = None) -> None:
+    def __init__(
+        self, leasing: BalanceLeases, limits: RateLimits | None = None, queues: FairQueues | None = None
+    ) -> None:
         self._leasing = leasing
         self._limits = limits
         self._queues = queues
 
     def admit_now(
-        self, exchange: Exchange, request: ModelRequest, route: Route, principal: Principal, price: PricePoint
+        self, exchange: Exchange, request: ModelRequest, route: ModelRoute, principal: Principal, price: PricePoint
     ) -> Admitted | None:
         """Admit a request if all that it needs is at hand. The hot path: nothing is waited for."""
         plan = self._limits.plan(principal, request.model) if self._limits is not None else None
@@ -70,8 +72,8 @@ class Admission:
             return None
         if plan is None and queue is None:
             return Admitted(hold, started_us)
-        place: Place | None = None
-        stay: Stay | None = None
+        place: QueueSlot | None = None
+        stay: LimitReservation | None = None
         try:
             if queue is not None:
                 place = queue.enter_now(*_turn(request, principal, exchange))
@@ -93,7 +95,7 @@ class Admission:
         self,
         exchange: Exchange,
         request: ModelRequest,
-        route: Route,
+        route: ModelRoute,
         principal: Principal,
         price: PricePoint,
         count_prompt: CountPrompt,
@@ -134,13 +136,13 @@ class Admission:
         if plan is not None:
             await self._enter(exchange, plan, request)
 
-    def _queue(self, route: Route, principal: Principal) -> ModelQueue | None:
+    def _queue(self, route: ModelRoute, principal: Principal) -> ModelQueue | None:
         """Where the request may have to wait. A line that goes to a replica lent to batches takes nobody's place."""
-        if self._queues is None or (route.batch_only and principal.tier is Tier.BATCH and route.lends):
+        if self._queues is None or (route.batch_only and principal.tier is PriceTier.BATCH and route.lends):
             return None
         return self._queues.of(route.spec.name)
 
-    async def _enter(self, exchange: Exchange, plan: Plan, request: ModelRequest) -> Stay:
+    async def _enter(self, exchange: Exchange, plan: BoundLimits, request: ModelRequest) -> LimitReservation:
         assert self._limits is not None
         try:
             return await self._limits.enter(plan, request, exchange.body)
@@ -151,16 +153,16 @@ class Admission:
         self,
         exchange: Exchange,
         request: ModelRequest,
-        route: Route,
+        route: ModelRoute,
         principal: Principal,
         price: PricePoint,
         purses: tuple[PurseId, ...],
-        plan: Plan | None,
+        plan: BoundLimits | None,
         count_prompt: CountPrompt,
     ) -> Hold:
         try:
             return await hold_scarce(request, route, price, self._leasing, purses, count_prompt)
-        except NotCovered as lack:
+        except PurseTooSmall as lack:
             self._leasing.let_go(lack.purse)
             if isinstance(lack.purse, BudgetPeriod):
                 assert plan is not None and self._limits is not None
@@ -174,12 +176,12 @@ class Admission:
                 hint="Try again in a moment.",
             ) from failure
 
-    def _purses(self, plan: Plan | None, principal: Principal, started_us: int) -> tuple[PurseId, ...]:
+    def _purses(self, plan: BoundLimits | None, principal: Principal, started_us: int) -> tuple[PurseId, ...]:
         if plan is None or self._limits is None:
             return (principal.tenant_id,)
         return self._limits.purses(plan, principal, started_us)
 
-    def _note_limits(self, exchange: Exchange, plan: Plan) -> None:
+    def _note_limits(self, exchange: Exchange, plan: BoundLimits) -> None:
         assert self._limits is not None
         exchange.extra += self._limits.headers(plan, dialect_of(exchange))
 
@@ -192,6 +194,6 @@ def _turn(request: ModelRequest, principal: Principal, exchange: Exchange) -> tu
 
 async def _take_turn(
     queue: ModelQueue, exchange: Exchange, request: ModelRequest, principal: Principal
-) -> Place | None:
+) -> QueueSlot | None:
     turn = _turn(request, principal, exchange)
     return queue.enter_now(*turn) or await queue.enter(exchange, *turn)

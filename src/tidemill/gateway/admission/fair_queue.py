@@ -17,7 +17,7 @@ from tidemill.gateway.errors import QueueFull, WaitedTooLong
 from tidemill.gateway.protocols.request import ModelRequest
 from tidemill.gateway.routing.models import ModelSpec
 from tidemill.http.server import Exchange
-from tidemill.ledger.pricing import Tier
+from tidemill.ledger.pricing import PriceTier
 from tidemill.tides.fairness import FairClock
 
 RESERVE_OF = 8
@@ -41,13 +41,13 @@ _BATCH_TIERS = (b'"flex"', b'"batch"')
 
 def priority_of(request: ModelRequest, principal: Principal) -> Priority:
     """OpenAI's `service_tier`: `flex` (and `batch`) can wait, `auto`, `default` and `priority` cannot."""
-    if principal.tier is Tier.BATCH:
+    if principal.tier is PriceTier.BATCH:
         return Priority.BATCH
     tier = request.ask.fields.get("service_tier")
     return Priority.BATCH if tier is not None and bytes(tier) in _BATCH_TIERS else Priority.INTERACTIVE
 
 
-class Place:
+class QueueSlot:
     """A request's place at a model, until it `leave`s."""
 
     __slots__ = ("_queue", "began", "priority", "tenant", "weight", "work")
@@ -68,7 +68,7 @@ class Place:
 class _Waiter:
     __slots__ = ("future", "place")
 
-    def __init__(self, place: Place, future: "asyncio.Future[None]") -> None:
+    def __init__(self, place: QueueSlot, future: "asyncio.Future[None]") -> None:
         self.place = place
         self.future = future
 
@@ -91,7 +91,7 @@ class ModelQueue:
         self._crowded_until = 0.0
         self._service_s = 0.0
 
-    def enter_now(self, tenant: str, weight: int, work: int, priority: Priority) -> Place | None:
+    def enter_now(self, tenant: str, weight: int, work: int, priority: Priority) -> QueueSlot | None:
         """A place if one is free for this tenant. The hot path."""
         if (tenant, priority) != self._last_seen:
             if self._last_seen[0]:
@@ -101,18 +101,20 @@ class ModelQueue:
             self._dispatch()
         if not self._has_room(tenant, priority):
             return None
-        place = Place(self, tenant, weight, work, priority)
+        place = QueueSlot(self, tenant, weight, work, priority)
         self._start(place)
         return place
 
-    async def enter(self, exchange: Exchange, tenant: str, weight: int, work: int, priority: Priority) -> Place | None:
+    async def enter(
+        self, exchange: Exchange, tenant: str, weight: int, work: int, priority: Priority
+    ) -> QueueSlot | None:
         """Wait for a place; None when the client leaves meanwhile.
 
         Raises QueueFull when too many wait, also later on when others have a better right to wait, and WaitedTooLong.
         """
         self._make_room(tenant, weight, priority)
         loop = asyncio.get_running_loop()
-        waiter = _Waiter(Place(self, tenant, weight, work, priority), loop.create_future())
+        waiter = _Waiter(QueueSlot(self, tenant, weight, work, priority), loop.create_future())
         self._waiting[priority].setdefault(tenant, deque()).append(waiter)
         self.queued += 1
         timer = loop.call_later(self.max_wait_s, self._give_up, waiter)
@@ -136,7 +138,7 @@ class ModelQueue:
             return None
         return waiter.place
 
-    def left(self, place: Place, used_tokens: int) -> None:
+    def left(self, place: QueueSlot, used_tokens: int) -> None:
         """A request has ended: correct its tenant's share by what it really was, and let the next one in."""
         self.running -= 1
         rest = self._running_of[place.tenant] - 1
@@ -174,7 +176,7 @@ class ModelQueue:
             return True
         return priority is Priority.INTERACTIVE and tenant not in self._running_of
 
-    def _start(self, place: Place) -> None:
+    def _start(self, place: QueueSlot) -> None:
         place.began = self._clock()
         self.running += 1
         self._running_of[place.tenant] = self._running_of.get(place.tenant, 0) + 1
@@ -250,7 +252,7 @@ class ModelQueue:
         )
 
 
-class Queues:
+class FairQueues:
     """The queues of all models that have one. `index` of `processes` is this gateway process."""
 
     def __init__(self, index: int, processes: int, clock: Callable[[], float]) -> None:

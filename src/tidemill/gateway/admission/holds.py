@@ -14,10 +14,10 @@ from tidemill.errors import TidemillError
 from tidemill.gateway.auth.snapshot import PricePoint, Principal
 from tidemill.gateway.errors import BudgetExhausted, InsufficientQuota
 from tidemill.gateway.protocols.request import ModelRequest
-from tidemill.gateway.routing.models import Route
+from tidemill.gateway.routing.models import ModelRoute
 from tidemill.ledger.money import Nanos, format_amount
 from tidemill.ledger.pricing import affordable_output, hold_for
-from tidemill.meter.balance_leases import Leasing, PurseId
+from tidemill.meter.balance_leases import BalanceLeases, PurseId
 from tidemill.store.budgets import BudgetPeriod
 
 TEMPLATE_TOKENS = 256
@@ -40,7 +40,7 @@ class Hold(msgspec.Struct, frozen=True, gc=False):
     """The purse that cuts it short."""
 
 
-def output_bound(request: ModelRequest, route: Route) -> int:
+def output_bound(request: ModelRequest, route: ModelRoute) -> int:
     """The most tokens that each choice can have: the client's limit or the model's, within the context."""
     if not request.ask.generates:
         return 0
@@ -48,14 +48,14 @@ def output_bound(request: ModelRequest, route: Route) -> int:
     return min(asked, route.spec.context) if route.spec.context else asked
 
 
-def prompt_bound(request: ModelRequest, route: Route) -> int:
+def prompt_bound(request: ModelRequest, route: ModelRoute) -> int:
     """The most tokens that the prompt, or all prompts together, can have."""
     bound = request.body_bytes + TEMPLATE_TOKENS
     return min(bound, route.spec.context * request.ask.prompts) if route.spec.context else bound
 
 
 def hold_now(
-    request: ModelRequest, route: Route, price: PricePoint, leasing: Leasing, purses: tuple[PurseId, ...]
+    request: ModelRequest, route: ModelRoute, price: PricePoint, leasing: BalanceLeases, purses: tuple[PurseId, ...]
 ) -> Hold | None:
     """Hold the bound from what this process has leased; None when that is not enough. The hot path."""
     cap = output_bound(request, route)
@@ -65,7 +65,7 @@ def hold_now(
     return None
 
 
-class NotCovered(Exception):
+class PurseTooSmall(Exception):
     """A purse does not cover what a request may cost."""
 
     def __init__(self, purse: PurseId, needed: int, available: int, prompt: int, output: int) -> None:
@@ -79,9 +79,9 @@ class NotCovered(Exception):
 
 async def hold_scarce(
     request: ModelRequest,
-    route: Route,
+    route: ModelRoute,
     price: PricePoint,
-    leasing: Leasing,
+    leasing: BalanceLeases,
     purses: tuple[PurseId, ...],
     count_prompt: CountPrompt,
 ) -> Hold:
@@ -113,10 +113,10 @@ async def hold_scarce(
             rest = hold_for(price.price, prompt_tokens=prompt, output_tokens=fits * choices)
             if fits >= 1 and rest <= wallet.available and await leasing.hold_all(purses, rest) is None:
                 return Hold(rest, fits, cut_short=True, purses=purses, scarce=lacking)
-    raise NotCovered(lacking, amount, leasing.free(lacking), prompt, cap * choices)
+    raise PurseTooSmall(lacking, amount, leasing.free(lacking), prompt, cap * choices)
 
 
-def insufficient(principal: Principal, lack: NotCovered) -> InsufficientQuota:
+def insufficient(principal: Principal, lack: PurseTooSmall) -> InsufficientQuota:
     """The error for a request that the balance does not cover."""
     currency = principal.currency
     return InsufficientQuota(

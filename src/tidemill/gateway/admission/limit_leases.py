@@ -18,7 +18,7 @@ from tidemill.ledger.limits import Limit
 from tidemill.ledger.slots import LEASE_S, SlotGrant, SlotReport, SlotShare
 from tidemill.ledger.windows import AHEAD_S, RateGrant, RateReport, RateShare
 from tidemill.store.engine import Store
-from tidemill.store.limit_leases import Exchanged, exchange
+from tidemill.store.limit_leases import LimitReply, exchange
 
 log = structlog.get_logger()
 
@@ -67,7 +67,7 @@ class _Held:
         """What requests hope to get of what is held elsewhere."""
 
 
-class Rate(_Held):
+class RateLease(_Held):
     """A limit per minute, as this process knows it."""
 
     __slots__ = ("share",)
@@ -112,7 +112,7 @@ class Rate(_Held):
         return self.share.at_hand(second) + self.free
 
 
-class Slots(_Held):
+class SlotLease(_Held):
     """A limit on concurrent requests, as this process knows it."""
 
     __slots__ = ("share",)
@@ -143,10 +143,10 @@ class Slots(_Held):
         return share.dirty or share.leased > share.used or (share.leased > 0 and share.valid < second + LEASE_S // 2)
 
 
-Share = Rate | Slots
+Share = RateLease | SlotLease
 
 
-class Shares:
+class LimitLeases:
     """All shares of one gateway process. All methods run on the event loop."""
 
     def __init__(
@@ -158,8 +158,8 @@ class Shares:
         self.clock = clock
         self._skew = 0.0
         """The store's clock less this process's, rather more than less (`ledger.windows`)."""
-        self._rates: dict[str, Rate] = {}
-        self._slots: dict[str, Slots] = {}
+        self._rates: dict[str, RateLease] = {}
+        self._slots: dict[str, SlotLease] = {}
         self._due: dict[Share, None] = {}
         self._next: asyncio.Future[Unavailable | None] | None = None
         self._task: asyncio.Task[None] | None = None
@@ -167,19 +167,19 @@ class Shares:
         self._closing = False
         self.rounds = 0
 
-    def rate(self, limit: Limit) -> Rate:
+    def rate(self, limit: Limit) -> RateLease:
         """This process's share of a limit per minute; empty at first."""
         rate = self._rates.get(limit.limit_id)
         if rate is None:
-            rate = self._rates[limit.limit_id] = Rate(limit)
+            rate = self._rates[limit.limit_id] = RateLease(limit)
         rate.limit = limit
         return rate
 
-    def slots(self, limit: Limit) -> Slots:
+    def slots(self, limit: Limit) -> SlotLease:
         """This process's slots of a concurrency limit; none at first."""
         slots = self._slots.get(limit.limit_id)
         if slots is None:
-            slots = self._slots[limit.limit_id] = Slots(limit)
+            slots = self._slots[limit.limit_id] = SlotLease(limit)
         slots.limit = limit
         return slots
 
@@ -275,8 +275,8 @@ class Shares:
 
     async def _round(self, part: list[Share]) -> None:
         second, now = self.second(), self.clock()
-        rates = {each: each.report(second, now, self._closing) for each in part if isinstance(each, Rate)}
-        slots = {each: each.report(second, now) for each in part if isinstance(each, Slots)}
+        rates = {each: each.report(second, now, self._closing) for each in part if isinstance(each, RateLease)}
+        slots = {each: each.report(second, now) for each in part if isinstance(each, SlotLease)}
         by_id = {each.limit.limit_id: report for each, report in rates.items()}
         slots_by_id = {each.limit.limit_id: report for each, report in slots.items()}
         self.rounds += 1
@@ -305,7 +305,7 @@ def exchange_in(
     rates: dict[str, RateReport],
     slots: dict[str, SlotReport],
     clock: Callable[[], float],
-) -> tuple[Exchanged, float]:
+) -> tuple[LimitReply, float]:
     """Report to the store; gives its answers, and its clock less ours, rather more than less. Blocking."""
     before = clock()
     with store.write() as connection:

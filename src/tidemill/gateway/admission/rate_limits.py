@@ -12,14 +12,14 @@ from collections.abc import Callable
 import msgspec
 
 from tidemill.clock import from_micros
-from tidemill.gateway.admission.limit_leases import Rate, Share, Shares, Slots
-from tidemill.gateway.auth.snapshot import Principal, Snapshot
+from tidemill.gateway.admission.limit_leases import LimitLeases, RateLease, Share, SlotLease
+from tidemill.gateway.auth.snapshot import AccessSnapshot, Principal
 from tidemill.gateway.errors import BudgetExhausted, RateLimited
 from tidemill.gateway.protocols.dialect import ANTHROPIC, OPENAI, Dialect
 from tidemill.gateway.protocols.request import ModelRequest
 from tidemill.ledger.limits import Limit, LimitKind, scope_of, span_of, title_of
 from tidemill.ledger.money import format_amount
-from tidemill.ledger.pricing import Tier
+from tidemill.ledger.pricing import PriceTier
 from tidemill.ledger.windows import WINDOW_S
 from tidemill.meter.balance_leases import PurseId
 from tidemill.store.budgets import BudgetPeriod
@@ -39,7 +39,7 @@ their second report, a report a second."""
 RECALL_EVERY_S = 0.2
 
 
-class Budget:
+class BudgetLimit:
     """A budget, with its period of now."""
 
     __slots__ = ("_period", "_until_us", "limit", "zone")
@@ -61,14 +61,14 @@ class Budget:
         return period
 
 
-class Plan(msgspec.Struct, frozen=True):
+class BoundLimits(msgspec.Struct, frozen=True):
     """The limits that bind what one key asks of one model."""
 
     principal: Principal
-    requests: tuple[Rate, ...]
-    tokens: tuple[Rate, ...]
-    slots: tuple[Slots, ...]
-    budgets: tuple[Budget, ...]
+    requests: tuple[RateLease, ...]
+    tokens: tuple[RateLease, ...]
+    slots: tuple[SlotLease, ...]
+    budgets: tuple[BudgetLimit, ...]
 
     @property
     def fewest_tokens(self) -> int:
@@ -83,12 +83,12 @@ class Plan(msgspec.Struct, frozen=True):
         return missing
 
 
-class Stay:
+class LimitReservation:
     """What an admitted request has of its tenant's limits. `leave` or `cancel` it, once."""
 
     __slots__ = ("_plan", "_second", "_shares", "tokens")
 
-    def __init__(self, shares: Shares, plan: Plan, tokens: int, second: int) -> None:
+    def __init__(self, shares: LimitLeases, plan: BoundLimits, tokens: int, second: int) -> None:
         """Take it all. It must be at hand, and nothing may have happened since that was seen."""
         self._shares = shares
         self._plan = plan
@@ -123,23 +123,23 @@ class Stay:
         self.leave(0)
 
 
-class Limits:
+class RateLimits:
     """The limits of one gateway process. `zone` is the operator's time zone, which bounds the days of budgets."""
 
-    def __init__(self, shares: Shares, zone: str, *, wall: Callable[[], float] = time.time) -> None:
+    def __init__(self, shares: LimitLeases, zone: str, *, wall: Callable[[], float] = time.time) -> None:
         self.shares = shares
         self._zone = zone
         self._wall = wall
-        self._plans: dict[tuple[str, str, Tier], Plan] = {}
+        self._plans: dict[tuple[str, str, PriceTier], BoundLimits] = {}
         self._warned: frozenset[tuple[str, str]] = frozenset()
 
-    def update(self, snapshot: Snapshot) -> None:
+    def update(self, snapshot: AccessSnapshot) -> None:
         """Take over the limits of a new snapshot."""
         self._plans.clear()
         self._warned = snapshot.warned
         self.shares.refresh(snapshot.limit_ids)
 
-    def plan(self, principal: Principal, model: str) -> Plan | None:
+    def plan(self, principal: Principal, model: str) -> BoundLimits | None:
         """The limits that bind this request; None when none does. The lines of batches are bound by budgets only."""
         if not principal.limits:
             return None
@@ -149,24 +149,24 @@ class Limits:
             plan = self._plans[name] = self._make(principal, model)
         return plan
 
-    def _make(self, principal: Principal, model: str) -> Plan:
+    def _make(self, principal: Principal, model: str) -> BoundLimits:
         binding = [limit for limit in principal.limits if limit.binds(principal.first_key_id, model)]
-        live = binding if principal.tier is Tier.STANDARD else []
-        return Plan(
+        live = binding if principal.tier is PriceTier.STANDARD else []
+        return BoundLimits(
             principal=principal,
             requests=tuple(self.shares.rate(limit) for limit in live if limit.kind is LimitKind.RPM),
             tokens=tuple(self.shares.rate(limit) for limit in live if limit.kind is LimitKind.TPM),
             slots=tuple(self.shares.slots(limit) for limit in live if limit.kind is LimitKind.CONCURRENCY),
-            budgets=tuple(Budget(limit, self._zone) for limit in binding if limit.kind is LimitKind.BUDGET),
+            budgets=tuple(BudgetLimit(limit, self._zone) for limit in binding if limit.kind is LimitKind.BUDGET),
         )
 
-    def purses(self, plan: Plan | None, principal: Principal, now_us: int) -> tuple[PurseId, ...]:
+    def purses(self, plan: BoundLimits | None, principal: Principal, now_us: int) -> tuple[PurseId, ...]:
         """What a request is paid from: the balance, and the budgets' periods of this instant."""
         if plan is None or not plan.budgets:
             return (principal.tenant_id,)
         return (principal.tenant_id, *(budget.period(now_us) for budget in plan.budgets))
 
-    def enter_now(self, plan: Plan, request: ModelRequest, body: bytes) -> Stay | None:
+    def enter_now(self, plan: BoundLimits, request: ModelRequest, body: bytes) -> LimitReservation | None:
         """Take what the request needs if all of it is at hand. The hot path. Raises RateLimited when it never fits."""
         tokens = self._tokens(plan, request, body)
         second = self.shares.second()
@@ -179,16 +179,16 @@ class Limits:
         for slots in plan.slots:
             if slots.share.at_hand(second) < 1:
                 return None
-        return Stay(self.shares, plan, tokens, second)
+        return LimitReservation(self.shares, plan, tokens, second)
 
-    def plan_of_count(self, principal: Principal, model: str) -> Plan | None:
+    def plan_of_count(self, principal: Principal, model: str) -> BoundLimits | None:
         """What binds a request that only counts: limits on requests a minute, the same as those of its messages."""
         plan = self.plan(principal, model)
         if plan is None or not plan.requests:
             return None
-        return Plan(principal, plan.requests, (), (), ())
+        return BoundLimits(principal, plan.requests, (), (), ())
 
-    async def enter(self, plan: Plan, request: ModelRequest, body: bytes) -> Stay:
+    async def enter(self, plan: BoundLimits, request: ModelRequest, body: bytes) -> LimitReservation:
         """The same, asking the store for what is missing.
 
         Raises RateLimited when there is no more, Unavailable when the store does not answer.
@@ -207,9 +207,9 @@ class Limits:
                 for share, _ in denied:
                     share.denied_until = 0.0
             await shares.renew(lacking)
-        return Stay(shares, plan, tokens, second)
+        return LimitReservation(shares, plan, tokens, second)
 
-    async def _wait_for_others(self, plan: Plan, denied: list[tuple[Share, int]], waited_s: float) -> None:
+    async def _wait_for_others(self, plan: BoundLimits, denied: list[tuple[Share, int]], waited_s: float) -> None:
         """Wait a moment if other processes hold enough that they may not use. Raises RateLimited if not."""
         for share, amount in denied:
             if waited_s > RECALL_S or share.elsewhere < share.patient + amount:
@@ -222,7 +222,7 @@ class Limits:
             for share, amount in denied:
                 share.patient -= amount
 
-    def headers(self, plan: Plan, dialect: Dialect = OPENAI) -> bytes:
+    def headers(self, plan: BoundLimits, dialect: Dialect = OPENAI) -> bytes:
         """Header lines for every answer: the tightest limits, as the API's clients read them, and the warnings of soft
         budgets.
         """
@@ -237,7 +237,7 @@ class Limits:
             lines += self._warnings(plan)
         return lines
 
-    def _anthropic_headers(self, what: bytes, rates: tuple[Rate, ...], second: int) -> bytes:
+    def _anthropic_headers(self, what: bytes, rates: tuple[RateLease, ...], second: int) -> bytes:
         """Anthropic API reference, "Rate limits", response headers: the reset is an instant in RFC 3339."""
         tightest, reset_s = _tightest(rates, second)
         instant = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._wall() + reset_s)).encode()
@@ -251,7 +251,7 @@ class Limits:
             instant,
         )
 
-    def budget_exhausted(self, plan: Plan, period: BudgetPeriod, needed: int, available: int) -> BudgetExhausted:
+    def budget_exhausted(self, plan: BoundLimits, period: BudgetPeriod, needed: int, available: int) -> BudgetExhausted:
         """The error for a request that this budget does not cover."""
         limit = next(budget.limit for budget in plan.budgets if budget.limit.limit_id == period.limit_id)
         currency, span = plan.principal.currency, period.span
@@ -264,7 +264,7 @@ class Limits:
             retry_after_s=left_s,
         )
 
-    def _warnings(self, plan: Plan) -> bytes:
+    def _warnings(self, plan: BoundLimits) -> bytes:
         now_us = int(self._wall() * 1_000_000)
         lines = []
         for budget in plan.budgets:
@@ -277,7 +277,7 @@ class Limits:
                 )
         return "".join(lines).encode("ascii", "replace")
 
-    def _tokens(self, plan: Plan, request: ModelRequest, body: bytes) -> int:
+    def _tokens(self, plan: BoundLimits, request: ModelRequest, body: bytes) -> int:
         """The tokens to take of the limits on tokens a minute. Raises RateLimited for a prompt that never fits."""
         if not plan.tokens:
             return 0
@@ -293,7 +293,7 @@ class Limits:
             )
         return min(prompt + answer, fewest)
 
-    def _denial(self, plan: Plan, share: Share, amount: int) -> RateLimited:
+    def _denial(self, plan: BoundLimits, share: Share, amount: int) -> RateLimited:
         limit, now = share.limit, self.shares.clock()
         wait_s = 1 if limit.kind is LimitKind.CONCURRENCY else max(1, -int(now - share.frees_at))
         asked = f" This request needs {amount:,} tokens of it." if limit.kind is LimitKind.TPM else ""
@@ -316,13 +316,13 @@ def estimate(request: ModelRequest, body: bytes) -> tuple[int, int]:
     return prompt, min(request.ask.max_tokens or EXPECTED_OUTPUT, EXPECTED_OUTPUT) * request.ask.choices
 
 
-def _tightest(rates: tuple[Rate, ...], second: int) -> tuple[Rate, int]:
+def _tightest(rates: tuple[RateLease, ...], second: int) -> tuple[RateLease, int]:
     """The rate with the least left, and the seconds until all of it is free again."""
     tightest = min(rates, key=lambda rate: rate.remaining(second)) if len(rates) > 1 else rates[0]
     return tightest, max(tightest.share.last_used + WINDOW_S + 1 - second, 0)
 
 
-def _rate_headers(what: bytes, rates: tuple[Rate, ...], second: int) -> bytes:
+def _rate_headers(what: bytes, rates: tuple[RateLease, ...], second: int) -> bytes:
     tightest, reset_s = _tightest(rates, second)
     return b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-remaining-%b: %d\r\nx-ratelimit-reset-%b: %ds\r\n" % (
         what,

@@ -8,12 +8,12 @@ from concurrent.futures import Executor
 import structlog
 
 from tidemill.errors import Unavailable
-from tidemill.gateway.auth.internal_token import SCHEME, InternalRoad
+from tidemill.gateway.auth.internal_token import SCHEME, InternalAuth
 from tidemill.gateway.auth.key_policy import Network
-from tidemill.gateway.auth.snapshot import EMPTY, PricePoint, Principal, Snapshot, key_digest, read_snapshot
+from tidemill.gateway.auth.snapshot import EMPTY, AccessSnapshot, PricePoint, Principal, key_digest, read_snapshot
 from tidemill.gateway.errors import BadRequest, InvalidKey
 from tidemill.http.server import Exchange
-from tidemill.ledger.pricing import Tier
+from tidemill.ledger.pricing import PriceTier
 from tidemill.meter.balance_leases import STORE_PATIENCE_S
 from tidemill.store.engine import Store
 
@@ -23,7 +23,7 @@ ASK_EVERY_S = 0.2
 """An unknown key makes the process ask the store for news at most this often."""
 
 
-class Door:
+class Authenticator:
     """Knows keys, tenants and prices as of a snapshot that is renewed in the background.
 
     While the store does not answer, the last snapshot stays in force: valid keys go on being valid.
@@ -33,21 +33,21 @@ class Door:
         self,
         store: Store,
         executor: Executor,
-        road: InternalRoad | None = None,
+        road: InternalAuth | None = None,
         *,
         proxies: Sequence[Network] = (),
     ) -> None:
         """`proxies`: networks of reverse proxies, whose word is taken for where a request comes from."""
         self._store = store
-        self._road = road or InternalRoad()
+        self._road = road or InternalAuth()
         self._proxies = proxies
         self._executor = executor
         self._asked_at = float("-inf")
         self._renewing: asyncio.Task[None] | None = None
-        self.snapshot: Snapshot = EMPTY
+        self.snapshot: AccessSnapshot = EMPTY
         self.answering = False
         """The store has answered when it was last asked."""
-        self.on_news: Callable[[Snapshot], None] | None = None
+        self.on_news: Callable[[AccessSnapshot], None] | None = None
         """Called with each new snapshot."""
 
     def admit(self, exchange: Exchange) -> Principal | None:
@@ -96,7 +96,7 @@ class Door:
         if principal.rules is not None:
             principal.rules.check_model(model)
         snapshot = self.snapshot
-        prices = snapshot.prices if principal.tier is Tier.STANDARD else snapshot.batch_prices
+        prices = snapshot.prices if principal.tier is PriceTier.STANDARD else snapshot.batch_prices
         point = prices.get((model, principal.currency))
         if point is None:
             raise BadRequest(

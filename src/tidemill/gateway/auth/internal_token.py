@@ -15,38 +15,40 @@ import re
 
 import msgspec
 
-from tidemill.gateway.auth.snapshot import EMPTY, Principal, Snapshot
+from tidemill.gateway.auth.snapshot import EMPTY, AccessSnapshot, Principal
 from tidemill.gateway.errors import BadRequest, InvalidKey
 from tidemill.http.server import Exchange
-from tidemill.ledger.pricing import Tier
+from tidemill.ledger.pricing import PriceTier
 
 SCHEME = b"tidemill"
 _REQUEST_ID = re.compile(r"batch_[a-z0-9]{1,24}_[0-9]{1,9}")
 
 
-class NotOurs(InvalidKey):
+class InvalidInternalToken(InvalidKey):
     """The token is not that of this platform's start."""
 
     code = "invalid_internal_key"
 
 
-class InternalRoad:
+class InternalAuth:
     """Admits the platform's own processes. Without a token it admits nobody."""
 
     def __init__(self, token: str = "") -> None:
         self._digest = hashlib.sha256(token.encode()).digest() if token else b""
-        self._snapshot: Snapshot = EMPTY
+        self._snapshot: AccessSnapshot = EMPTY
         self._by_key: dict[str, Principal] = {}
         self._by_tenant: dict[str, Principal] = {}
 
-    def admit(self, exchange: Exchange, secret: bytes, snapshot: Snapshot) -> Principal | None:
+    def admit(self, exchange: Exchange, secret: bytes, snapshot: AccessSnapshot) -> Principal | None:
         """In whose name the request comes; None when that tenant has no key in the snapshot.
 
         Gives the exchange the request's id. Raises NotOurs.
         """
         given = hashlib.sha256(secret.strip()).digest()
         if not self._digest or not hmac.compare_digest(given, self._digest) or not exchange.from_here:
-            raise NotOurs("This authorization is not accepted here.", hint="Send 'Authorization: Bearer sk-...'.")
+            raise InvalidInternalToken(
+                "This authorization is not accepted here.", hint="Send 'Authorization: Bearer sk-...'."
+            )
         named = _header(exchange, b"x-tidemill-request")
         if not _REQUEST_ID.fullmatch(named):
             raise BadRequest("x-tidemill-request is not the id of a batch's line.")
@@ -58,9 +60,9 @@ class InternalRoad:
         if principal is None:
             return None
         exchange.request_id = named
-        return msgspec.structs.replace(principal, key_id=key_id, tier=Tier.BATCH)
+        return msgspec.structs.replace(principal, key_id=key_id, tier=PriceTier.BATCH)
 
-    def _look_up(self, snapshot: Snapshot) -> None:
+    def _look_up(self, snapshot: AccessSnapshot) -> None:
         if snapshot is not self._snapshot:
             self._snapshot = snapshot
             self._by_key = {principal.key_id: principal for principal in snapshot.keys.values()}

@@ -11,7 +11,7 @@ from sqlalchemy import select
 from tidemill.clock import from_micros
 from tidemill.gateway.auth.key_policy import KeyRules, rules_of
 from tidemill.ledger.limits import Limit
-from tidemill.ledger.pricing import Price, PriceVersion, Tier
+from tidemill.ledger.pricing import Price, PriceTier, PriceVersion
 from tidemill.store import schema
 from tidemill.store.budgets import warned
 from tidemill.store.engine import Store
@@ -27,7 +27,7 @@ class Principal(msgspec.Struct, frozen=True):
     tenant_id: str
     key_id: str
     currency: str
-    tier: Tier = Tier.STANDARD
+    tier: PriceTier = PriceTier.STANDARD
     """The price that the request has: that of its class."""
     first_key_id: str = ""
     """The first key of its line of rotated keys: what limits are set on."""
@@ -46,7 +46,7 @@ class PricePoint(msgspec.Struct, frozen=True):
     price: Price
 
 
-class Snapshot(msgspec.Struct, frozen=True):
+class AccessSnapshot(msgspec.Struct, frozen=True):
     """An immutable view; a newer one replaces it whole."""
 
     revision: int
@@ -62,15 +62,15 @@ class Snapshot(msgspec.Struct, frozen=True):
     """Budgets, by limit id and period, whose soft limit is reached."""
 
 
-EMPTY = Snapshot(-1, {}, {})
+EMPTY = AccessSnapshot(-1, {}, {})
 
 
 def key_digest(secret: bytes) -> bytes:
-    """What `Snapshot.keys` is keyed by."""
+    """What `AccessSnapshot.keys` is keyed by."""
     return hashlib.sha256(secret).digest()
 
 
-def read_snapshot(store: Store, known_revision: int = -1) -> Snapshot | None:
+def read_snapshot(store: Store, known_revision: int = -1) -> AccessSnapshot | None:
     """Read the store's current state; None when it still has the revision that is known. Blocking."""
     with store.read() as connection:
         revision = current_revision(connection)
@@ -95,8 +95,8 @@ def read_snapshot(store: Store, known_revision: int = -1) -> Snapshot | None:
         limits = list_limits(connection)
         warnings = warned(connection) if limits else frozenset()
         now = from_micros(time.time_ns() // 1000 + 1_000_000)
-        prices, batch_prices = (current_prices(connection, now, tier) for tier in (Tier.STANDARD, Tier.BATCH))
-    return Snapshot(
+        prices, batch_prices = (current_prices(connection, now, tier) for tier in (PriceTier.STANDARD, PriceTier.BATCH))
+    return AccessSnapshot(
         revision=revision,
         keys=_principals(rows, limits),
         prices=_points(prices),

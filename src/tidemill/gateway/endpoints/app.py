@@ -10,10 +10,10 @@ import structlog
 
 from tidemill.errors import TidemillError, Unavailable
 from tidemill.gateway.admission.admission import Admission
-from tidemill.gateway.auth.authenticator import Door
+from tidemill.gateway.auth.authenticator import Authenticator
 from tidemill.gateway.endpoints.count_tokens import CountTokens
-from tidemill.gateway.endpoints.model_endpoint import JSON, Operation, Serve
-from tidemill.gateway.endpoints.responses import Responses
+from tidemill.gateway.endpoints.model_endpoint import JSON, ModelEndpoint, ModelOperation
+from tidemill.gateway.endpoints.responses import ResponseEndpoints
 from tidemill.gateway.errors import BodyTooLarge, HttpRefusal, ModerationNotConfigured
 from tidemill.gateway.protocols.anthropic.reply import AnthropicReply
 from tidemill.gateway.protocols.anthropic.request import read_count, read_messages
@@ -23,10 +23,10 @@ from tidemill.gateway.protocols.reply import OpenAIReply
 from tidemill.gateway.protocols.request import read_chat, read_completion, read_embeddings
 from tidemill.gateway.protocols.responses.reply import ResponsesReply
 from tidemill.gateway.protocols.responses.request import read_responses
-from tidemill.gateway.protocols.responses.store import Shelf
-from tidemill.gateway.proxy.inflight import Meter
-from tidemill.gateway.routing.models import Routes
-from tidemill.http.request_body import BrokenBody, TooLong
+from tidemill.gateway.protocols.responses.store import ResponseStore
+from tidemill.gateway.proxy.inflight import GatewayMeter
+from tidemill.gateway.routing.models import ModelRoutes
+from tidemill.http.request_body import BrokenBody, RequestBodyTooLong
 from tidemill.http.server import Exchange, Handler
 from tidemill.store.engine import StoreUnavailable
 
@@ -36,11 +36,11 @@ _encode = msgspec.json.Encoder().encode
 
 
 OPERATIONS = {
-    b"/v1/chat/completions": Operation("chat", read_chat, OpenAIReply),
-    b"/v1/completions": Operation("completions", read_completion, OpenAIReply),
-    b"/v1/embeddings": Operation("embeddings", read_embeddings, OpenAIReply),
-    b"/v1/messages": Operation("messages", read_messages, AnthropicReply),
-    b"/v1/responses": Operation("responses", read_responses, ResponsesReply),
+    b"/v1/chat/completions": ModelOperation("chat", read_chat, OpenAIReply),
+    b"/v1/completions": ModelOperation("completions", read_completion, OpenAIReply),
+    b"/v1/embeddings": ModelOperation("embeddings", read_embeddings, OpenAIReply),
+    b"/v1/messages": ModelOperation("messages", read_messages, AnthropicReply),
+    b"/v1/responses": ModelOperation("responses", read_responses, ResponsesReply),
 }
 """The endpoints that have a model work."""
 
@@ -52,37 +52,39 @@ STORE_IS_AWAY = Unavailable("The platform's database does not answer.", hint="Tr
 """What a tenant reads of it. Why it does not answer, with the names of machines, is in the gateway's log."""
 
 
-class Gateway:
+class GatewayApp:
     """Answers exchanges: finds the route by method and path, renders every error in one place."""
 
     def __init__(
         self,
-        door: Door,
-        routes: Routes,
-        meter: Meter,
+        authenticator: Authenticator,
+        routes: ModelRoutes,
+        meter: GatewayMeter,
         *,
         started_at: int,
         admission: Admission | None = None,
-        shelf: Shelf | None = None,
+        response_store: ResponseStore | None = None,
         more: Mapping[tuple[bytes, bytes], Handler] | None = None,
     ) -> None:
-        """`admission`: by default without limits and queues. `shelf`: where responses are kept; without one, none is.
-        `more`: further routes, which go before these.
+        """`admission`: by default without limits and queues. `response_store`: where responses are kept; without one,
+        none is. `more`: further routes, which go before these.
         """
-        self._door = door
+        self._authenticator = authenticator
         self._routes = routes
         self._started_at = started_at
         self._log = meter.log
-        self._tally = meter.tally
+        self._metrics = meter.metrics
         admission = admission or Admission(meter.leasing)
-        responses = Responses(door, shelf)
+        responses = ResponseEndpoints(authenticator, response_store)
         prepare = {b"/v1/responses": responses.prepare}
         self._table: dict[tuple[bytes, bytes], Handler] = {
             **{
-                (b"POST", path): Serve(operation, door, routes, admission, meter, prepare=prepare.get(path))
+                (b"POST", path): ModelEndpoint(
+                    operation, authenticator, routes, admission, meter, prepare=prepare.get(path)
+                )
                 for path, operation in OPERATIONS.items()
             },
-            (b"POST", b"/v1/messages/count_tokens"): CountTokens(read_count, door, routes, admission),
+            (b"POST", b"/v1/messages/count_tokens"): CountTokens(read_count, authenticator, routes, admission),
             **responses.routes,
             (b"POST", b"/v1/moderations"): self._moderations,
             (b"GET", b"/v1/models"): self._models,
@@ -114,7 +116,7 @@ class Gateway:
     def lets_in(self, exchange: Exchange) -> bool:
         """Whether it is known, by its head alone, that the body of this exchange is wanted."""
         try:
-            return self._route_of(exchange) in _KEYLESS or self._door.admit(exchange) is not None
+            return self._route_of(exchange) in _KEYLESS or self._authenticator.admit(exchange) is not None
         except TidemillError:
             return False
 
@@ -132,16 +134,16 @@ class Gateway:
 
     def _begin(self, exchange: Exchange, route: tuple[bytes, bytes]) -> Awaitable[None] | None:
         handler = self._table[route]
-        return handler.begin(exchange, self._guard) if isinstance(handler, Serve) else handler(exchange)
+        return handler.begin(exchange, self._guard) if isinstance(handler, ModelEndpoint) else handler(exchange)
 
     async def _take(self, exchange: Exchange, route: tuple[bytes, bytes]) -> None:
         """Take the body of one who is not known by its head alone, if it is wanted."""
         assert exchange.incoming is not None
-        if route not in _KEYLESS and self._door.admit(exchange) is None:
-            await self._door.ask_store(exchange)
+        if route not in _KEYLESS and self._authenticator.admit(exchange) is None:
+            await self._authenticator.ask_store(exchange)
         try:
             exchange.body = await exchange.incoming.whole()
-        except TooLong:
+        except RequestBodyTooLong:
             raise BodyTooLarge("The request body is too large.", hint="Send a smaller one.") from None
         except BrokenBody as error:
             if exchange.gone:
@@ -160,12 +162,12 @@ class Gateway:
         """Answer with an error."""
         dialect = dialect_of(exchange)
         if isinstance(error, TidemillError):
-            self._tally.refuse(error.code)
+            self._metrics.refuse(error.code)
             told = STORE_IS_AWAY if isinstance(error, StoreUnavailable) else error
             body = dialect.error_body(told, exchange.request_id)
             exchange.respond(told.status, body, error_headers(told), close=exchange.refusal is not None)
         else:
-            self._tally.refuse("gateway_failed")
+            self._metrics.refuse("gateway_failed")
             log.error("request failed", request_id=exchange.request_id, exc_info=error)
             body = dialect.error_body(TidemillError("The gateway has failed; its log says why."), exchange.request_id)
             exchange.respond(500, body, JSON)
@@ -189,20 +191,20 @@ class Gateway:
 
     async def _readyz(self, exchange: Exchange) -> None:
         states = {name: route.state for name, route in self._routes.by_name.items()}
-        ready = not {"ready", "asleep"}.isdisjoint(states.values()) and self._door.snapshot.revision >= 0
+        ready = not {"ready", "asleep"}.isdisjoint(states.values()) and self._authenticator.snapshot.revision >= 0
         full = self._log.refusal()
         status = full.code if full is not None else "ready" if ready else "starting"
         body = {"status": status, "models": states} | ({"message": str(full)} if full is not None else {})
         exchange.respond(200 if status == "ready" else 503, _encode(body), JSON)
 
     async def _moderations(self, exchange: Exchange) -> None:
-        self._door.admit(exchange) or await self._door.ask_store(exchange)
+        self._authenticator.admit(exchange) or await self._authenticator.ask_store(exchange)
         raise ModerationNotConfigured(
             "No model that judges the safety of content is set up here.", hint="Ask your operator for one."
         )
 
     async def _models(self, exchange: Exchange) -> None:
-        principal = self._door.admit(exchange) or await self._door.ask_store(exchange)
+        principal = self._authenticator.admit(exchange) or await self._authenticator.ask_store(exchange)
         names = sorted(self._routes.names)
         if principal.rules is not None and principal.rules.models:
             names = [name for name in names if self._routes.find(name).spec.name in principal.rules.models]
@@ -213,7 +215,7 @@ class Gateway:
         exchange.respond(200, _encode(page), JSON)
 
     async def _model(self, exchange: Exchange) -> None:
-        self._door.admit(exchange) or await self._door.ask_store(exchange)
+        self._authenticator.admit(exchange) or await self._authenticator.ask_store(exchange)
         name = exchange.path.removeprefix(b"/v1/models/").decode(errors="replace")
         self._routes.find(name)
         exchange.respond(200, _encode(self._describe(exchange, name)), JSON)

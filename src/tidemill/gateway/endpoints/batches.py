@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import msgspec
 
-from tidemill.gateway.auth.authenticator import Door
+from tidemill.gateway.auth.authenticator import Authenticator
 from tidemill.gateway.endpoints.files import expiry_of, id_of
 from tidemill.gateway.endpoints.pagination import limit_of, page, query_of
 from tidemill.gateway.errors import BadRequest
@@ -56,13 +56,19 @@ class _Create(msgspec.Struct, forbid_unknown_fields=True):
 _decode_create = msgspec.json.Decoder(_Create).decode
 
 
-class Batches:
+class BatchEndpoints:
     """The Batch API of one gateway process."""
 
     def __init__(
-        self, door: Door, store: Store, rules: BatchRules, executor: Executor, *, operations: Collection[bytes]
+        self,
+        authenticator: Authenticator,
+        store: Store,
+        rules: BatchRules,
+        executor: Executor,
+        *,
+        operations: Collection[bytes],
     ) -> None:
-        self._door = door
+        self._authenticator = authenticator
         self._store = store
         self._rules = rules
         self._executor = executor
@@ -78,7 +84,7 @@ class Batches:
         }
 
     async def _create(self, exchange: Exchange) -> None:
-        principal = self._door.admit(exchange) or await self._door.ask_store(exchange)
+        principal = self._authenticator.admit(exchange) or await self._authenticator.ask_store(exchange)
         wish = self._read(exchange.body)
         expiry = wish.output_expires_after
         now = datetime.now(UTC)
@@ -131,7 +137,7 @@ class Batches:
         return wish
 
     async def _list(self, exchange: Exchange) -> None:
-        principal = self._door.admit(exchange) or await self._door.ask_store(exchange)
+        principal = self._authenticator.admit(exchange) or await self._authenticator.ask_store(exchange)
         query = query_of(exchange)
         limit = limit_of(query, default=20, highest=100)
 
@@ -145,7 +151,7 @@ class Batches:
         exchange.respond(200, _encode(page([batch_json(batch) for batch in found], limit)), JSON)
 
     async def _retrieve(self, exchange: Exchange) -> None:
-        principal = self._door.admit(exchange) or await self._door.ask_store(exchange)
+        principal = self._authenticator.admit(exchange) or await self._authenticator.ask_store(exchange)
         batch_id = id_of(exchange)
 
         def read() -> Batch:
@@ -155,7 +161,7 @@ class Batches:
         exchange.respond(200, _encode(batch_json(await self._in_thread(read))), JSON)
 
     async def _cancel(self, exchange: Exchange) -> None:
-        principal = self._door.admit(exchange) or await self._door.ask_store(exchange)
+        principal = self._authenticator.admit(exchange) or await self._authenticator.ask_store(exchange)
         batch_id = id_of(exchange)
 
         def write() -> Batch:

@@ -9,10 +9,10 @@ import msgspec
 
 from tidemill.engines.sse import BYTES_PER_TOKEN
 from tidemill.gateway.admission.admission import Admission
-from tidemill.gateway.auth.authenticator import Door
+from tidemill.gateway.auth.authenticator import Authenticator
 from tidemill.gateway.endpoints.model_endpoint import JSON, count_prompt, refuse_what_is_ignored
 from tidemill.gateway.protocols.request import ModelRequest
-from tidemill.gateway.routing.models import Routes
+from tidemill.gateway.routing.models import ModelRoutes
 from tidemill.http.server import Exchange
 
 _encode = msgspec.json.Encoder().encode
@@ -25,18 +25,24 @@ ESTIMATED = JSON + b"x-token-count: estimate\r\n"
 class CountTokens:
     """One counting endpoint of one gateway process."""
 
-    def __init__(self, read: Callable[[bytes], ModelRequest], door: Door, routes: Routes, admission: Admission) -> None:
+    def __init__(
+        self,
+        read: Callable[[bytes], ModelRequest],
+        authenticator: Authenticator,
+        routes: ModelRoutes,
+        admission: Admission,
+    ) -> None:
         self._read = read
-        self._door = door
+        self._authenticator = authenticator
         self._routes = routes
         self._admission = admission
 
     async def __call__(self, exchange: Exchange) -> None:
         """Answer one request. Raises TidemillError."""
-        principal = self._door.admit(exchange) or await self._door.ask_store(exchange)
+        principal = self._authenticator.admit(exchange) or await self._authenticator.ask_store(exchange)
         request = self._read(exchange.body)
         route = self._routes.find(request.model)
-        self._door.price(route.spec.name, principal)  # a model that may not be asked is not counted for either
+        self._authenticator.price(route.spec.name, principal)  # a model that may not be asked is not counted for either
         refuse_what_is_ignored(request, route)
         request.model = route.spec.name  # whichever of its names was used
         await self._admission.admit_count(exchange, request, principal)

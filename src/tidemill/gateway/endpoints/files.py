@@ -16,10 +16,10 @@ import msgspec
 import structlog
 
 from tidemill.errors import Unavailable
-from tidemill.gateway.auth.authenticator import Door
+from tidemill.gateway.auth.authenticator import Authenticator
 from tidemill.gateway.auth.snapshot import Principal
 from tidemill.gateway.endpoints.pagination import limit_of, page, query_of
-from tidemill.gateway.endpoints.uploads import FORM_BYTES, Form, file_limit_error, take_form
+from tidemill.gateway.endpoints.uploads import FORM_BYTES, UploadForm, file_limit_error, take_form
 from tidemill.gateway.errors import BadRequest, TooManyUploads
 from tidemill.http.request_body import BrokenBody
 from tidemill.http.server import ClientGone, Exchange, Handler
@@ -54,14 +54,16 @@ class FileRules(msgspec.Struct, frozen=True):
     """What uploads leave free on the disk: the usage log and the store need room too."""
 
 
-class Files:
+class FileEndpoints:
     """The Files API of one gateway process. What blocks on disk or store runs in `executor`."""
 
     streamed = ((b"POST", b"/v1/files"),)
     """The routes whose bodies are taken piece by piece."""
 
-    def __init__(self, door: Door, store: Store, blobs: BlobStore, rules: FileRules, executor: Executor) -> None:
-        self._door = door
+    def __init__(
+        self, authenticator: Authenticator, store: Store, blobs: BlobStore, rules: FileRules, executor: Executor
+    ) -> None:
+        self._authenticator = authenticator
         self._store = store
         self._blobs = blobs
         self._rules = rules
@@ -81,7 +83,7 @@ class Files:
         }
 
     async def _upload(self, exchange: Exchange) -> None:
-        principal = self._door.admit(exchange) or await self._door.ask_store(exchange)
+        principal = self._authenticator.admit(exchange) or await self._authenticator.ask_store(exchange)
         length = exchange.headers.get(b"content-length")
         size = int(length) if length is not None else self._rules.max_file_bytes
         if size > self._rules.max_file_bytes + FORM_BYTES:
@@ -98,7 +100,7 @@ class Files:
                 exchange.respond(200, _encode(file_json(file)), JSON)
 
     async def _list(self, exchange: Exchange) -> None:
-        principal = self._door.admit(exchange) or await self._door.ask_store(exchange)
+        principal = self._authenticator.admit(exchange) or await self._authenticator.ask_store(exchange)
         query = query_of(exchange)
         limit = limit_of(query, default=10_000, highest=10_000)
         order = query.get("order", "desc")
@@ -141,7 +143,7 @@ class Files:
             os.close(fd)
 
     async def _delete(self, exchange: Exchange) -> None:
-        principal = self._door.admit(exchange) or await self._door.ask_store(exchange)
+        principal = self._authenticator.admit(exchange) or await self._authenticator.ask_store(exchange)
         file_id = id_of(exchange)
 
         def delete() -> None:
@@ -153,7 +155,7 @@ class Files:
         exchange.respond(200, _encode({"id": file_id, "object": "file", "deleted": True}), JSON)
 
     async def _find(self, exchange: Exchange) -> File:
-        principal = self._door.admit(exchange) or await self._door.ask_store(exchange)
+        principal = self._authenticator.admit(exchange) or await self._authenticator.ask_store(exchange)
         file_id = id_of(exchange)
 
         def read() -> File:
@@ -189,7 +191,7 @@ class Files:
         slack = FORM_BYTES * len(own)  # the size of a body is a little more than that of its file
         check_quota(count + len(own), stored + max(sum(own) - slack, 0), self._quota)
 
-    def _described(self, principal: Principal, form: Form) -> File:
+    def _described(self, principal: Principal, form: UploadForm) -> File:
         fields = form.fields
         purpose = fields.get("purpose")
         if purpose != "batch":
@@ -208,7 +210,7 @@ class Files:
             expires_at=now + timedelta(seconds=seconds or self._rules.keep_s),
         )
 
-    def _keep(self, file: File, form: Form) -> None:
+    def _keep(self, file: File, form: UploadForm) -> None:
         """Put the file on disk under its id, then enter it into the store."""
         form.incoming.keep(file.file_id)
         try:

@@ -15,7 +15,7 @@ from typing import TypeVar
 import msgspec
 
 from tidemill.errors import NotFound
-from tidemill.gateway.auth.authenticator import Door
+from tidemill.gateway.auth.authenticator import Authenticator
 from tidemill.gateway.auth.snapshot import Principal
 from tidemill.gateway.endpoints.files import id_of
 from tidemill.gateway.endpoints.pagination import limit_of, page, query_of
@@ -25,7 +25,7 @@ from tidemill.ledger.money import format_amount
 from tidemill.store.device_meters import meter_rows
 from tidemill.store.engine import Store
 from tidemill.store.job_files import JobFiles
-from tidemill.store.job_submission import JobLimits, JobWish, submit
+from tidemill.store.job_submission import JobLimits, JobSubmission, submit
 from tidemill.store.jobs import Job, ask_to_cancel, find_job, list_attempts, list_jobs
 from tidemill.store.tenants import find_tenant
 
@@ -69,11 +69,11 @@ class _Create(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 _decode_create = msgspec.json.Decoder(_Create).decode
 
 
-class TenantJobs:
+class JobEndpoints:
     """The jobs of one gateway process's tenants."""
 
-    def __init__(self, door: Door, store: Store, rules: JobRules, executor: Executor) -> None:
-        self._door = door
+    def __init__(self, authenticator: Authenticator, store: Store, rules: JobRules, executor: Executor) -> None:
+        self._authenticator = authenticator
         self._store = store
         self._rules = rules
         self._files = JobFiles(Path(rules.directory), user=rules.user)
@@ -92,7 +92,7 @@ class TenantJobs:
         }
 
     async def _admit(self, exchange: Exchange) -> Principal:
-        principal = self._door.admit(exchange) or await self._door.ask_store(exchange)
+        principal = self._authenticator.admit(exchange) or await self._authenticator.ask_store(exchange)
         if not self._rules.tenants:
             raise NotForTenants("Jobs are submitted by the operator of this platform.", hint="Ask there.")
         return principal
@@ -225,7 +225,7 @@ def job_json(job: Job) -> dict[str, object]:
     }
 
 
-def _wish(body: bytes) -> Callable[[datetime], JobWish]:
+def _wish(body: bytes) -> Callable[[datetime], JobSubmission]:
     """The wish in a body, once it is known what time it is. Raises BadRequest."""
     try:
         asked = _decode_create(body or b"{}")
@@ -236,7 +236,7 @@ def _wish(body: bytes) -> Callable[[datetime], JobWish]:
         if value is not None and not 1 <= value <= LONGEST_S:
             raise BadRequest(f"'{name}' must be from 1 to {LONGEST_S}.", param=name)
     deadline_s = asked.deadline_seconds
-    return lambda now: JobWish(
+    return lambda now: JobSubmission(
         argv=tuple(asked.command),
         name=asked.name,
         devices=asked.devices,

@@ -8,27 +8,27 @@ import msgspec
 
 from tidemill.engines.capabilities import refusal
 from tidemill.gateway.admission.admission import Admission, Admitted
-from tidemill.gateway.auth.authenticator import Door
+from tidemill.gateway.auth.authenticator import Authenticator
 from tidemill.gateway.auth.snapshot import PricePoint, Principal
 from tidemill.gateway.errors import NoEmbeddings, NoReplica, UnsupportedParameter
 from tidemill.gateway.protocols.reply import Reply
 from tidemill.gateway.protocols.request import ModelRequest
 from tidemill.gateway.proxy.engine_errors import counted_prompt
-from tidemill.gateway.proxy.fast_path import Guard, set_off
-from tidemill.gateway.proxy.inflight import Flight, Meter
-from tidemill.gateway.proxy.slow_path import JSON, MAX_ERROR_BYTES, fly
-from tidemill.gateway.routing.models import Replica, Route, Routes
-from tidemill.gateway.routing.replica import Leg
-from tidemill.gateway.routing.selector import Way
+from tidemill.gateway.proxy.fast_path import Guard, try_fast
+from tidemill.gateway.proxy.inflight import GatewayMeter, InFlightRequest
+from tidemill.gateway.proxy.slow_path import JSON, MAX_ERROR_BYTES, run
+from tidemill.gateway.routing.models import ModelRoute, ModelRoutes, RoutedReplica
+from tidemill.gateway.routing.replica import ReplicaAttempt
+from tidemill.gateway.routing.selector import RouteSelector
 from tidemill.http.client import EngineLost
 from tidemill.http.server import Exchange
 
-__all__ = ["JSON", "Operation", "Serve", "count_prompt", "refuse_what_is_ignored"]
+__all__ = ["JSON", "ModelEndpoint", "ModelOperation", "count_prompt", "refuse_what_is_ignored"]
 
 COUNT_TIMEOUT_S = 10.0
 
 
-class Operation(msgspec.Struct, frozen=True):
+class ModelOperation(msgspec.Struct, frozen=True):
     """An endpoint that has a model work: how its requests are read, and how its answers are written."""
 
     name: str
@@ -40,105 +40,112 @@ class Operation(msgspec.Struct, frozen=True):
 Prepare = Callable[[ModelRequest, Principal], Awaitable[None]]
 
 
-class Serve:
+class ModelEndpoint:
     """One operation of one gateway process."""
 
     def __init__(
         self,
-        operation: Operation,
-        door: Door,
-        routes: Routes,
+        operation: ModelOperation,
+        authenticator: Authenticator,
+        routes: ModelRoutes,
         admission: Admission,
-        meter: Meter,
+        meter: GatewayMeter,
         *,
         prepare: Prepare | None = None,
     ) -> None:
         """`prepare` completes a request with what the store knows."""
         self._operation = operation
         self._prepare = prepare
-        self._door = door
+        self._authenticator = authenticator
         self._routes = routes
         self._admission = admission
         self._meter = meter
 
     def begin(self, exchange: Exchange, guard: Guard) -> Coroutine[Any, Any, None] | None:
         """Answer one request; what has to be waited for is given back. Raises TidemillError when it is refused."""
-        principal = self._door.admit(exchange)
+        principal = self._authenticator.admit(exchange)
         if principal is None or self._prepare is not None:
             return self(exchange)
         request = self._operation.read(exchange.body)
-        way, price = self._find_way(exchange, request, principal)
+        selector, price = self._find_way(exchange, request, principal)
         try:
-            leg = way.first()
+            attempt = selector.first()
         except NoReplica:
-            if not way.route.asleep:
+            if not selector.route.asleep:
                 raise
-            return self._go(exchange, request, principal, way, price)
-        admitted = self._admission.admit_now(exchange, request, way.asked, principal, price)
+            return self._go(exchange, request, principal, selector, price)
+        admitted = self._admission.admit_now(exchange, request, selector.asked, principal, price)
         if admitted is None:
-            return self._go(exchange, request, principal, way, price)
-        return set_off(self._open(exchange, request, way, leg, principal, price, admitted), guard)
+            return self._go(exchange, request, principal, selector, price)
+        return try_fast(self._open(exchange, request, selector, attempt, principal, price, admitted), guard)
 
     async def __call__(self, exchange: Exchange) -> None:
         """The same, waiting for all that there is to wait for."""
-        principal = self._door.admit(exchange) or await self._door.ask_store(exchange)
+        principal = self._authenticator.admit(exchange) or await self._authenticator.ask_store(exchange)
         request = self._operation.read(exchange.body)
         if self._prepare is not None:
             await self._prepare(request, principal)
         await self._go(exchange, request, principal, *self._find_way(exchange, request, principal))
 
-    def _find_way(self, exchange: Exchange, request: ModelRequest, principal: Principal) -> tuple[Way, PricePoint]:
+    def _find_way(
+        self, exchange: Exchange, request: ModelRequest, principal: Principal
+    ) -> tuple[RouteSelector, PricePoint]:
         route = self._routes.find(request.model)
         request.model = route.spec.name  # from here on, whichever of its names was used
         refuse_what_is_ignored(request, route)
-        price = self._door.price(request.model, principal)
-        return Way(self._routes, route, request, principal, price, exchange), price
+        price = self._authenticator.price(request.model, principal)
+        return RouteSelector(self._routes, route, request, principal, price, exchange), price
 
     async def _go(
-        self, exchange: Exchange, request: ModelRequest, principal: Principal, way: Way, price: PricePoint
+        self,
+        exchange: Exchange,
+        request: ModelRequest,
+        principal: Principal,
+        selector: RouteSelector,
+        price: PricePoint,
     ) -> None:
-        route = way.asked
+        route = selector.asked
         try:
-            leg = way.first()
+            attempt = selector.first()
         except NoReplica:
             if not route.asleep:
                 raise
-            if not await way.woken():
+            if not await selector.woken():
                 return  # the client has left
-            leg = way.first()
+            attempt = selector.first()
         admitted = self._admission.admit_now(exchange, request, route, principal, price)
         if admitted is None:
-            where = way.route, leg.replica
+            where = selector.route, attempt.replica
             count = lambda: count_prompt(request, *where)  # noqa: E731
             admitted = await self._admission.admit(exchange, request, route, principal, price, count)
             if admitted is None:
                 return  # the client has left
             try:
-                leg = way.first()  # others have gone their ways meanwhile
+                attempt = selector.first()  # others have gone their ways meanwhile
             except BaseException:
                 admitted.cancel(self._meter.leasing)
                 raise
-        await fly(self._open(exchange, request, way, leg, principal, price, admitted))
+        await run(self._open(exchange, request, selector, attempt, principal, price, admitted))
 
     def _open(
         self,
         exchange: Exchange,
         request: ModelRequest,
-        way: Way,
-        leg: Leg,
+        selector: RouteSelector,
+        attempt: ReplicaAttempt,
         principal: Principal,
         price: PricePoint,
         admitted: Admitted,
-    ) -> Flight:
+    ) -> InFlightRequest:
         try:
             reply = self._operation.reply(request, exchange.request_id)
-            return Flight(self._meter, exchange, request, way, leg, principal, price, admitted, reply)
+            return InFlightRequest(self._meter, exchange, request, selector, attempt, principal, price, admitted, reply)
         except BaseException:
             admitted.cancel(self._meter.leasing)
             raise
 
 
-def refuse_what_is_ignored(request: ModelRequest, route: Route) -> None:
+def refuse_what_is_ignored(request: ModelRequest, route: ModelRoute) -> None:
     """Raise UnsupportedParameter for a parameter that the model's engine would leave out without a word, NoEmbeddings
     where there are none to be had.
     """
@@ -155,7 +162,7 @@ def refuse_what_is_ignored(request: ModelRequest, route: Route) -> None:
         raise UnsupportedParameter(message, hint=refused.hint, param=name)
 
 
-async def count_prompt(request: ModelRequest, route: Route, replica: Replica) -> int | None:
+async def count_prompt(request: ModelRequest, route: ModelRoute, replica: RoutedReplica) -> int | None:
     """Have the engine count a prompt exactly; None when it cannot or does not answer."""
     path = route.engine.count_path
     if path is None or request.ask.path != b"/chat/completions":

@@ -5,25 +5,25 @@ Source: OpenAI API reference, "Responses", "Get a model response", "Delete a mod
 
 import msgspec
 
-from tidemill.gateway.auth.authenticator import Door
+from tidemill.gateway.auth.authenticator import Authenticator
 from tidemill.gateway.auth.snapshot import Principal
 from tidemill.gateway.endpoints.model_endpoint import JSON
 from tidemill.gateway.errors import ResponseNotFound, UnsupportedParameter
 from tidemill.gateway.protocols.request import ModelRequest
 from tidemill.gateway.protocols.responses.request import ResponsesRequest
-from tidemill.gateway.protocols.responses.store import Shelf
+from tidemill.gateway.protocols.responses.store import ResponseStore
 from tidemill.http.server import Exchange, Handler
-from tidemill.ledger.pricing import Tier
+from tidemill.ledger.pricing import PriceTier
 
 _encode = msgspec.json.Encoder().encode
 
 
-class Responses:
+class ResponseEndpoints:
     """What there is of the Responses API beside creating one."""
 
-    def __init__(self, door: Door, shelf: Shelf | None) -> None:
-        self._door = door
-        self._shelf = shelf
+    def __init__(self, authenticator: Authenticator, response_store: ResponseStore | None) -> None:
+        self._authenticator = authenticator
+        self._response_store = response_store
 
     @property
     def routes(self) -> dict[tuple[bytes, bytes], Handler]:
@@ -36,31 +36,35 @@ class Responses:
         """Give a request its tenant's shelf, and what was said before it. Raises BadRequest, Unavailable."""
         assert isinstance(request, ResponsesRequest)
         # Lines of batches have their output file; thousands of them would push all else off the shelf.
-        request.shelf = self._shelf if principal.tier is Tier.STANDARD else None
+        request.response_store = self._response_store if principal.tier is PriceTier.STANDARD else None
         request.tenant_id = principal.tenant_id
         if request.previous_id is not None:
-            if self._shelf is None:
+            if self._response_store is None:
                 raise UnsupportedParameter(
                     "No responses are kept here, so none can be gone on from.",
                     hint="Send the conversation as 'input'.",
                     param="previous_response_id",
                 )
-            request.follow(await self._shelf.history(principal.tenant_id, request.previous_id))
+            request.follow(await self._response_store.history(principal.tenant_id, request.previous_id))
 
     async def _retrieve(self, exchange: Exchange) -> None:
-        principal = self._door.admit(exchange) or await self._door.ask_store(exchange)
+        principal = self._authenticator.admit(exchange) or await self._authenticator.ask_store(exchange)
         if b"stream=true" in exchange.query:
             raise UnsupportedParameter("A kept response cannot be streamed.", hint="Leave it out.", param="stream")
         response_id = _id_of(exchange)
-        found = await self._shelf.find(principal.tenant_id, response_id) if self._shelf is not None else None
+        found = (
+            await self._response_store.find(principal.tenant_id, response_id)
+            if self._response_store is not None
+            else None
+        )
         if found is None:
             raise _not_found(response_id)
         exchange.respond(200, found.response, JSON)
 
     async def _delete(self, exchange: Exchange) -> None:
-        principal = self._door.admit(exchange) or await self._door.ask_store(exchange)
+        principal = self._authenticator.admit(exchange) or await self._authenticator.ask_store(exchange)
         response_id = _id_of(exchange)
-        if self._shelf is None or not await self._shelf.delete(principal.tenant_id, response_id):
+        if self._response_store is None or not await self._response_store.delete(principal.tenant_id, response_id):
             raise _not_found(response_id)
         exchange.respond(200, _encode({"id": response_id, "object": "response", "deleted": True}), JSON)
 

@@ -13,7 +13,7 @@ from multipart import MultipartError, MultipartSegment, PushMultipartParser, par
 from tidemill.gateway.errors import BadRequest, BodyTooLarge
 from tidemill.http.request_body import BrokenBody
 from tidemill.http.server import Exchange
-from tidemill.store.blobs import BlobStore, Incoming
+from tidemill.store.blobs import BlobStore, PendingBlob
 
 WRITE_BYTES = 1024 * 1024
 """What is gathered before a thread is asked to write it."""
@@ -27,19 +27,19 @@ T = TypeVar("T")
 InThread = Callable[[Callable[[], T]], Awaitable[T]]
 
 
-class Form(msgspec.Struct):
+class UploadForm(msgspec.Struct):
     """What came: the fields, and the file on disk, not yet under a name."""
 
     fields: dict[str, str]
     filename: str
-    incoming: Incoming
+    incoming: PendingBlob
 
 
 def file_limit_error(limit: int) -> BodyTooLarge:
     return BodyTooLarge(f"The file is larger than {limit // 2**20} MiB.", hint="Split it into several.", param="file")
 
 
-async def take_form(exchange: Exchange, blobs: BlobStore, in_thread: InThread[None], *, max_bytes: int) -> Form:
+async def take_form(exchange: Exchange, blobs: BlobStore, in_thread: InThread[None], *, max_bytes: int) -> UploadForm:
     """Read the form that an exchange sends, the part `file` onto the disk.
 
     Raises BadRequest, BodyTooLarge, InsufficientStorage, and BrokenBody when the client leaves; nothing is left then.
@@ -85,7 +85,7 @@ class _Taking:
     """The state between two pieces of the body."""
 
     def __init__(self, blobs: BlobStore, in_thread: InThread[None], max_bytes: int) -> None:
-        self.incoming: Incoming | None = None
+        self.incoming: PendingBlob | None = None
         self._blobs = blobs
         self._in_thread = in_thread
         self._max_bytes = max_bytes
@@ -109,10 +109,10 @@ class _Taking:
             elif len(self._pending) >= WRITE_BYTES:
                 await self._write()
 
-    async def end(self) -> Form:
+    async def end(self) -> UploadForm:
         if self.incoming is None:
             raise BadRequest("The part 'file' is missing.", param="file")
-        return Form(self._fields, (self._filename or "file")[:MAX_FILENAME], self.incoming)
+        return UploadForm(self._fields, (self._filename or "file")[:MAX_FILENAME], self.incoming)
 
     async def _begin(self, part: MultipartSegment) -> None:
         self._part = part

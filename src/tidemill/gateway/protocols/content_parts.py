@@ -1,7 +1,7 @@
 """What a model answers, as a row of parts: thinking, text and tool calls. OpenAI's chat chunks are taken apart here.
 
-Anthropic's Messages and OpenAI's Responses both write an answer as such a row, each part opened, filled piece by
-piece, and closed. A `Writer` says how; `PartStream` calls it, event by event, and keeps nothing of what has passed.
+Anthropic's Messages and OpenAI's Responses both write an answer as such a row, each part opened, filled piece by piece,
+and closed. A `StreamWriter` says how; `PartStream` calls it, event by event, and keeps nothing of what has passed.
 Texts stay JSON strings (see `jsontext`).
 
 Sources: OpenAI API reference, "The chat completion chunk object"; `reasoning_content` as DeepSeek's API names it,
@@ -13,12 +13,12 @@ from typing import Protocol
 
 import msgspec
 
-from tidemill.engines.protocol import Counts
+from tidemill.engines.protocol import TokenCounts
 from tidemill.engines.sse import BrokenStream, data_of
 from tidemill.gateway.protocols.json_strings import NULL, inside, is_null, is_string, joined, quoted, says_something
 
 
-class Kind(Enum):
+class PartKind(Enum):
     """What a part is."""
 
     THINKING = "thinking"
@@ -26,10 +26,10 @@ class Kind(Enum):
     CALL = "call"
 
 
-class Part(msgspec.Struct):
+class AnswerPart(msgspec.Struct):
     """One part of an answer. `text` is filled only when the answer is whole; of a call it is its arguments."""
 
-    kind: Kind
+    kind: PartKind
     index: int
     call_id: msgspec.Raw = NULL
     name: msgspec.Raw = NULL
@@ -37,7 +37,7 @@ class Part(msgspec.Struct):
     logprobs: msgspec.Raw = NULL
 
 
-class Ending(msgspec.Struct):
+class FinishReason(msgspec.Struct):
     """Why an answer ended."""
 
     reason: str = "stop"
@@ -101,10 +101,10 @@ _decode_error = msgspec.json.Decoder(_Error).decode
 _decode_content = msgspec.json.Decoder(list[_ContentPart]).decode
 
 
-class Writer(Protocol):
+class StreamWriter(Protocol):
     """Writes the events of one API's stream. Each method gives whole events, or b""."""
 
-    def start(self, counts: Counts) -> bytes:
+    def start(self, counts: TokenCounts) -> bytes:
         """The answer begins; `counts` are what the engine has counted so far, if it counts as it goes."""
         ...
 
@@ -112,13 +112,13 @@ class Writer(Protocol):
         """The engine has sent a sign of life and nothing else."""
         ...
 
-    def open(self, part: Part) -> bytes: ...
+    def open(self, part: AnswerPart) -> bytes: ...
 
-    def piece(self, part: Part, text: msgspec.Raw, logprobs: msgspec.Raw) -> bytes:
+    def piece(self, part: AnswerPart, text: msgspec.Raw, logprobs: msgspec.Raw) -> bytes:
         """A piece of the open part, a JSON string; `logprobs` is a JSON list or null."""
         ...
 
-    def close(self, part: Part) -> bytes: ...
+    def close(self, part: AnswerPart) -> bytes: ...
 
     def failed(self, message: str, code: str) -> bytes:
         """The engine has said in mid-stream that it failed; nothing follows."""
@@ -128,16 +128,16 @@ class Writer(Protocol):
 class PartStream:
     """Reads the chunks of a chat stream and has a writer write them."""
 
-    def __init__(self, writer: Writer) -> None:
+    def __init__(self, writer: StreamWriter) -> None:
         self._writer = writer
         self._started = False
-        self._counts = Counts()
-        self._part: Part | None = None
+        self._counts = TokenCounts()
+        self._part: AnswerPart | None = None
         self._parts = 0
         self._calls = 0
         self._call_index = -1
-        self._unnamed: Part | None = None
-        self.ending = Ending()
+        self._unnamed: AnswerPart | None = None
+        self.ending = FinishReason()
         self.failed = False
 
     @property
@@ -145,7 +145,7 @@ class PartStream:
         """The answer has a tool call."""
         return self._calls > 0
 
-    def feed(self, events: bytes, counts: Counts) -> bytes:
+    def feed(self, events: bytes, counts: TokenCounts) -> bytes:
         """Take whole events; give what they are in the writer's form. Raises BrokenStream."""
         out: list[bytes] = []
         self._counts = counts
@@ -193,18 +193,18 @@ class PartStream:
     def _delta(self, said: _Said, logprobs: msgspec.Raw, out: list[bytes]) -> None:
         thinking, text = _thinking_of(said), _text_of(said.content)
         if says_something(thinking):
-            self._piece(Kind.THINKING, thinking, NULL, out)
+            self._piece(PartKind.THINKING, thinking, NULL, out)
         if says_something(text):
-            self._piece(Kind.TEXT, text, logprobs, out)
+            self._piece(PartKind.TEXT, text, logprobs, out)
         if says_something(said.refusal):
-            self._piece(Kind.TEXT, said.refusal, NULL, out)
+            self._piece(PartKind.TEXT, said.refusal, NULL, out)
         for call in said.tool_calls or ():
             self._call(call, out)
 
-    def _piece(self, kind: Kind, text: msgspec.Raw, logprobs: msgspec.Raw, out: list[bytes]) -> None:
+    def _piece(self, kind: PartKind, text: msgspec.Raw, logprobs: msgspec.Raw, out: list[bytes]) -> None:
         part = self._part
         if part is None or part.kind is not kind:
-            part = self._open(Part(kind, self._parts), out)
+            part = self._open(AnswerPart(kind, self._parts), out)
         out.append(self._writer.piece(part, text, logprobs))
 
     def _call(self, call: _Call, out: list[bytes]) -> None:
@@ -217,19 +217,19 @@ class PartStream:
             self._call_index = index
             self._calls += 1
             self._close(out)
-            self._unnamed = Part(Kind.CALL, -1, call.id)
+            self._unnamed = AnswerPart(PartKind.CALL, -1, call.id)
         if self._unnamed is not None:
             if not says_something(function.name):
                 return  # its name comes with the next piece
-            self._open(Part(Kind.CALL, self._parts, self._unnamed.call_id, function.name), out)
+            self._open(AnswerPart(PartKind.CALL, self._parts, self._unnamed.call_id, function.name), out)
         part = self._part
         if not says_something(function.arguments):
             return
-        if part is None or part.kind is not Kind.CALL or index != self._call_index:
+        if part is None or part.kind is not PartKind.CALL or index != self._call_index:
             raise BrokenStream("it goes back to a tool call that was complete")
         out.append(self._writer.piece(part, function.arguments, NULL))
 
-    def _open(self, part: Part, out: list[bytes]) -> Part:
+    def _open(self, part: AnswerPart, out: list[bytes]) -> AnswerPart:
         self._start(out)
         self._close(out)
         self._part = part
@@ -244,7 +244,7 @@ class PartStream:
             self._part = None
 
 
-def parts_of(answer: bytes) -> tuple[list[Part], Ending]:
+def parts_of(answer: bytes) -> tuple[list[AnswerPart], FinishReason]:
     """The parts of a whole chat completion. Raises BrokenStream."""
     try:
         chunk = _decode_chunk(answer)
@@ -257,15 +257,15 @@ def parts_of(answer: bytes) -> tuple[list[Part], Ending]:
     thinking, text = _thinking_of(said), _text_of(said.content)
     texts = [each for each in (text, said.refusal) if says_something(each)]
     if says_something(thinking):
-        parts.append(Part(Kind.THINKING, 0, text=thinking))
+        parts.append(AnswerPart(PartKind.THINKING, 0, text=thinking))
     if texts:
-        parts.append(Part(Kind.TEXT, len(parts), text=joined(texts, b""), logprobs=_logprobs_of(choice)))
+        parts.append(AnswerPart(PartKind.TEXT, len(parts), text=joined(texts, b""), logprobs=_logprobs_of(choice)))
     for call in said.tool_calls or ():
         function = call.function or _Function()
         arguments = function.arguments
         if not is_string(arguments):  # some engines give the object itself
             arguments = quoted(b"" if is_null(arguments) else bytes(arguments))
-        parts.append(Part(Kind.CALL, len(parts), call.id, function.name, arguments))
+        parts.append(AnswerPart(PartKind.CALL, len(parts), call.id, function.name, arguments))
     return parts, _ending_of(choice)
 
 
@@ -288,9 +288,9 @@ def _logprobs_of(choice: _Choice) -> msgspec.Raw:
     return choice.logprobs.content if choice.logprobs is not None else NULL
 
 
-def _ending_of(choice: _Choice) -> Ending:
+def _ending_of(choice: _Choice) -> FinishReason:
     stop = choice.stop_reason if is_string(choice.stop_reason) else choice.matched_stop
-    return Ending(choice.finish_reason or "stop", stop if is_string(stop) else NULL)
+    return FinishReason(choice.finish_reason or "stop", stop if is_string(stop) else NULL)
 
 
 def _error_of(error: msgspec.Raw) -> tuple[str, str]:

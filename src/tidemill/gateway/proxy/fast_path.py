@@ -10,85 +10,85 @@ from typing import Any
 
 from tidemill.gateway.protocols.reply import OpenAIReply
 from tidemill.gateway.proxy.hedge import hedges
-from tidemill.gateway.proxy.inflight import Flight
-from tidemill.gateway.proxy.retry import judge
+from tidemill.gateway.proxy.inflight import InFlightRequest
+from tidemill.gateway.proxy.retry import record_outcome
 from tidemill.gateway.proxy.slow_path import (
     FINISH_S,
     JSON,
     begin,
     begins_at_once,
     engine_body,
-    fly,
+    run,
     whole_counts,
     whole_status,
 )
-from tidemill.http.client import Connection, EngineLost
+from tidemill.http.client import EngineConnection, EngineLost
 from tidemill.http.exchange import Exchange
-from tidemill.ledger.usage import Status
+from tidemill.ledger.usage import RequestStatus
 from tidemill.meter.log import LogFull
 
 Guard = Callable[[Exchange, Awaitable[None]], Coroutine[Any, Any, None]]
 """Tells the client what the awaited work raises."""
 
 
-def set_off(flight: Flight, guard: Guard) -> Coroutine[Any, Any, None] | None:
+def try_fast(inflight: InFlightRequest, guard: Guard) -> Coroutine[Any, Any, None] | None:
     """Send a request on its way: None when it is, else the work that is to be waited for. Never raises."""
-    ask, engine = flight.request.ask, flight.route.engine
-    if flight.hold.cut_short or (engine.collects and ask.generates and not ask.stream) or hedges(flight):
-        return fly(flight)
-    connection = flight.replica.pool.idle_connection()
+    ask, engine = inflight.request.ask, inflight.route.engine
+    if inflight.hold.cut_short or (engine.collects and ask.generates and not ask.stream) or hedges(inflight):
+        return run(inflight)
+    connection = inflight.replica.pool.idle_connection()
     if connection is None:
-        return _connect(flight, guard)
+        return _connect(inflight, guard)
     try:
-        _send(flight, connection, guard)
+        _send(inflight, connection, guard)
     except Exception as error:
-        return fly(flight, connection, error)
+        return run(inflight, connection, error)
     return None
 
 
-async def _connect(flight: Flight, guard: Guard) -> None:
+async def _connect(inflight: InFlightRequest, guard: Guard) -> None:
     try:
-        connection = await flight.replica.pool.connect()
+        connection = await inflight.replica.pool.connect()
     except Exception as error:
-        await fly(flight, failure=error)
+        await run(inflight, failure=error)
         return
     try:
-        if flight.given_up:
+        if inflight.given_up:
             raise EngineLost("The client left before its request was sent.", sent=False)
-        _send(flight, connection, guard)
+        _send(inflight, connection, guard)
     except Exception as error:
-        await fly(flight, connection, error)
+        await run(inflight, connection, error)
 
 
-def _send(flight: Flight, connection: Connection, guard: Guard) -> None:
-    ask = flight.request.ask
-    flight.replica.pool.send(connection, ask.path, engine_body(flight), flight.time_left())
-    flight.connection = connection
-    connection.sink = _Stream(flight, connection, guard) if ask.stream else _Whole(flight, connection, guard)
-    flight.exchange.work.underway += 1
+def _send(inflight: InFlightRequest, connection: EngineConnection, guard: Guard) -> None:
+    ask = inflight.request.ask
+    inflight.replica.pool.send(connection, ask.path, engine_body(inflight), inflight.time_left())
+    inflight.connection = connection
+    connection.sink = _Stream(inflight, connection, guard) if ask.stream else _Whole(inflight, connection, guard)
+    inflight.exchange.work.underway += 1
 
 
 class _Sink:
     """See `connection.Sink`."""
 
-    __slots__ = ("connection", "flight", "guard")
+    __slots__ = ("connection", "guard", "inflight")
 
-    def __init__(self, flight: Flight, connection: Connection, guard: Guard) -> None:
-        self.flight = flight
+    def __init__(self, inflight: InFlightRequest, connection: EngineConnection, guard: Guard) -> None:
+        self.inflight = inflight
         self.connection = connection
         self.guard = guard
 
     def hand_over(self, failure: Exception | None = None) -> None:
         """Go on in a task."""
         self.connection.sink = None
-        self._follow(fly(self.flight, self.connection, failure))
+        self._follow(run(self.inflight, self.connection, failure))
 
     def unwritten(self, failure: LogFull) -> None:
         """The record could not be written."""
-        self._follow(fly(self.flight, failure=failure))
+        self._follow(run(self.inflight, failure=failure))
 
     def _follow(self, rest: Awaitable[None]) -> None:
-        exchange = self.flight.exchange
+        exchange = self.inflight.exchange
         exchange.work.underway -= 1
         exchange.work.spawn(self.guard(exchange, rest))
 
@@ -110,29 +110,29 @@ class _Whole(_Sink):
         self.hand_over()
 
     def _pass_on(self) -> None:
-        flight, connection = self.flight, self.connection
+        inflight, connection = self.inflight, self.connection
         connection.sink = None
         body = connection.take()
         try:
-            counts, estimated = whole_counts(flight, body)
-            self.answer = flight.reply.whole(body, counts)
+            counts, estimated = whole_counts(inflight, body)
+            self.answer = inflight.reply.whole(body, counts)
         except Exception as error:
             self.hand_over(error)
             return
         connection.release()
         try:
-            judge(flight, None)
-            flight.settle_then(whole_status(flight, counts), counts, estimated, self._settled)
+            record_outcome(inflight, None)
+            inflight.settle_then(whole_status(inflight, counts), counts, estimated, self._settled)
         except Exception as error:
-            self._follow(fly(flight, failure=error))
+            self._follow(run(inflight, failure=error))
 
     def _settled(self, failure: LogFull | None) -> None:
         if failure is not None:
             self.unwritten(failure)
             return
-        exchange = self.flight.exchange
+        exchange = self.inflight.exchange
         exchange.work.underway -= 1
-        exchange.respond(200, self.answer, JSON + self.flight.charge_header)
+        exchange.respond(200, self.answer, JSON + self.inflight.charge_header)
 
 
 class _Stream(_Sink):
@@ -140,26 +140,26 @@ class _Stream(_Sink):
 
     __slots__ = ("carrier", "exchange", "forwards", "idle_s", "tap", "time")
 
-    def __init__(self, flight: Flight, connection: Connection, guard: Guard) -> None:
-        super().__init__(flight, connection, guard)
+    def __init__(self, inflight: InFlightRequest, connection: EngineConnection, guard: Guard) -> None:
+        super().__init__(inflight, connection, guard)
         # What each chunk needs is looked up once: the hottest lines of all are here.
-        self.idle_s = flight.idle_s
-        self.exchange = flight.exchange
-        self.carrier = flight.exchange.carrier
-        self.tap = flight.tap
-        self.time = flight.replica.pool.loop.time
-        self.forwards = flight.exchange.chunked and isinstance(flight.reply, OpenAIReply)
+        self.idle_s = inflight.idle_s
+        self.exchange = inflight.exchange
+        self.carrier = inflight.exchange.carrier
+        self.tap = inflight.tap
+        self.time = inflight.replica.pool.loop.time
+        self.forwards = inflight.exchange.chunked and isinstance(inflight.reply, OpenAIReply)
         """Chunks that the tap leaves as they are go on with the frame that they came in."""
 
     def arrived(self) -> None:
-        flight, connection = self.flight, self.connection
-        if flight.settled:
+        inflight, connection = self.inflight, self.connection
+        if inflight.settled:
             self._finish()
         elif connection.lost is not None or (connection.head_done and connection.status != 200):
             self.hand_over()
         elif connection.head_done:
-            if begins_at_once(flight) and not flight.exchange.gone:
-                begin(flight.exchange)
+            if begins_at_once(inflight) and not inflight.exchange.gone:
+                begin(inflight.exchange)
             data = connection.take()
             if data:
                 self.chunk(data, b"")
@@ -167,8 +167,8 @@ class _Stream(_Sink):
                 self.hand_over()  # it has ended without saying so
 
     def chunk(self, data: bytes, framed: bytes) -> None:
-        flight, tap, carrier = self.flight, self.tap, self.carrier
-        if flight.settled:
+        inflight, tap, carrier = self.inflight, self.tap, self.carrier
+        if inflight.settled:
             return  # what comes behind the end
         if carrier.blocked:
             self.connection.give_back(data)
@@ -176,12 +176,12 @@ class _Stream(_Sink):
             return
         try:
             events = tap.feed(data)
-            flight.note()
+            inflight.note()
             if events is data and framed and self.forwards and self.exchange.streaming:
                 carrier.write(framed)
             elif events and not self.exchange.gone:
                 begin(self.exchange)
-                self.exchange.send(flight.reply.events(events, tap.counts))
+                self.exchange.send(inflight.reply.events(events, tap.counts))
             if tap.done:
                 self._end()
                 return
@@ -189,18 +189,18 @@ class _Stream(_Sink):
             self.hand_over(error)
             return
         connection = self.connection
-        if not flight.given_up:
+        if not inflight.given_up:
             connection.deadline = self.time() + self.idle_s
         if connection.complete:
             self.hand_over()
 
     def _end(self) -> None:
-        flight = self.flight
-        begin(flight.exchange)
-        judge(flight, None)
-        whole = Status.CLIENT_CLOSED if flight.given_up else Status.OK
-        status = Status.ENGINE_LOST if flight.tap.failed else whole
-        flight.settle_then(status, *flight.passed(), self._settled)
+        inflight = self.inflight
+        begin(inflight.exchange)
+        record_outcome(inflight, None)
+        whole = RequestStatus.CLIENT_CLOSED if inflight.given_up else RequestStatus.OK
+        status = RequestStatus.ENGINE_LOST if inflight.tap.failed else whole
+        inflight.settle_then(status, *inflight.passed(), self._settled)
         self._finish()
 
     def _finish(self) -> None:
@@ -217,10 +217,10 @@ class _Stream(_Sink):
         if failure is not None:
             self.unwritten(failure)
             return
-        flight = self.flight
-        exchange = flight.exchange
+        inflight = self.inflight
+        exchange = inflight.exchange
         exchange.work.underway -= 1
         if exchange.gone:  # the reply has not seen all of it
             return
-        counts = flight.tap.counts if flight.tap.failed else flight.passed()[0]
-        exchange.end(flight.charge_comment + flight.reply.end(counts))
+        counts = inflight.tap.counts if inflight.tap.failed else inflight.passed()[0]
+        exchange.end(inflight.charge_comment + inflight.reply.end(counts))

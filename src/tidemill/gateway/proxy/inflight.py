@@ -5,20 +5,20 @@ from collections.abc import Callable
 import msgspec
 
 from tidemill.clock import now_us
-from tidemill.engines.protocol import Counts, Tap
+from tidemill.engines.protocol import Tap, TokenCounts
 from tidemill.gateway.admission.admission import Admitted
 from tidemill.gateway.auth.snapshot import PricePoint, Principal
-from tidemill.gateway.metrics import Tally
+from tidemill.gateway.metrics import RequestMetrics
 from tidemill.gateway.protocols.reply import Reply
 from tidemill.gateway.protocols.request import ModelRequest
 from tidemill.gateway.routing.demand import work_done
-from tidemill.gateway.routing.replica import Leg
-from tidemill.gateway.routing.selector import Way
-from tidemill.http.client import Connection, EngineLost, Owner
+from tidemill.gateway.routing.replica import ReplicaAttempt
+from tidemill.gateway.routing.selector import RouteSelector
+from tidemill.http.client import AnswerOwner, EngineConnection, EngineLost
 from tidemill.http.server import Exchange
 from tidemill.ledger.money import format_amount
-from tidemill.ledger.usage import Status, TokenUsage
-from tidemill.meter.balance_leases import Leasing
+from tidemill.ledger.usage import RequestStatus, TokenUsage
+from tidemill.meter.balance_leases import BalanceLeases
 from tidemill.meter.live import LiveTable
 from tidemill.meter.log import LogFull, UsageLog
 from tidemill.meter.records import Opened, encode_settled, settle
@@ -28,27 +28,27 @@ LINE_PATIENCE_S = 3600.0
 and is not lost. (The batch runner waits as long.)"""
 
 
-class Meter:
+class GatewayMeter:
     """The meter of one gateway process: where flights are opened, counted and settled."""
 
     def __init__(
         self,
         log: UsageLog,
         live: LiveTable,
-        leasing: Leasing,
+        leasing: BalanceLeases,
         *,
-        tally: Tally | None = None,
+        metrics: RequestMetrics | None = None,
         tells_charge: bool = False,
     ) -> None:
         """`tells_charge`: answers say what they cost (`gateway.charge_header`)."""
         self.log = log
         self.live = live
         self.leasing = leasing
-        self.tally = tally or Tally()
+        self.metrics = metrics or RequestMetrics()
         self.tells_charge = tells_charge
 
 
-class Flight:
+class InFlightRequest:
     """One admitted request. Its slot in the live table exists from here on, so a record will come out."""
 
     attempts = 1
@@ -56,8 +56,8 @@ class Flight:
     """It was sent once more after an engine that had it was lost."""
     device_ns = 0
     """Its share of the time of replicas that it has left again."""
-    connection: Connection | None = None
-    beside: Owner | None = None
+    connection: EngineConnection | None = None
+    hedge: AnswerOwner | None = None
     """Who waits at a second replica as well (`gateway.proxy.hedge`)."""
     given_up = False
     """The client has left."""
@@ -69,11 +69,11 @@ class Flight:
 
     def __init__(
         self,
-        meter: Meter,
+        meter: GatewayMeter,
         exchange: Exchange,
         request: ModelRequest,
-        way: Way,
-        leg: Leg,
+        selector: RouteSelector,
+        attempt: ReplicaAttempt,
         principal: Principal,
         price: PricePoint,
         admitted: Admitted,
@@ -83,22 +83,24 @@ class Flight:
         self._meter = meter
         self.exchange = exchange
         self.request = request
-        self.way = way
+        self.selector = selector
         self.hold = admitted.hold
         self._admitted = admitted
         self.reply = reply
-        self._begun_at = leg.replica.pool.loop.time()
-        self._budget_s = LINE_PATIENCE_S if leg.replica.spec.batch_only else way.route.spec.ttft_timeout_seconds
-        self._leg = leg
-        self.route = way.route
-        self.replica = leg.replica
+        self._begun_at = attempt.replica.pool.loop.time()
+        self._budget_s = (
+            LINE_PATIENCE_S if attempt.replica.spec.batch_only else selector.route.spec.ttft_timeout_seconds
+        )
+        self._attempt = attempt
+        self.route = selector.route
+        self.replica = attempt.replica
         self.tap: Tap = self.route.engine.tap(request.ask)
         self.opened = Opened(
             request_id=exchange.request_id,
             tenant_id=principal.tenant_id,
             key_id=principal.key_id,
             model=request.model,
-            replica=leg.replica.label,
+            replica=attempt.replica.label,
             price_id=price.price_id,
             currency=principal.currency,
             price=(price.price.input, price.price.cached_input, price.price.output),
@@ -112,41 +114,41 @@ class Flight:
         except BaseException:
             meter.log.release()
             raise
-        leg.start(self._begun_at, self.hold.output_cap, request.ask.choices)
-        self._expected = leg.work
-        if way.gauge is not None:
-            way.gauge.arrived(leg.work)
+        attempt.start(self._begun_at, self.hold.output_cap, request.ask.choices)
+        self._expected = attempt.work
+        if selector.demand is not None:
+            selector.demand.arrived(attempt.work)
         exchange.on_gone = self._client_left
 
-    def move(self, leg: Leg) -> None:
+    def move(self, attempt: ReplicaAttempt) -> None:
         """Start over on another replica. The record will name that one; the time of all of them is in it.
 
         Raises Unavailable (TooManyOpen), and then stays where it is.
         """
-        opened = msgspec.structs.replace(self.opened, replica=leg.replica.label)
+        opened = msgspec.structs.replace(self.opened, replica=attempt.replica.label)
         # A kill in between leaves two slots of one request, of which one record is made.
         slot = self._meter.live.open(opened, self.hold.amount)
         self._meter.live.close_slot(self._slot)
         self.opened, self._slot = opened, slot
-        self.device_ns += self._leg.finish()
-        self._leg = leg
-        self.route = self.way.route
-        self.replica = leg.replica
+        self.device_ns += self._attempt.finish()
+        self._attempt = attempt
+        self.route = self.selector.route
+        self.replica = attempt.replica
         self.tap = self.route.engine.tap(self.request.ask)
         self.connection = None
         self.first_token_us = 0
         self._guessed = False
         self.attempts += 1
-        if not leg.started:
-            leg.start(leg.replica.pool.loop.time(), self.hold.output_cap, self.request.ask.choices)
+        if not attempt.started:
+            attempt.start(attempt.replica.pool.loop.time(), self.hold.output_cap, self.request.ask.choices)
 
-    def leave(self, leg: Leg) -> None:
+    def leave(self, attempt: ReplicaAttempt) -> None:
         """A leg beside the flight's own has come to nothing; its time counts."""
-        self.device_ns += leg.finish()
+        self.device_ns += attempt.finish()
 
     def hedged(self, *, won: bool) -> None:
         """A second replica was asked as well; `won`: it was the first to speak."""
-        self._meter.tally.hedge(self.route.name, won=won)
+        self._meter.metrics.hedge(self.route.name, won=won)
 
     @property
     def idle_s(self) -> float:
@@ -160,7 +162,7 @@ class Flight:
     def _client_left(self) -> None:
         """Docs/policies.md: an own engine is aborted; an upstream is read to its end, within a bound."""
         self.given_up = True
-        for owner in (self, self.beside):
+        for owner in (self, self.hedge):
             connection = owner.connection if owner is not None else None
             if connection is None:
                 continue
@@ -197,7 +199,7 @@ class Flight:
             return
         if not self.first_token_us:
             self.first_token_us = now_us()
-            self._leg.first_token()
+            self._attempt.first_token()
         if tap.exact:
             counts, estimated = tap.counts, False
         else:
@@ -223,13 +225,13 @@ class Flight:
         """The same as a comment of an event stream, which every client passes over (WHATWG HTML, 9.2.6)."""
         return self._charge_told and b": " + self._charge_told + b"\n\n"
 
-    def passed(self) -> tuple[Counts, bool]:
+    def passed(self) -> tuple[TokenCounts, bool]:
         """What has passed so far, and whether that is an estimate. Nothing passed is nothing, exactly."""
         if self.tap.exact or not self.first_token_us:
             return self.tap.counts, False
         return self.tap.estimate(self.request.body_bytes), True
 
-    async def settle(self, status: Status, counts: Counts, estimated: bool) -> None:
+    async def settle(self, status: RequestStatus, counts: TokenCounts, estimated: bool) -> None:
         """Rate, charge, and write the record; returns when it is on disk. Once only.
 
         Raises LogFull when the disk refuses it; the request then stays open in the live table, and recovery writes
@@ -242,7 +244,7 @@ class Flight:
         self._meter.live.close_slot(self._slot)
 
     def settle_then(
-        self, status: Status, counts: Counts, estimated: bool, then: Callable[[LogFull | None], None]
+        self, status: RequestStatus, counts: TokenCounts, estimated: bool, then: Callable[[LogFull | None], None]
     ) -> None:
         """The same without waiting: `then` is called when the record is on disk, or with what `settle` would raise."""
 
@@ -255,7 +257,7 @@ class Flight:
 
         self._meter.log.append_then(self._rate(status, counts, estimated), durable)
 
-    def _rate(self, status: Status, counts: Counts, estimated: bool) -> bytes:
+    def _rate(self, status: RequestStatus, counts: TokenCounts, estimated: bool) -> bytes:
         """Rate and charge; gives the record."""
         assert not self.settled
         self.settled = True
@@ -268,13 +270,13 @@ class Flight:
             hold=self.hold.amount,
             first_token_us=self.first_token_us,
             finished_us=now_us(),
-            device_ns=self.device_ns + self._leg.finish(),
+            device_ns=self.device_ns + self._attempt.finish(),
         )
         self._admitted.settle(self._meter.leasing, settled.charge, counts.prompt + counts.completion)
         self.replica.done += work_done(settled)
-        if self.way.gauge is not None:
-            self.way.gauge.ended(self._expected, settled, self.way.waited_us)
-        self._meter.tally.note(settled)
+        if self.selector.demand is not None:
+            self.selector.demand.ended(self._expected, settled, self.selector.waited_us)
+        self._meter.metrics.note(settled)
         if self._meter.tells_charge:
             self._charge_told = b"x-tidemill-charge: %b %b" % (
                 format_amount(settled.charge).encode(),

@@ -9,8 +9,8 @@ import msgspec
 
 from tidemill.engines.sse import BrokenStream
 from tidemill.errors import TidemillError, Unavailable
-from tidemill.gateway.proxy.inflight import Flight
-from tidemill.gateway.routing.circuit_breaker import Breaker
+from tidemill.gateway.proxy.inflight import InFlightRequest
+from tidemill.gateway.routing.circuit_breaker import CircuitBreaker
 from tidemill.http.client import EngineLost
 
 MAX_ATTEMPTS = 4
@@ -18,33 +18,33 @@ MAX_RETRY_AFTER_S = 86_400
 BUSY = (429, 503)
 
 
-class Refused(msgspec.Struct, frozen=True):
+class EngineRefused(msgspec.Struct, frozen=True):
     """The engine has answered with an error."""
 
     error: TidemillError
     retry_after_s: float | None
 
 
-Failure = EngineLost | BrokenStream | Refused
+Failure = EngineLost | BrokenStream | EngineRefused
 
 
-def judge(flight: Flight, failure: Failure | None) -> None:
+def record_outcome(inflight: InFlightRequest, failure: Failure | None) -> None:
     """Tell the replica's breaker how the attempt went."""
-    breaker, tenant = flight.replica.breaker, flight.opened.tenant_id
-    if failure is None and not flight.tap.failed:
+    breaker, tenant = inflight.replica.breaker, inflight.opened.tenant_id
+    if failure is None and not inflight.tap.failed:
         if not breaker.calm:
             breaker.succeeded(tenant)
         return
-    now = flight.replica.pool.loop.time()
-    if flight.given_up:
+    now = inflight.replica.pool.loop.time()
+    if inflight.given_up:
         breaker.undecided()
-    elif isinstance(failure, Refused):
+    elif isinstance(failure, EngineRefused):
         refused(breaker, tenant, now, failure.error.status, failure.retry_after_s)
     else:
         lost(breaker, tenant, now, failure)
 
 
-def refused(breaker: Breaker, tenant: str, now: float, status: int, retry_after_s: float | None) -> None:
+def refused(breaker: CircuitBreaker, tenant: str, now: float, status: int, retry_after_s: float | None) -> None:
     """The engine has answered with an error."""
     if status in BUSY:
         breaker.busy(now, retry_after_s)
@@ -54,7 +54,7 @@ def refused(breaker: Breaker, tenant: str, now: float, status: int, retry_after_
         breaker.succeeded(tenant)
 
 
-def lost(breaker: Breaker, tenant: str, now: float, failure: EngineLost | BrokenStream | None) -> None:
+def lost(breaker: CircuitBreaker, tenant: str, now: float, failure: EngineLost | BrokenStream | None) -> None:
     """The engine was not reached, or was lost, broken, silent, or ended its answer with an error event (None)."""
     if isinstance(failure, EngineLost) and not failure.sent:
         breaker.unreachable(now)
@@ -62,20 +62,27 @@ def lost(breaker: Breaker, tenant: str, now: float, failure: EngineLost | Broken
         breaker.failed(tenant, now)
 
 
-def starts_over(flight: Flight, failure: Failure) -> bool:
+def starts_over(inflight: InFlightRequest, failure: Failure) -> bool:
     """Move the flight to another replica, if it may be and there is one."""
-    if flight.exchange.answered or flight.given_up or flight.attempts >= MAX_ATTEMPTS or flight.time_left() <= 0:
+    if (
+        inflight.exchange.answered
+        or inflight.given_up
+        or inflight.attempts >= MAX_ATTEMPTS
+        or inflight.time_left() <= 0
+    ):
         return False
-    untouched = failure.error.status in BUSY if isinstance(failure, Refused) else not getattr(failure, "sent", True)
+    untouched = (
+        failure.error.status in BUSY if isinstance(failure, EngineRefused) else not getattr(failure, "sent", True)
+    )
     if not untouched:
-        if isinstance(failure, Refused) or not flight.route.engine.owned or flight.resent:
+        if isinstance(failure, EngineRefused) or not inflight.route.engine.owned or inflight.resent:
             return False
-        flight.resent = True
-    leg = flight.way.another(flight.replica)
-    if leg is None:
+        inflight.resent = True
+    attempt = inflight.selector.another(inflight.replica)
+    if attempt is None:
         return False
     try:
-        flight.move(leg)
+        inflight.move(attempt)
     except Unavailable:
         return False
     return True

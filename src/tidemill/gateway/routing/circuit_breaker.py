@@ -6,7 +6,7 @@ better, and used when there is not; for a tenant can make an engine fail by what
 to others. So each tenant has one vote, its latest outcome, and failing takes a majority of them.
 """
 
-from tidemill.tides.routing import Standing
+from tidemill.tides.routing import ReplicaHealth
 
 UNREACHABLE_AFTER = 2
 """Connections that fail one after the other."""
@@ -26,7 +26,7 @@ BUSY_S = 1.0
 MAX_BUSY_S = 30.0
 
 
-class Breaker:
+class CircuitBreaker:
     """Told of outcomes, says how a replica stands. `now` is any one monotonic clock, in seconds.
 
     `calm` is True while there is nothing to look at: no trouble, no votes. Then a success need not be told.
@@ -64,17 +64,17 @@ class Breaker:
         """The replica is in trouble, and it has not been seen to be well since."""
         return bool(self._open_until)
 
-    def standing(self, now: float) -> Standing:
+    def health(self, now: float) -> ReplicaHealth:
         """READY, AVOID or DOWN. A breaker whose wait is over lets one request through, to see."""
         if self._open_until:
             if now < self._open_until or now < self._trial_until:
-                return Standing.DOWN if self._hard else Standing.AVOID
-            return Standing.READY
+                return ReplicaHealth.DOWN if self._hard else ReplicaHealth.AVOID
+            return ReplicaHealth.READY
         if self._busy_until:
             if now < self._busy_until:
-                return Standing.AVOID
+                return ReplicaHealth.AVOID
             self._busy_until = 0.0
-        return Standing.READY
+        return ReplicaHealth.READY
 
     def opens_in(self, now: float) -> float:
         """Seconds until a request may try again; 0 when it may now."""

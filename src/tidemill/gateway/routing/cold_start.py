@@ -17,8 +17,8 @@ from tidemill.http.server import Exchange
 RETRY_AFTER_S = 5
 
 
-class Waited(Protocol):
-    """What waiting needs to know of a model (`gateway.routing.models.Route`)."""
+class WaitingModel(Protocol):
+    """What waiting needs to know of a model (`gateway.routing.models.ModelRoute`)."""
 
     @property
     def name(self) -> str: ...
@@ -33,7 +33,7 @@ class Waited(Protocol):
     def max_waiting(self) -> int: ...
 
 
-class Waking:
+class Activator:
     """Those that wait for models to be woken, in one gateway process of `processes`."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, processes: int = 1) -> None:
@@ -43,7 +43,7 @@ class Waking:
         self.on_wanted: Callable[[], None] = lambda: None
         """Called when a model is waited for that nobody waited for before."""
 
-    async def woken(self, route: Waited, exchange: Exchange) -> bool:
+    async def woken(self, route: WaitingModel, exchange: Exchange) -> bool:
         """Wait until the model has a replica; False when the client has left meanwhile.
 
         Raises TooManyWait, and StillAsleep when it takes too long.
@@ -73,7 +73,7 @@ class Waking:
             waiting.discard(future)
         return not exchange.gone
 
-    def update(self, routes: Mapping[str, Waited]) -> None:
+    def update(self, routes: Mapping[str, WaitingModel]) -> None:
         """The models as they are now: whoever waits for one that is awake, or will not wake, goes on."""
         for name, waiting in self._waiting.items():
             route = routes.get(name)
@@ -87,7 +87,7 @@ class Waking:
         """How many wait, by model, where any do."""
         return {name: len(waiting) for name, waiting in self._waiting.items() if waiting}
 
-    def _too_long(self, future: "asyncio.Future[None]", route: Waited) -> None:
+    def _too_long(self, future: "asyncio.Future[None]", route: WaitingModel) -> None:
         if not future.done():
             error = StillAsleep(
                 f"The model {route.name!r} has no replica, and none was ready within {route.wake_seconds:g} s.",

@@ -5,14 +5,14 @@ The hot path adds integers; nothing is kept for a single request.
 
 import msgspec
 
-from tidemill.ledger.usage import DELIVERED, Status
+from tidemill.ledger.usage import DELIVERED, RequestStatus
 from tidemill.meter.records import Settled
 from tidemill.tides.buckets import Buckets, bucket_of
 from tidemill.tides.routing import POLICY
 from tidemill.tides.state import Objective
 
 _DELIVERED = frozenset(status.value for status in DELIVERED)
-_LOST = frozenset((Status.ENGINE_LOST.value, Status.ENGINE_ERROR.value))
+_LOST = frozenset((RequestStatus.ENGINE_LOST.value, RequestStatus.ENGINE_ERROR.value))
 
 
 class ModelSeen(msgspec.Struct):
@@ -44,14 +44,14 @@ class ReplicaUse(msgspec.Struct):
     """Work that has ended there since the last report, in tokens of prefill, lines included."""
 
 
-class Load(msgspec.Struct):
+class DemandReport(msgspec.Struct):
     """A gateway process's report to the tide."""
 
     replicas: dict[str, ReplicaUse] = {}
     seen: dict[str, ModelSeen] = {}
 
 
-class Gauge:
+class DemandCounter:
     """The running counts of one model in one gateway process."""
 
     __slots__ = ("_seen", "_tpot_us", "_ttft_us")

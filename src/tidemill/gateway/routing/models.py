@@ -9,15 +9,15 @@ import msgspec
 from tidemill.engines.protocol import Engine
 from tidemill.engines.registry import CONTROLS, engine_of
 from tidemill.gateway.errors import ModelNotFound, NoReplica
-from tidemill.gateway.routing.cold_start import Waking
-from tidemill.gateway.routing.demand import Gauge, Load, ModelSeen, ReplicaUse
+from tidemill.gateway.routing.cold_start import Activator
+from tidemill.gateway.routing.demand import DemandCounter, DemandReport, ModelSeen, ReplicaUse
 from tidemill.gateway.routing.prefix_index import Keys
-from tidemill.gateway.routing.replica import Replica, ReplicaSpec
-from tidemill.gateway.routing.shared_state import Board
+from tidemill.gateway.routing.replica import ReplicaSpec, RoutedReplica
+from tidemill.gateway.routing.shared_state import SharedReplicaState
 from tidemill.ledger.pricing import Price
 from tidemill.tides.state import Objective
 
-__all__ = ["ModelCost", "ModelSpec", "NoReplica", "Replica", "ReplicaSpec", "Route", "Routes"]
+__all__ = ["ModelCost", "ModelRoute", "ModelRoutes", "ModelSpec", "NoReplica", "ReplicaSpec", "RoutedReplica"]
 
 
 class ModelCost(msgspec.Struct, frozen=True):
@@ -97,24 +97,24 @@ class HedgeBudget:
         return True
 
 
-class Route:
+class ModelRoute:
     """A model: how its engine is spoken to, and its replicas."""
 
     def __init__(self, spec: ModelSpec, loop: asyncio.AbstractEventLoop) -> None:
         self.spec = spec
         self.engine: Engine = engine_of(spec.engine, owned=spec.owned, priority_scheduling=spec.priority_scheduling)
-        self.gauge = Gauge(spec.objective)
+        self.demand = DemandCounter(spec.objective)
         self.hedges = HedgeBudget()
-        self._take([Replica(replica, spec.api_key, loop) for replica in spec.replicas])
+        self._take([RoutedReplica(replica, spec.api_key, loop) for replica in spec.replicas])
 
-    def _take(self, replicas: list[Replica]) -> None:
+    def _take(self, replicas: list[RoutedReplica]) -> None:
         self.replicas = replicas
         """All of them."""
         self.ordinary = [replica for replica in replicas if not replica.spec.batch_only]
         """Those that people's requests may go to."""
         self.batch_only = [replica for replica in replicas if replica.spec.batch_only]
 
-    def open_to(self, filler: bool) -> list[Replica]:
+    def open_to(self, filler: bool) -> list[RoutedReplica]:
         """The replicas that a request may go to. A batch's line (`filler`) keeps to those that are lent to batches,
         as long as there is one."""
         return self.batch_only if filler and self.batch_only and self.lends else self.ordinary
@@ -163,7 +163,7 @@ class Route:
         return len(self.ordinary) > 1 or self.spec.overflow
 
     @property
-    def straight(self) -> Replica | None:
+    def only_replica(self) -> RoutedReplica | None:
         """The one replica that people's requests go to while it is well: nothing has to be decided."""
         spec = self.spec
         if len(self.ordinary) != 1 or spec.overflow or spec.split:
@@ -173,7 +173,7 @@ class Route:
             return None
         return replica if replica.breaker.calm else None
 
-    def pick(self) -> Replica:
+    def pick(self) -> RoutedReplica:
         """A ready replica with the fewest requests in flight, for small work beside the requests. Raises NoReplica."""
         ready = [replica for replica in self.ordinary if replica.spec.ready]
         if not ready:
@@ -194,29 +194,31 @@ class Route:
         for each in spec.replicas:
             replica = known.pop((each.name, each.life, each.base_url), None)
             if replica is None:
-                replica = Replica(each, spec.api_key, loop)
+                replica = RoutedReplica(each, spec.api_key, loop)
             replica.spec = each
             replicas.append(replica)
         for gone in known.values():
             gone.pool.close_idle()
             gone.share(None, 0)
         self.spec = spec
-        self.gauge.aim(spec.objective)
+        self.demand.aim(spec.objective)
         self._take(replicas)
 
 
-class Routes:
+class ModelRoutes:
     """All models of this gateway process."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, board: Board | None = None, processes: int = 1) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, board: SharedReplicaState | None = None, processes: int = 1
+    ) -> None:
         """With a `board` the gateway processes of a machine (`processes`) share what they know of replicas."""
         self.loop = loop
         self._board = board
-        self.waking = Waking(loop, processes)
-        self._by_board_id: dict[int, Replica] = {}
-        self.by_name: dict[str, Route] = {}
+        self.activator = Activator(loop, processes)
+        self._by_board_id: dict[int, RoutedReplica] = {}
+        self.by_name: dict[str, ModelRoute] = {}
         """By the model's own name."""
-        self._by_any_name: dict[str, Route] = {}
+        self._by_any_name: dict[str, ModelRoute] = {}
 
     def update(self, specs: list[ModelSpec]) -> None:
         """Replace what is known by what the supervisor announces."""
@@ -224,7 +226,7 @@ class Routes:
         for spec in specs:
             route = self.by_name.get(spec.name)
             if route is None or route.spec.engine != spec.engine:
-                route = Route(spec, self.loop)
+                route = ModelRoute(spec, self.loop)
             else:
                 route.update(spec, self.loop)
             routes[spec.name] = route
@@ -237,14 +239,14 @@ class Routes:
             self._by_board_id = {replica.board_id: replica for replica in replicas}
         aliases = {alias: route for route in routes.values() for alias in route.spec.aliases}
         self._by_any_name = aliases | routes
-        self.waking.update(routes)
+        self.activator.update(routes)
 
     @property
     def names(self) -> Collection[str]:
         """All names that a model can be asked for by: its own, and its aliases."""
         return self._by_any_name.keys()
 
-    def find(self, name: str) -> Route:
+    def find(self, name: str) -> ModelRoute:
         """The route of a model, by its name or an alias. Raises ModelNotFound with the nearest name."""
         route = self._by_any_name.get(name)
         if route is None:
@@ -263,12 +265,12 @@ class Routes:
         if replica is not None:
             replica.prefix.note(keys)
 
-    def take_load(self) -> Load:
+    def take_load(self) -> DemandReport:
         """What is in flight now, and what was seen since the last time."""
         replicas: dict[str, ReplicaUse] = {}
         seen: dict[str, ModelSeen] = {}
         for name, route in self.by_name.items():
-            of_model = route.gauge.take()
+            of_model = route.demand.take()
             if of_model is not None:
                 seen[name] = of_model
             for replica in route.replicas:
@@ -276,7 +278,7 @@ class Routes:
                 if active or done:
                     replicas[replica.spec.name] = ReplicaUse(active - replica.filler, replica.filler, done)
                     replica.done = 0
-        return Load(replicas, seen)
+        return DemandReport(replicas, seen)
 
     def sweep(self, now: float) -> None:
         self.hear()

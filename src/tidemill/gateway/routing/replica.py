@@ -6,12 +6,12 @@ import time
 
 import msgspec
 
-from tidemill.gateway.routing.circuit_breaker import Breaker
+from tidemill.gateway.routing.circuit_breaker import CircuitBreaker
 from tidemill.gateway.routing.prefix_index import Keys, PrefixIndex
-from tidemill.gateway.routing.shared_state import MAX_REPLICAS, Board
-from tidemill.http.client import Address, Pool
-from tidemill.ledger.costing import BusyClock, Ticket
-from tidemill.tides.routing import Standing, work_of
+from tidemill.gateway.routing.shared_state import MAX_REPLICAS, SharedReplicaState
+from tidemill.http.client import ConnectionPool, EngineAddress
+from tidemill.ledger.costing import BusyTimeShares, Ticket
+from tidemill.tides.routing import ReplicaHealth, work_of
 
 
 class ReplicaSpec(msgspec.Struct, frozen=True):
@@ -31,14 +31,14 @@ def spread_key(text: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
-class Replica:
+class RoutedReplica:
     """A replica in use: its connections, its health, and how its time is shared among requests."""
 
     def __init__(self, spec: ReplicaSpec, api_key: str | None, loop: asyncio.AbstractEventLoop) -> None:
         self._spec = spec
-        self.pool = Pool(Address(spec.base_url, api_key), loop)
-        self.clock = BusyClock()
-        self.breaker = Breaker()
+        self.pool = ConnectionPool(EngineAddress(spec.base_url, api_key), loop)
+        self.clock = BusyTimeShares()
+        self.breaker = CircuitBreaker()
         self.prefix = PrefixIndex()
         self.seat = spread_key(spec.name.encode())
         """Its place in `tides.routing.home`; it outlives restarts."""
@@ -51,10 +51,10 @@ class Replica:
         self.label = f"{spec.name}#{spec.life}" if spec.life else spec.name
         """The name that usage records carry: the replica and its life."""
         self.board_id = spread_key(self.label.encode())
-        self._board: Board | None = None
+        self._board: SharedReplicaState | None = None
         self._row = 0
 
-    def share(self, board: Board | None, row: int) -> None:
+    def share(self, board: SharedReplicaState | None, row: int) -> None:
         """Tell the other gateway processes of this machine, and hear of them, in a row of the board."""
         self._board = board if row < MAX_REPLICAS else None
         self._row = row
@@ -94,18 +94,18 @@ class Replica:
             self.breaker.reached()
         self._spec = spec
 
-    def standing(self, now: float, slots: int | None, active: int = 0) -> Standing:
+    def health(self, now: float, slots: int | None, active: int = 0) -> ReplicaHealth:
         """How it stands now; of `slots` requests that it works on at a time, `active` are taken."""
         if not self._spec.ready:
-            return Standing.DOWN
+            return ReplicaHealth.DOWN
         if not self.breaker.calm:
-            standing = self.breaker.standing(now)
-            if standing is not Standing.READY:
-                return standing
-        return Standing.FULL if slots is not None and active >= slots else Standing.READY
+            health = self.breaker.health(now)
+            if health is not ReplicaHealth.READY:
+                return health
+        return ReplicaHealth.FULL if slots is not None and active >= slots else ReplicaHealth.READY
 
 
-class Leg:
+class ReplicaAttempt:
     """One attempt of a request, on one replica: its share of the replica's time, and its load there.
 
     A request has one leg at a time, and most have one in all; where the first is late, there is a second beside it
@@ -115,7 +115,13 @@ class Leg:
     __slots__ = ("_cached", "_decode", "_keys", "_prefill", "_prompt", "_ticket", "filler", "replica")
 
     def __init__(
-        self, replica: Replica, prompt_tokens: int, cached_tokens: int = 0, keys: Keys = (), *, filler: bool = False
+        self,
+        replica: RoutedReplica,
+        prompt_tokens: int,
+        cached_tokens: int = 0,
+        keys: Keys = (),
+        *,
+        filler: bool = False,
     ) -> None:
         self.replica = replica
         self.filler = filler

@@ -8,23 +8,23 @@ from tidemill.engines.capabilities import refusal
 from tidemill.engines.sse import BYTES_PER_TOKEN
 from tidemill.gateway.auth.snapshot import PricePoint, Principal
 from tidemill.gateway.protocols.request import ModelRequest
-from tidemill.gateway.routing.demand import Gauge
-from tidemill.gateway.routing.models import Route, Routes
+from tidemill.gateway.routing.demand import DemandCounter
+from tidemill.gateway.routing.models import ModelRoute, ModelRoutes
 from tidemill.gateway.routing.prefix_index import Keys, matched_bytes, prompt_keys
-from tidemill.gateway.routing.replica import Leg, Replica, spread_key
+from tidemill.gateway.routing.replica import ReplicaAttempt, RoutedReplica, spread_key
 from tidemill.http.server import Exchange
-from tidemill.ledger.pricing import Tier, covers
-from tidemill.tides.routing import ReplicaView, Standing, arm, choose, home
+from tidemill.ledger.pricing import PriceTier, covers
+from tidemill.tides.routing import ReplicaCandidate, ReplicaHealth, arm, choose, home
 
 MAX_SESSION_BYTES = 512
 """A longer session id is no session id."""
 
-_WITH_QUEUE = (Standing.FULL, Standing.AVOID)
-_WITH_OVERFLOW = (Standing.READY, Standing.FULL, Standing.AVOID)
+_WITH_QUEUE = (ReplicaHealth.FULL, ReplicaHealth.AVOID)
+_WITH_OVERFLOW = (ReplicaHealth.READY, ReplicaHealth.FULL, ReplicaHealth.AVOID)
 """How bad a replica may stand: each step is tried with all models before the next."""
 
 
-class Way:
+class RouteSelector:
     """Where one request may go. `route` is that of the current leg."""
 
     __slots__ = (
@@ -44,8 +44,8 @@ class Way:
 
     def __init__(
         self,
-        routes: Routes,
-        asked: Route,
+        routes: ModelRoutes,
+        asked: ModelRoute,
         request: ModelRequest,
         principal: Principal,
         price: PricePoint,
@@ -58,126 +58,126 @@ class Way:
         self._principal = principal
         self._price = price
         self._exchange = exchange
-        self._filler = principal.tier is Tier.BATCH
+        self._filler = principal.tier is PriceTier.BATCH
         if self._filler:
             request.ask.filler = True
         self.waited_us = 0
         """What it has waited for a replica to be started."""
         self._prompt = request.body_bytes // BYTES_PER_TOKEN
         self._keys: Keys | None = None
-        self._tried: list[Replica] = []
+        self._tried: list[RoutedReplica] = []
 
     @property
-    def asked(self) -> Route:
+    def asked(self) -> ModelRoute:
         """The model that was asked for."""
         return self._asked
 
     @property
-    def branches(self) -> bool:
+    def has_alternatives(self) -> bool:
         """There may be another place to go to than that of the first leg."""
         spec = self._asked.spec
         return bool(len(self._asked.ordinary) > 1 or spec.fallbacks or spec.split)
 
     @property
-    def gauge(self) -> Gauge | None:
+    def demand(self) -> DemandCounter | None:
         """Where it counts as demand; None for a batch's line, which is none."""
-        return None if self._filler else self._asked.gauge
+        return None if self._filler else self._asked.demand
 
     @property
-    def detours(self) -> bool:
+    def rerouted(self) -> bool:
         """The current leg is on another model than the one that was asked for."""
         return self.route is not self._asked
 
-    def first(self) -> Leg:
+    def first(self) -> ReplicaAttempt:
         """The leg to begin with. Raises NoReplica."""
-        replica = self._asked.straight
+        replica = self._asked.only_replica
         if replica is not None and not (self._filler and self._asked.batch_only):
             self.route = self._asked
-            return Leg(replica, self._prompt, filler=self._filler)
+            return ReplicaAttempt(replica, self._prompt, filler=self._filler)
         now = self._routes.loop.time()
-        leg = self._choose(_WITH_OVERFLOW if self._asked.spec.overflow else _WITH_QUEUE, now)
-        if leg is None:
+        attempt = self._choose(_WITH_OVERFLOW if self._asked.spec.overflow else _WITH_QUEUE, now)
+        if attempt is None:
             raise self._asked.no_replica(now)
-        return leg
+        return attempt
 
     async def woken(self) -> bool:
         """Wait for a replica of the model to be started; False when the client has left meanwhile. Raises."""
         began = self._routes.loop.time()
         try:
-            return await self._routes.waking.woken(self._asked, self._exchange)
+            return await self._routes.activator.woken(self._asked, self._exchange)
         finally:
             self.waited_us = round((self._routes.loop.time() - began) * 1e6)
 
-    def another(self, failed: Replica) -> Leg | None:
+    def another(self, failed: RoutedReplica) -> ReplicaAttempt | None:
         """A leg on a replica that was not tried and is well, or None. `route` is then that of the new leg."""
         self._tried.append(failed)
         return self._choose(_WITH_QUEUE[:1], self._routes.loop.time())
 
-    def beside(self, first: Replica) -> Leg | None:
+    def hedge(self, first: RoutedReplica) -> ReplicaAttempt | None:
         """A leg on another replica of the same model that has room now, while the first one goes on."""
         self._tried.append(first)
         try:
-            return self._choose_replica(self.route, Standing.READY, self._routes.loop.time())
+            return self._choose_replica(self.route, ReplicaHealth.READY, self._routes.loop.time())
         finally:
             self._tried.pop()
 
-    def _choose(self, steps: tuple[Standing, ...], now: float) -> Leg | None:
-        courses = self._courses()
+    def _choose(self, steps: tuple[ReplicaHealth, ...], now: float) -> ReplicaAttempt | None:
+        candidates = self._candidates()
         for worst in steps:
-            for route in courses:
-                leg = self._choose_replica(route, worst, now)
-                if leg is not None:
+            for route in candidates:
+                attempt = self._choose_replica(route, worst, now)
+                if attempt is not None:
                     self.route = route
-                    return leg
+                    return attempt
         return None
 
-    def _courses(self) -> list[Route]:
+    def _candidates(self) -> list[ModelRoute]:
         """The models that may answer, the likeliest first."""
         asked = self._asked
         spec = asked.spec
-        courses = [asked]
+        candidates = [asked]
         if spec.split:
             name = arm(self._split_key(), spec.split)
             target = self._routes.by_name.get(name) if name is not None else None
             if target is not None and self._may_sell(target) and self._fits(target):
-                courses.insert(0, target)
+                candidates.insert(0, target)
         if self._request.ask.generates:  # vectors of another model would be of another space
             for name in spec.fallbacks:
                 target = self._routes.by_name.get(name)
-                if target is not None and target not in courses and self._may_sell(target) and self._fits(target):
-                    courses.append(target)
-        return courses
+                if target is not None and target not in candidates and self._may_sell(target) and self._fits(target):
+                    candidates.append(target)
+        return candidates
 
-    def _may_sell(self, route: Route) -> bool:
+    def _may_sell(self, route: ModelRoute) -> bool:
         """What the tenant pays for the model it asked for covers what this one costs, or the operator said yes."""
         cost = route.spec.cost
         if cost is None or self._asked.spec.allow_loss:
             return True
         return cost.currency == self._principal.currency and covers(self._price.price, cost.price)
 
-    def _fits(self, route: Route) -> bool:
+    def _fits(self, route: ModelRoute) -> bool:
         """It takes what the client asks for: one that does not would turn an outage into a refusal."""
         spec = route.spec
         if spec.context is not None and self._prompt + (self._request.ask.max_tokens or 0) >= spec.context:
             return False
         return refusal(spec.engine, spec.lacks, self._request.ask) is None
 
-    def _choose_replica(self, route: Route, worst: Standing, now: float) -> Leg | None:
+    def _choose_replica(self, route: ModelRoute, worst: ReplicaHealth, now: float) -> ReplicaAttempt | None:
         slots = route.spec.slots
         replicas = route.open_to(self._filler)
         if not replicas:
             return None
         if len(replicas) == 1:
             (replica,) = replicas
-            if replica in self._tried or replica.standing(now, slots, replica.load()[1]) > worst:
+            if replica in self._tried or replica.health(now, slots, replica.load()[1]) > worst:
                 return None
-            return Leg(replica, self._prompt, filler=self._filler)
+            return ReplicaAttempt(replica, self._prompt, filler=self._filler)
         loads = [each.load() for each in replicas]
-        standings = [
-            Standing.DOWN if each in self._tried else each.standing(now, slots, active)
+        healths = [
+            ReplicaHealth.DOWN if each in self._tried else each.health(now, slots, active)
             for each, (_, active) in zip(replicas, loads, strict=True)
         ]
-        if min(standings) > worst:
+        if min(healths) > worst:
             return None
         self._routes.hear()
         if self._keys is None:
@@ -187,8 +187,8 @@ class Way:
         session = self._session()
         at_home = home(session, [each.seat for each in replicas]) if session is not None else -1
         views = [
-            ReplicaView(
-                standing=standings[index],
+            ReplicaCandidate(
+                health=healths[index],
                 cached=0 if cached is None else cached[index],
                 in_flight=loads[index][0],
                 held=len(each.prefix),
@@ -199,7 +199,7 @@ class Way:
         chosen = choose(views, self._prompt, worst=worst)
         if chosen is None:
             return None
-        return Leg(replicas[chosen], self._prompt, views[chosen].cached, keys, filler=self._filler)
+        return ReplicaAttempt(replicas[chosen], self._prompt, views[chosen].cached, keys, filler=self._filler)
 
     def _session(self) -> int | None:
         """What the client says belongs together, within its tenant: requests that share a session share a home."""

@@ -45,7 +45,7 @@ def create_board(path: Path, processes: int) -> None:
         os.close(fd)
 
 
-class Board:
+class SharedReplicaState:
     """The board as process `index` of `processes` sees it."""
 
     def __init__(self, path: Path, index: int, processes: int) -> None:

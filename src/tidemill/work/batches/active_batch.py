@@ -7,31 +7,31 @@ import os
 from collections import deque
 from datetime import datetime
 
-from tidemill.store.batches import Batch, BatchStatus, Counts
-from tidemill.tides.batch_order import LineView, order
-from tidemill.work.batches.attempt import SUSPECT_AFTER, Done, Tries
-from tidemill.work.batches.lines import Index, decode_line
-from tidemill.work.batches.results import Entry, Failure, Results, entry_id
+from tidemill.store.batches import Batch, BatchStatus, LineCounts
+from tidemill.tides.batch_order import BatchLineView, order
+from tidemill.work.batches.attempt import SUSPECT_AFTER, LineDone, LineTries
+from tidemill.work.batches.lines import LineIndex, decode_line
+from tidemill.work.batches.results import LineFailure, ResultLine, Results, entry_id
 
 _GIVEN_UP = {
-    BatchStatus.EXPIRED: Failure(
+    BatchStatus.EXPIRED: LineFailure(
         "batch_expired", "This request could not be executed before the completion window expired."
     ),
-    BatchStatus.CANCELLED: Failure("batch_cancelled", "The batch was cancelled before this request was executed."),
+    BatchStatus.CANCELLED: LineFailure("batch_cancelled", "The batch was cancelled before this request was executed."),
 }
 
 
-class BatchInHand:
+class ActiveBatch:
     """The state of one batch that is worked on. A line is known by its place in the index."""
 
-    def __init__(self, batch: Batch, index: Index, input_fd: int, results: Results) -> None:
+    def __init__(self, batch: Batch, index: LineIndex, input_fd: int, results: Results) -> None:
         self.batch = batch
         self.index = index
         self.results = results
         self.running: dict[int, asyncio.Task[None]] = {}
-        self.unrecorded: dict[int, tuple[str, Done]] = {}
+        self.unrecorded: dict[int, tuple[str, LineDone]] = {}
         """Results that the disk had no room for, each with the line's custom id."""
-        self.noted = Counts()
+        self.noted = LineCounts()
         """The counts that the store knows."""
         self.outcome = BatchStatus.COMPLETED
         self.closing_since = 0.0
@@ -40,7 +40,7 @@ class BatchInHand:
         self.lock = asyncio.Lock()
         """Held while a thread works with its results, beside their recording."""
         self._input_fd = input_fd
-        self._tries: dict[int, Tries] = {}
+        self._tries: dict[int, LineTries] = {}
         self._waiting: dict[str, deque[int]] = {model: deque() for model in index.models}
         self._later: dict[str, list[tuple[float, int]]] = {model: [] for model in index.models}
         self._suspects: dict[str, list[tuple[float, int]]] = {model: [] for model in index.models}
@@ -99,17 +99,17 @@ class BatchInHand:
         lines = self._suspects if self.tries(place).lost >= SUSPECT_AFTER else self._later
         heapq.heappush(lines[self.index.model(place)], (not_before, place))
 
-    def tries(self, place: int) -> Tries:
-        return self._tries.setdefault(place, Tries())
+    def tries(self, place: int) -> LineTries:
+        return self._tries.setdefault(place, LineTries())
 
     def read(self, place: int) -> bytes:
         """The line, from its file. Blocking."""
         return self.index.read(self._input_fd, place)
 
-    def record(self, place: int, custom_id: str, done: Done) -> None:
+    def record(self, place: int, custom_id: str, done: LineDone) -> None:
         """Write a line's result down. Blocking for a moment. Raises OSError; then it is not written."""
         number = self.index.numbers[place]
-        entry = Entry(entry_id(self.batch.batch_id, number), custom_id, done.response, done.failure)
+        entry = ResultLine(entry_id(self.batch.batch_id, number), custom_id, done.response, done.failure)
         self.results.record(number, entry, done.usage)
         self._tries.pop(place, None)
 
@@ -122,17 +122,17 @@ class BatchInHand:
             return
         for place, number in enumerate(self.index.numbers):
             if number not in self.results.done:
-                self.record(place, decode_line(self.read(place))[0], Done(None, failure))
+                self.record(place, decode_line(self.read(place))[0], LineDone(None, failure))
 
     def close(self) -> None:
         self.results.close()
         os.close(self._input_fd)
 
 
-def in_order(index: Index, deadline: float) -> list[int]:
+def in_order(index: LineIndex, deadline: float) -> list[int]:
     """The places of a batch's lines in the order to send them: as they come in the file, but those whose prompts begin
     alike one after the other, so that an engine computes the beginning once."""
     if not any(index.beginnings):
         return list(range(len(index)))
-    lines = [LineView(0.0, deadline, str(each) if each else "") for each in index.beginnings]
+    lines = [BatchLineView(0.0, deadline, str(each) if each else "") for each in index.beginnings]
     return order(lines, 0.0, math.inf)

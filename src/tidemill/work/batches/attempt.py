@@ -4,8 +4,8 @@ from typing import Protocol
 
 import msgspec
 
-from tidemill.store.batches import Counts
-from tidemill.work.batches.results import Failure, Response, usage_counts
+from tidemill.store.batches import LineCounts
+from tidemill.work.batches.results import LineFailure, LineResponse, usage_counts
 
 MAX_LOST = 3
 """Attempts at a line whose engine or gateway is lost, or fails, each time. Then it fails: it is what kills them."""
@@ -23,7 +23,7 @@ _encode = msgspec.json.Encoder().encode
 _decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
-class Call(msgspec.Struct, frozen=True, kw_only=True):
+class LineCall(msgspec.Struct, frozen=True, kw_only=True):
     """A line on its way to the platform's own data plane."""
 
     path: str
@@ -34,7 +34,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     request_id: str
 
 
-class Answer(msgspec.Struct, frozen=True):
+class LineAnswer(msgspec.Struct, frozen=True):
     """What the data plane has answered."""
 
     status: int
@@ -42,7 +42,7 @@ class Answer(msgspec.Struct, frozen=True):
     retry_after_s: float = 0.0
 
 
-class Lost(Exception):
+class NoAnswer(Exception):
     """No answer came. `sent`: the request may have reached the data plane; False: surely not."""
 
     def __init__(self, reason: str, *, sent: bool) -> None:
@@ -50,64 +50,66 @@ class Lost(Exception):
         self.sent = sent
 
 
-class Send(Protocol):
+class SendLine(Protocol):
     """The way into the data plane: the road of any other request, with its admission, metering and billing."""
 
-    async def __call__(self, call: Call) -> Answer:
+    async def __call__(self, call: LineCall) -> LineAnswer:
         """Raises Lost."""
         ...
 
 
-class Tries(msgspec.Struct):
+class LineTries(msgspec.Struct):
     """How often a line was tried in vain, in this process."""
 
     lost: int = 0
 
 
-class Again(msgspec.Struct, frozen=True):
+class RetryLater(msgspec.Struct, frozen=True):
     """Try the line once more, not before `after_s` seconds. `pause`: so shall the tenant's other lines."""
 
     after_s: float
     pause: bool = False
 
 
-class Done(msgspec.Struct, frozen=True):
+class LineDone(msgspec.Struct, frozen=True):
     """The line's result."""
 
-    response: Response | None
-    failure: Failure | None = None
-    usage: Counts = Counts()
+    response: LineResponse | None
+    failure: LineFailure | None = None
+    usage: LineCounts = LineCounts()
 
 
-def judge(answer: Answer, request_id: str, tries: Tries, *, alone: bool) -> Again | Done:
+def judge(answer: LineAnswer, request_id: str, tries: LineTries, *, alone: bool) -> RetryLater | LineDone:
     """What follows from an answer. `alone`: nothing else of the tenant's batches is in flight."""
     if answer.status in _REFUSALS:
-        return Again(min(max(answer.retry_after_s, FIRST_WAIT_S), LONGEST_WAIT_S), pause=True)
+        return RetryLater(min(max(answer.retry_after_s, FIRST_WAIT_S), LONGEST_WAIT_S), pause=True)
     if answer.status in _FAILURES and (again := _once_more(tries)):
         return again
     if answer.status == BROKE and not alone:
-        return Again(0.0)  # the others hold money that they will not need
+        return RetryLater(0.0)  # the others hold money that they will not need
     body = one_line(answer.body)
     if body is None and answer.status == 200:
-        return Done(None, Failure("invalid_answer", "The model's engine has answered with what is not JSON."))
+        return LineDone(None, LineFailure("invalid_answer", "The model's engine has answered with what is not JSON."))
     if body is None:
         text = answer.body[:1000].decode(errors="replace")
         body = _encode({"error": {"message": text, "type": "server_error", "param": None, "code": None}})
-    response = Response(answer.status, request_id, msgspec.Raw(body))
-    return Done(response, usage=usage_counts(body) if answer.status == 200 else Counts())
+    response = LineResponse(answer.status, request_id, msgspec.Raw(body))
+    return LineDone(response, usage=usage_counts(body) if answer.status == 200 else LineCounts())
 
 
-def judge_lost(lost: Lost, tries: Tries) -> Again | Done:
+def judge_lost(lost: NoAnswer, tries: LineTries) -> RetryLater | LineDone:
     """What follows when no answer came."""
     if not lost.sent:
-        return Again(FIRST_WAIT_S, pause=True)
-    return _once_more(tries) or Done(None, Failure("request_lost", f"The request was lost {MAX_LOST} times: {lost}"))
+        return RetryLater(FIRST_WAIT_S, pause=True)
+    return _once_more(tries) or LineDone(
+        None, LineFailure("request_lost", f"The request was lost {MAX_LOST} times: {lost}")
+    )
 
 
-def refused(message: str, request_id: str, param: str) -> Done:
+def refused(message: str, request_id: str, param: str) -> LineDone:
     """The result of a line that is not even asked for."""
     error = {"error": {"message": message, "type": "invalid_request_error", "param": param, "code": "unsupported"}}
-    return Done(Response(400, request_id, msgspec.Raw(_encode(error))))
+    return LineDone(LineResponse(400, request_id, msgspec.Raw(_encode(error))))
 
 
 def one_line(body: bytes) -> bytes | None:
@@ -120,8 +122,8 @@ def one_line(body: bytes) -> bytes | None:
     return msgspec.json.format(body, indent=-1) if b"\n" in body or b"\r" in body else body
 
 
-def _once_more(tries: Tries) -> Again | None:
+def _once_more(tries: LineTries) -> RetryLater | None:
     tries.lost += 1
     if tries.lost >= MAX_LOST:
         return None
-    return Again(min(FIRST_WAIT_S * 2**tries.lost, LONGEST_WAIT_S))
+    return RetryLater(min(FIRST_WAIT_S * 2**tries.lost, LONGEST_WAIT_S))

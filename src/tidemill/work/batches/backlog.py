@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from tidemill.store.batches import Batch, BatchStatus
 from tidemill.tides.routing import POLICY, work_of
 from tidemill.tides.state import BacklogView
-from tidemill.work.batches.active_batch import BatchInHand
+from tidemill.work.batches.active_batch import ActiveBatch
 
 BYTES_PER_TOKEN = 4
 MIN_DONE = 8
@@ -17,7 +17,7 @@ UNKNOWN_LINE = work_of(512, 0, POLICY.expected_output)
 """A line of a batch of which nothing is known yet."""
 
 
-def backlogs(hands: Iterable[BatchInHand], waiting: Iterable[Batch]) -> list[BacklogView]:
+def backlogs(hands: Iterable[ActiveBatch], waiting: Iterable[Batch]) -> list[BacklogView]:
     """What is left to do, the most urgent first. `waiting`: batches that are validated and not in hand yet."""
     parts: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for hand in hands:
@@ -36,7 +36,7 @@ def backlogs(hands: Iterable[BatchInHand], waiting: Iterable[Batch]) -> list[Bac
     return [BacklogView(model=model, parts=_most_urgent(parts[model])) for model in sorted(parts)]
 
 
-def line_work(hand: BatchInHand) -> float:
+def line_work(hand: ActiveBatch) -> float:
     """The work of one line of a batch, tokens of prefill: the mean of those that are done; before there are enough, by
     the bytes of the file."""
     counts = hand.results.counts

@@ -15,7 +15,7 @@ from tidemill.clock import PROCESS_CLOCK
 from tidemill.store.batches import (
     Batch,
     BatchStatus,
-    Counts,
+    LineCounts,
     LineError,
     fail_batch,
     find_batch,
@@ -28,8 +28,8 @@ from tidemill.store.batches import (
 from tidemill.store.blobs import BlobStore
 from tidemill.store.engine import Store
 from tidemill.store.files import File, delete_expired, known_files
-from tidemill.work.batches.active_batch import BatchInHand
-from tidemill.work.batches.lines import InvalidInput, LineRules, read_index
+from tidemill.work.batches.active_batch import ActiveBatch
+from tidemill.work.batches.lines import InvalidBatchInput, LineRules, read_index
 from tidemill.work.batches.results import ERRORS, OUTPUT, Results
 
 ANY = LineRules(max_lines=2**31, max_line_bytes=2**31)
@@ -52,7 +52,7 @@ class Lifecycle:
         with self._store.read() as connection:
             return open_batches(connection, self._blobs.site)
 
-    def take(self, batch: Batch, names: Mapping[str, str]) -> BatchInHand | None:
+    def take(self, batch: Batch, names: Mapping[str, str]) -> ActiveBatch | None:
         """Take a batch in hand, as a new one or where an earlier runner has left it; None when it is over now.
 
         `names`: all names that a model can be asked for by, and the models' own.
@@ -65,14 +65,14 @@ class Lifecycle:
             self._finish(batch, batch.outcome, batch.counts)
             return None
         if batch.status is BatchStatus.CANCELLING and batch.in_progress_at is None:
-            self._seal(batch, BatchStatus.CANCELLED, Counts())
+            self._seal(batch, BatchStatus.CANCELLED, LineCounts())
             return None
         new = batch.status is BatchStatus.VALIDATING
         path = self._blobs.path(batch.input_file_id)
         try:
             index = read_index(path, batch.endpoint, self._rules if new else ANY, names if new else None)
             input_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except InvalidInput as error:
+        except InvalidBatchInput as error:
             self._fail(batch, error.errors)
             return None
         except FileNotFoundError:
@@ -90,12 +90,12 @@ class Lifecycle:
                 return None
         index.rename(names)
         try:
-            return BatchInHand(batch, index, input_fd, Results(self._blobs.batch_directory(batch.batch_id)))
+            return ActiveBatch(batch, index, input_fd, Results(self._blobs.batch_directory(batch.batch_id)))
         except BaseException:
             os.close(input_fd)
             raise
 
-    def note(self, hand: BatchInHand) -> None:
+    def note(self, hand: ActiveBatch) -> None:
         """Tell the store how far a batch has come."""
         counts = hand.results.counts
         if counts != hand.noted:
@@ -103,7 +103,7 @@ class Lifecycle:
                 note_counts(connection, hand.batch.batch_id, counts)
             hand.noted = counts
 
-    def put_away(self, hand: BatchInHand) -> None:
+    def put_away(self, hand: ActiveBatch) -> None:
         """End a batch whose lines are all done or given up: its files appear, and its state is final."""
         hand.give_up_rest()
         hand.results.sync()
@@ -142,14 +142,14 @@ class Lifecycle:
             results.close()
             self._seal(batch, BatchStatus.CANCELLED, results.counts)
 
-    def _seal(self, batch: Batch, outcome: BatchStatus, counts: Counts) -> None:
+    def _seal(self, batch: Batch, outcome: BatchStatus, counts: LineCounts) -> None:
         """Write down what the batch becomes; from here on it is not worked on any more."""
         with self._store.write() as connection:
             sealed = seal_batch(connection, batch, outcome, counts, PROCESS_CLOCK.now())
         assert sealed.outcome is not None
         self._finish(sealed, sealed.outcome, sealed.counts)
 
-    def _finish(self, batch: Batch, outcome: BatchStatus, counts: Counts) -> None:
+    def _finish(self, batch: Batch, outcome: BatchStatus, counts: LineCounts) -> None:
         """Make the results files of the tenant, and the batch's state final."""
         now = PROCESS_CLOCK.now()
         directory = self._blobs.batch_directory(batch.batch_id)

@@ -26,7 +26,7 @@ _PROMPTS = (b'"messages"', b'"prompt"', b'"input"')
 """What comes before the prompt in a line's body."""
 
 
-class InvalidInput(Exception):
+class InvalidBatchInput(Exception):
     """The file is not the input of a batch."""
 
     def __init__(self, errors: list[LineError]) -> None:
@@ -34,7 +34,7 @@ class InvalidInput(Exception):
         self.errors = errors
 
 
-class Line(msgspec.Struct):
+class BatchLine(msgspec.Struct):
     """A request of a batch; its body is left undecoded."""
 
     custom_id: str | msgspec.UnsetType = msgspec.UNSET
@@ -54,7 +54,7 @@ class LineRules(msgspec.Struct, frozen=True):
     max_line_bytes: int
 
 
-class Index:
+class LineIndex:
     """Where the lines of a file are. A line is known by its number in the file, from 1."""
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ class Index:
         return data
 
 
-_decode_line = msgspec.json.Decoder(Line).decode
+_decode_line = msgspec.json.Decoder(BatchLine).decode
 _decode_body = msgspec.json.Decoder(_Body).decode
 
 
@@ -102,7 +102,7 @@ def decode_line(data: bytes) -> tuple[str, str, msgspec.Raw]:
     return line.custom_id, line.url, line.body
 
 
-def read_index(path: Path, endpoint: str, rules: LineRules, models: Collection[str] | None = None) -> Index:
+def read_index(path: Path, endpoint: str, rules: LineRules, models: Collection[str] | None = None) -> LineIndex:
     """Check a file and find its lines. Blocking, about a second for 200 MB. Raises InvalidInput.
 
     `models`: the models there are; None when that does not matter any more, as the batch has begun.
@@ -125,13 +125,13 @@ class _Reading:
         self._endpoint = endpoint
         self._rules = rules
         self._known = models
-        self._index = Index()
+        self._index = LineIndex()
         self._model_numbers: dict[str, int] = {}
         self._seen: set[str] = set()
         self._errors: list[LineError] = []
         self._wrong = 0
 
-    def read(self, file: BinaryIO) -> Index:
+    def read(self, file: BinaryIO) -> LineIndex:
         offset = number = 0
         limit = self._rules.max_line_bytes
         while data := file.readline(limit + 2):
@@ -146,15 +146,15 @@ class _Reading:
                 self._take(number, text, offset + start)
             if len(self._index) > self._rules.max_lines:
                 lines = self._rules.max_lines
-                raise InvalidInput([LineError("too_many_lines", f"The file has more than {lines} requests.")])
+                raise InvalidBatchInput([LineError("too_many_lines", f"The file has more than {lines} requests.")])
             offset += len(data)
         if not len(self._index) and not self._wrong:
-            raise InvalidInput([LineError("empty_file", "The file has no requests.")])
+            raise InvalidBatchInput([LineError("empty_file", "The file has no requests.")])
         if self._wrong > len(self._errors):
             more = self._wrong - len(self._errors)
             self._errors.append(LineError("too_many_errors", f"{more} more lines have errors."))
         if self._errors:
-            raise InvalidInput(self._errors)
+            raise InvalidBatchInput(self._errors)
         return self._index
 
     def _take(self, number: int, text: bytes, offset: int) -> None:
@@ -183,7 +183,7 @@ class _Reading:
             raise _wrong_type(error, "") from error
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise _Wrong("invalid_json_line", "This line is not parseable as valid JSON.") from error
-        for name in Line.__struct_fields__:
+        for name in BatchLine.__struct_fields__:
             if getattr(line, name) is msgspec.UNSET:
                 raise _Wrong("missing_required_parameter", f"Missing required parameter: '{name}'.", name)
         custom_id, _, body = decode_line(text)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from tidemill.store.batches import Counts
+from tidemill.store.batches import LineCounts
 
 OUTPUT = "output.jsonl"
 ERRORS = "errors.jsonl"
@@ -17,7 +17,7 @@ ERRORS = "errors.jsonl"
 _encode = msgspec.json.Encoder().encode
 
 
-class Response(msgspec.Struct, frozen=True):
+class LineResponse(msgspec.Struct, frozen=True):
     """The answer to a line, as OpenAI's output files have it."""
 
     status_code: int
@@ -25,20 +25,20 @@ class Response(msgspec.Struct, frozen=True):
     body: msgspec.Raw
 
 
-class Failure(msgspec.Struct, frozen=True):
+class LineFailure(msgspec.Struct, frozen=True):
     """Why a line has no answer."""
 
     code: str
     message: str
 
 
-class Entry(msgspec.Struct, frozen=True):
+class ResultLine(msgspec.Struct, frozen=True):
     """A line of an output or error file."""
 
     id: str
     custom_id: str
-    response: Response | None
-    error: Failure | None
+    response: LineResponse | None
+    error: LineFailure | None
 
 
 class _Known(msgspec.Struct):
@@ -101,7 +101,7 @@ class Results:
         self.directory = directory
         self.done: set[int] = set()
         """The numbers of the lines whose result is recorded."""
-        self.counts = Counts()
+        self.counts = LineCounts()
         self._fds: dict[str, int] = {}
         self._sizes: dict[str, int] = {}
         self._dirty = False
@@ -109,7 +109,7 @@ class Results:
             self._fds[name] = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
             self._sizes[name] = self._recover(name)
 
-    def record(self, number: int, entry: Entry, usage: Counts) -> None:
+    def record(self, number: int, entry: ResultLine, usage: LineCounts) -> None:
         """Append a line's result."""
         name = (
             OUTPUT
@@ -118,7 +118,7 @@ class Results:
         )
         self._append(name, _encode(entry) + b"\n")
         self.done.add(number)
-        self.counts += usage + (Counts(completed=1) if name == OUTPUT else Counts(failed=1))
+        self.counts += usage + (LineCounts(completed=1) if name == OUTPUT else LineCounts(failed=1))
 
     def sync(self) -> None:
         """All that was recorded is on disk afterwards."""
@@ -159,33 +159,35 @@ class Results:
                     break
                 size += len(line)
                 self.done.add(number)
-                self.counts += Counts(completed=1) + _usage_in(known.response) if name == OUTPUT else Counts(failed=1)
+                self.counts += (
+                    LineCounts(completed=1) + _usage_in(known.response) if name == OUTPUT else LineCounts(failed=1)
+                )
         os.ftruncate(self._fds[name], size)
         return size
 
 
-def usage_counts(body: bytes) -> Counts:
+def usage_counts(body: bytes) -> LineCounts:
     """The tokens that an answer reports; none when it does not."""
     try:
         usage = _decode_body(body).usage
     except (msgspec.DecodeError, UnicodeDecodeError):
-        return Counts()
+        return LineCounts()
     return _counts(usage)
 
 
-def _usage_in(response: msgspec.Raw) -> Counts:
+def _usage_in(response: msgspec.Raw) -> LineCounts:
     try:
         return _counts(_decode_answered(response).body.usage)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        return Counts()
+        return LineCounts()
 
 
-def _counts(usage: _Usage | None) -> Counts:
+def _counts(usage: _Usage | None) -> LineCounts:
     if usage is None:
-        return Counts()
+        return LineCounts()
     prompt = usage.prompt_tokens_details or usage.input_tokens_details or _PromptDetails()
     output = usage.completion_tokens_details or usage.output_tokens_details or _OutputDetails()
-    return Counts(
+    return LineCounts(
         input_tokens=usage.prompt_tokens or usage.input_tokens or 0,
         cached_tokens=prompt.cached_tokens or 0,
         output_tokens=usage.completion_tokens or usage.output_tokens or 0,

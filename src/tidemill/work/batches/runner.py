@@ -17,15 +17,15 @@ from tidemill.clock import PROCESS_CLOCK
 from tidemill.errors import Unavailable
 from tidemill.store.batches import Batch, BatchStatus
 from tidemill.tides.state import BacklogView
-from tidemill.work.batches.active_batch import BatchInHand
+from tidemill.work.batches.active_batch import ActiveBatch
 from tidemill.work.batches.attempt import (
     BROKE,
     LONGEST_WAIT_S,
-    Again,
-    Call,
-    Done,
-    Lost,
-    Send,
+    LineCall,
+    LineDone,
+    NoAnswer,
+    RetryLater,
+    SendLine,
     judge,
     judge_lost,
     refused,
@@ -59,7 +59,7 @@ HOLD_S = 30.0
 _decode_stream = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
-class Pause(msgspec.Struct):
+class TenantPause(msgspec.Struct):
     """A tenant's lines for a model rest: they were refused for a while."""
 
     until: float = 0.0
@@ -69,12 +69,14 @@ class Pause(msgspec.Struct):
 class BatchRunner:
     """Works on the batches of one site. There is one runner for a site (its process holds a lock)."""
 
-    def __init__(self, lifecycle: Lifecycle, send: Send, slack: Slack, names: Callable[[], Mapping[str, str]]) -> None:
+    def __init__(
+        self, lifecycle: Lifecycle, send: SendLine, slack: Slack, names: Callable[[], Mapping[str, str]]
+    ) -> None:
         self._lifecycle = lifecycle
         self._send = send
         self._slack = slack
         self._names = names
-        self._hands: dict[str, BatchInHand] = {}
+        self._hands: dict[str, ActiveBatch] = {}
         self._busy: dict[str, asyncio.Task[None]] = {}
         """Batches that are being taken in hand or put away."""
         self._few = asyncio.Semaphore(AT_A_TIME)
@@ -84,7 +86,7 @@ class BatchRunner:
         """Lines in flight, by model."""
         self._alone: set[str] = set()
         """Models that a line is tried alone on."""
-        self._pauses: dict[tuple[str, str], Pause] = {}
+        self._pauses: dict[tuple[str, str], TenantPause] = {}
         """By tenant and model."""
         self._careful: dict[str, int] = {}
         """Tenants whose balance is scarce, and after how many lines more they are believed to have one again."""
@@ -181,7 +183,7 @@ class BatchRunner:
                 hand.finishing = True
                 self._begin(hand.batch.batch_id, self._put_away(hand))
 
-    def _fill(self, model: str, hands: list[BatchInHand], now: float) -> None:
+    def _fill(self, model: str, hands: list[ActiveBatch], now: float) -> None:
         free = self._slack.slots(model) - self._running[model]
         if free <= 0 or model in self._alone:
             return
@@ -203,17 +205,17 @@ class BatchRunner:
                 free -= 1
                 self._start(hand, place, model)
 
-    def _start(self, hand: BatchInHand, place: int, model: str) -> None:
+    def _start(self, hand: ActiveBatch, place: int, model: str) -> None:
         self._running[model] += 1
         hand.running[place] = asyncio.create_task(self._work_on(hand, place, model))
 
     # A line
 
-    async def _work_on(self, hand: BatchInHand, place: int, model: str) -> None:
+    async def _work_on(self, hand: ActiveBatch, place: int, model: str) -> None:
         now = asyncio.get_running_loop().time
         try:
             custom_id, verdict = await self._attempt(hand, place)
-            if isinstance(verdict, Again):
+            if isinstance(verdict, RetryLater):
                 hand.put_back(place, now() + verdict.after_s)
                 if verdict.pause:
                     self._pause(hand.batch.tenant_id, model, verdict.after_s)
@@ -233,22 +235,22 @@ class BatchRunner:
                 self._alone.discard(model)
             self._wake.set()
 
-    async def _attempt(self, hand: BatchInHand, place: int) -> tuple[str, Again | Done]:
+    async def _attempt(self, hand: ActiveBatch, place: int) -> tuple[str, RetryLater | LineDone]:
         custom_id, url, body = decode_line(await asyncio.to_thread(hand.read, place))
         batch, tries = hand.batch, hand.tries(place)
         named = request_id(batch.batch_id, hand.index.numbers[place])
         if bytes(_decode_stream(body).get("stream", b"false")) == b"true":
             return custom_id, refused("A batch's answers are not streamed. Leave 'stream' out.", named, "stream")
-        call = Call(path=url, body=bytes(body), tenant_id=batch.tenant_id, key_id=batch.key_id, request_id=named)
+        call = LineCall(path=url, body=bytes(body), tenant_id=batch.tenant_id, key_id=batch.key_id, request_id=named)
         try:
             answer = await self._send(call)
-        except Lost as lost:
+        except NoAnswer as lost:
             return custom_id, judge_lost(lost, tries)
         if answer.status == BROKE:
             self._careful[batch.tenant_id] = CAREFUL_LINES
         return custom_id, judge(answer, named, tries, alone=self._in_flight(batch.tenant_id) == 1)
 
-    def _record(self, hand: BatchInHand, place: int, custom_id: str, done: Done) -> None:
+    def _record(self, hand: ActiveBatch, place: int, custom_id: str, done: LineDone) -> None:
         try:
             hand.record(place, custom_id, done)
         except OSError as error:
@@ -265,7 +267,7 @@ class BatchRunner:
                 del self._careful[tenant_id]
 
     def _pause(self, tenant_id: str, model: str, after_s: float) -> None:
-        pause = self._pauses.setdefault((tenant_id, model), Pause())
+        pause = self._pauses.setdefault((tenant_id, model), TenantPause())
         now = asyncio.get_running_loop().time()
         if pause.until <= now:  # else it is one of those that were refused together
             pause.refusals += 1
@@ -297,7 +299,7 @@ class BatchRunner:
         alike = sum(hand.batch.model == batch.model for hand in self._hands.values())
         return len(self._hands) < MAX_HANDS and alike < HANDS_PER_MODEL
 
-    async def _put_away(self, hand: BatchInHand) -> None:
+    async def _put_away(self, hand: ActiveBatch) -> None:
         try:
             async with self._few, hand.lock:
                 await asyncio.to_thread(self._lifecycle.put_away, hand)

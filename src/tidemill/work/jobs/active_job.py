@@ -6,16 +6,16 @@ from datetime import datetime, timedelta
 
 import msgspec
 
-from tidemill.ledger.devices import Meter
+from tidemill.ledger.devices import DeviceMeter
 from tidemill.store.jobs import Attempt, Job
 from tidemill.tides.state import JobPhase, JobView
-from tidemill.work.jobs.launch import JobRun
+from tidemill.work.jobs.launch import RunningAttempt
 
 
-class MeterInHand(msgspec.Struct, frozen=True):
+class ActiveMeter(msgspec.Struct, frozen=True):
     """A meter that runs, and at which moment of its attempt it began."""
 
-    meter: Meter
+    meter: DeviceMeter
     origin_us: int
 
     def until(self, elapsed_us: int) -> datetime:
@@ -23,7 +23,7 @@ class MeterInHand(msgspec.Struct, frozen=True):
         return self.meter.started_at + timedelta(microseconds=max(elapsed_us - self.origin_us, 0))
 
 
-class JobInHand:
+class ActiveJob:
     """An unfinished job. Belongs to the event loop."""
 
     def __init__(self, job: Job) -> None:
@@ -31,10 +31,10 @@ class JobInHand:
         self.kinds = job.spec.kinds
         """Kinds of devices that it may run on now."""
         self.attempt: Attempt | None = None
-        self.run: JobRun | None = None
+        self.run: RunningAttempt | None = None
         self.on: tuple[str, ...] = ()
         """The devices that it has, from the moment that it is told to start until it has left them."""
-        self.meters: list[MeterInHand] = []
+        self.meters: list[ActiveMeter] = []
         self.task: asyncio.Task[None] | None = None
         self.stopping = False
         self.began = 0.0

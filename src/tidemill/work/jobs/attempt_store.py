@@ -9,10 +9,10 @@ from sqlalchemy import Connection
 
 from tidemill.errors import TidemillError
 from tidemill.fleet.backend import Device
-from tidemill.ledger.devices import Meter
+from tidemill.ledger.devices import DeviceMeter
 from tidemill.store.device_meters import (
-    MeterWish,
-    ReadingWish,
+    MeterReading,
+    MeterStart,
     begin_meters,
     last_reading,
     open_meters,
@@ -23,11 +23,11 @@ from tidemill.store.device_prices import current_device_prices
 from tidemill.store.engine import Store
 from tidemill.store.job_files import JobFiles
 from tidemill.store.jobs import (
+    AssignedDevice,
     Attempt,
-    DevicePlace,
+    AttemptOutcome,
     Job,
     JobState,
-    Outcome,
     begin_attempt,
     devices_on,
     end_attempt,
@@ -60,10 +60,10 @@ class NotReserved(TidemillError):
     code = "not_reserved"
 
 
-class Ending(msgspec.Struct, frozen=True, kw_only=True):
+class AttemptEnd(msgspec.Struct, frozen=True, kw_only=True):
     """What is to be written down at an attempt's end."""
 
-    outcome: Outcome
+    outcome: AttemptOutcome
     exit_code: int | None
     reason: str
     ran_us: int
@@ -72,7 +72,7 @@ class Ending(msgspec.Struct, frozen=True, kw_only=True):
     not_before: datetime | None = None
 
 
-class JobLedger:
+class AttemptStore:
     """Money and states of jobs, in one transaction each."""
 
     def __init__(self, store: Store, zone: str, *, tick_s: float = TICK_S) -> None:
@@ -90,7 +90,7 @@ class JobLedger:
         Raises InsufficientBalance, NoPrice, NotReserved; then nothing has changed.
         """
         with self._store.write() as connection:
-            places = [DevicePlace(device.id, device.node, device.kind) for device in devices]
+            places = [AssignedDevice(device.id, device.node, device.kind) for device in devices]
             attempt = begin_attempt(connection, job.job_id, devices=places, ranks=ranks, why=why, now=now)
             if attempt is None:
                 return None
@@ -100,13 +100,13 @@ class JobLedger:
                 self._check_reserved(connection, job.reservation_id)
             return attempt
 
-    def start(self, attempt: Attempt, now: datetime) -> list[Meter]:
+    def start(self, attempt: Attempt, now: datetime) -> list[DeviceMeter]:
         """The attempt's processes run; gives its meters."""
         with self._store.write() as connection:
             note_running(connection, attempt, now)
             return start_meters(connection, job_id=attempt.job_id, attempt=attempt.attempt, at=now)
 
-    def begin_billing(self, job: Job, attempt: Attempt, now: datetime) -> list[Meter]:
+    def begin_billing(self, job: Job, attempt: Attempt, now: datetime) -> list[DeviceMeter]:
         """The reservation that it ran on is over: bill it like any other from there on, however late that is noticed.
 
         Gives its meters: none when it has ended by now, those that there are when this is repeated. Raises
@@ -126,7 +126,7 @@ class JobLedger:
             leave_reservation(connection, job.job_id)
             return meters
 
-    def read(self, tenant_id: str, wishes: Sequence[ReadingWish]) -> dict[str, bool]:
+    def read(self, tenant_id: str, wishes: Sequence[MeterReading]) -> dict[str, bool]:
         """Read meters of a tenant; says of each whether its hold could be renewed."""
         with self._store.write() as connection:
             return read_meters(connection, tenant_id, wishes, zone=self._zone)
@@ -136,7 +136,7 @@ class JobLedger:
         job: Job,
         attempt: Attempt,
         elapsed_us: int,
-        ending: Ending,
+        ending: AttemptEnd,
         *,
         later: Mapping[str, datetime] | None = None,
     ) -> datetime:
@@ -182,12 +182,12 @@ class JobLedger:
         self,
         connection: Connection,
         job: Job,
-        meters: Sequence[Meter],
+        meters: Sequence[DeviceMeter],
         ended_at: datetime,
         later: Mapping[str, datetime],
     ) -> None:
         wishes = [
-            ReadingWish(
+            MeterReading(
                 meter_id=meter.meter_id,
                 until=max(later.get(meter.meter_id, ended_at), meter.billed_until),
                 final=True,
@@ -207,7 +207,7 @@ class JobLedger:
 
     def _meter(
         self, connection: Connection, job: Job, attempt: Attempt, now: datetime, started_at: datetime | None = None
-    ) -> list[Meter]:
+    ) -> list[DeviceMeter]:
         owner = find_tenant(connection, job.tenant_id)
         prices = current_device_prices(connection, now)
         tier = tier_of(job)
@@ -217,7 +217,7 @@ class JobLedger:
             if price is None:
                 raise NoPrice(f"There is no price for {kind} in {owner.currency}.")
             wishes.append(
-                MeterWish(
+                MeterStart(
                     price=price,
                     tier=tier,
                     devices=count,

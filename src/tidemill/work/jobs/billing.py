@@ -5,10 +5,10 @@ from datetime import datetime, timedelta
 
 import msgspec
 
-from tidemill.store.device_meters import InsufficientBalance, ReadingWish
-from tidemill.work.jobs.active_job import JobInHand, MeterInHand
-from tidemill.work.jobs.attempt_store import JobLedger, NoPrice
-from tidemill.work.jobs.launch import Cause, JobRun
+from tidemill.store.device_meters import InsufficientBalance, MeterReading
+from tidemill.work.jobs.active_job import ActiveJob, ActiveMeter
+from tidemill.work.jobs.attempt_store import AttemptStore, NoPrice
+from tidemill.work.jobs.launch import RunningAttempt, StopCause
 from tidemill.work.store_threads import StoreThreads
 
 UNPAID = "insufficient balance"
@@ -19,22 +19,22 @@ class JobBilling:
     """The money of a job book. `ask_to_go` has a job checkpoint and end."""
 
     def __init__(
-        self, ledger: JobLedger, threads: StoreThreads, ask_to_go: Callable[[JobInHand, Cause, str], None]
+        self, ledger: AttemptStore, threads: StoreThreads, ask_to_go: Callable[[ActiveJob, StopCause, str], None]
     ) -> None:
         self._ledger = ledger
         self._threads = threads
         self._ask_to_go = ask_to_go
 
-    async def read(self, hands: Sequence[JobInHand]) -> None:
+    async def read(self, hands: Sequence[ActiveJob]) -> None:
         """Read every meter up to now. Raises Unavailable; what was not read is read the next time."""
-        by_tenant: dict[str, list[ReadingWish]] = {}
-        by_meter: dict[str, JobInHand] = {}
+        by_tenant: dict[str, list[MeterReading]] = {}
+        by_meter: dict[str, ActiveJob] = {}
         for hand in hands:
             if hand.run is None or not hand.meters:
                 continue
             elapsed_us = hand.run.elapsed_us()
             for each in hand.meters:
-                wish = ReadingWish(
+                wish = MeterReading(
                     meter_id=each.meter.meter_id, until=each.until(elapsed_us), hold_s=self._ledger.hold_s(hand.job)
                 )
                 by_tenant.setdefault(hand.job.tenant_id, []).append(wish)
@@ -43,18 +43,18 @@ class JobBilling:
             covered = await self._threads.do(self._ledger.read, tenant_id, wishes)
             for meter_id, enough in covered.items():
                 if not enough:
-                    self._ask_to_go(by_meter[meter_id], Cause.UNPAID, UNPAID)
+                    self._ask_to_go(by_meter[meter_id], StopCause.UNPAID, UNPAID)
 
-    async def leave_reservation(self, hand: JobInHand, run: JobRun, now: datetime) -> None:
+    async def leave_reservation(self, hand: ActiveJob, run: RunningAttempt, now: datetime) -> None:
         """The reservation that a job runs on is over: bill it from its end on, or have it go."""
         assert hand.attempt is not None
         origin_us = run.elapsed_us()
         try:
             meters = await self._threads.do(self._ledger.begin_billing, hand.job, hand.attempt, now)
         except (InsufficientBalance, NoPrice) as error:
-            self._ask_to_go(hand, Cause.UNPAID, f"its reservation is over, and: {error.message}")
+            self._ask_to_go(hand, StopCause.UNPAID, f"its reservation is over, and: {error.message}")
             return
         if hand.run is run:  # else it has ended meanwhile
             hand.job = msgspec.structs.replace(hand.job, reservation_id=None)
             # Some time has passed since the reservation's end; more if this is not the first try.
-            hand.meters = [MeterInHand(meter, origin_us - (now - meter.started_at) // _MICROSECOND) for meter in meters]
+            hand.meters = [ActiveMeter(meter, origin_us - (now - meter.started_at) // _MICROSECOND) for meter in meters]

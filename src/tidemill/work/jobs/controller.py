@@ -34,14 +34,14 @@ from tidemill.store.jobs import (
 from tidemill.store.queues import Queue, list_queues
 from tidemill.store.tenants import Tenant, list_tenants
 from tidemill.tides.state import JobView, QueueView, ReservationView
-from tidemill.work.jobs.active_job import JobInHand, MeterInHand
-from tidemill.work.jobs.attempt_store import Ending, JobLedger, NoPrice
+from tidemill.work.jobs.active_job import ActiveJob, ActiveMeter
+from tidemill.work.jobs.attempt_store import AttemptEnd, AttemptStore, NoPrice
 from tidemill.work.jobs.billing import JobBilling
 from tidemill.work.jobs.device_kinds import DevicePrices, kinds_of
-from tidemill.work.jobs.launch import Cause, JobRun, RunEnd, ranks_of
+from tidemill.work.jobs.launch import RunEnd, RunningAttempt, StopCause, ranks_of
 from tidemill.work.jobs.outcome import UNPAID_WAIT_S, ending_of
-from tidemill.work.jobs.recovery import KILLED, Recovery
-from tidemill.work.jobs.reservation_controller import ReservationBook
+from tidemill.work.jobs.recovery import KILLED, JobRecovery
+from tidemill.work.jobs.reservation_controller import ReservationController
 from tidemill.work.store_threads import StoreThreads
 
 LOOK_EVERY_S = 1.0
@@ -50,7 +50,7 @@ SWEEP_EVERY_S = 3600.0
 log = structlog.get_logger()
 
 
-class JobBook:
+class JobController:
     """Jobs, queues and reservations as the tide's controller needs them. Belongs to the event loop."""
 
     def __init__(
@@ -69,13 +69,13 @@ class JobBook:
         self._files = files
         self._keep_s = keep_s
         self._clock = clock
-        self._ledger = JobLedger(store, zone) if tick_s is None else JobLedger(store, zone, tick_s=tick_s)
+        self._ledger = AttemptStore(store, zone) if tick_s is None else AttemptStore(store, zone, tick_s=tick_s)
         self._threads = StoreThreads(4, "jobs")
-        self._hands: dict[str, JobInHand] = {}
+        self._hands: dict[str, ActiveJob] = {}
         self._queues: list[Queue] = []
         self._tenants: dict[str, Tenant] = {}
         self._billing = JobBilling(self._ledger, self._threads, self._ask_to_go)
-        self._reservations = ReservationBook(store, self._ledger, zone, files.site)
+        self._reservations = ReservationController(store, self._ledger, zone, files.site)
         self._listeners: list[Callable[[], None]] = []
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -137,7 +137,7 @@ class JobBook:
         """Have a job checkpoint within its grace, end and wait again. Returns at once."""
         hand = self._hands.get(job_id)
         if hand is not None:
-            self._ask_to_go(hand, Cause.PREEMPT, why)
+            self._ask_to_go(hand, StopCause.PREEMPT, why)
 
     # Its life
 
@@ -158,7 +158,7 @@ class JobBook:
 
     async def _close(self, grace_s: float | None) -> None:
         for hand in self._hands.values():
-            self._ask_to_go(hand, Cause.STOP, "the platform is stopped", grace_s=grace_s)
+            self._ask_to_go(hand, StopCause.STOP, "the platform is stopped", grace_s=grace_s)
         while tasks := [hand.task for hand in self._hands.values() if hand.task is not None]:
             await asyncio.gather(*tasks, return_exceptions=True)
         for task in self._tasks:
@@ -205,13 +205,13 @@ class JobBook:
         for job in found:
             hand = self._hands.get(job.job_id)
             if hand is None:
-                self._hands[job.job_id] = JobInHand(job)
+                self._hands[job.job_id] = ActiveJob(job)
                 changed = True
             elif not hand.held:
                 changed = changed or hand.job != job
                 hand.job = job
             elif job.cancel_at is not None:
-                self._ask_to_go(hand, Cause.CANCEL, "cancelled")
+                self._ask_to_go(hand, StopCause.CANCEL, "cancelled")
             self._hands[job.job_id].kinds = kinds_of(job, self._tenants[job.tenant_id].currency, prices)
         for hand in list(self._hands.values()):
             if not hand.held and hand.job.state is not JobState.QUEUED:
@@ -245,7 +245,7 @@ class JobBook:
             if deadline is None or deadline > now:
                 continue
             if hand.held:
-                self._ask_to_go(hand, Cause.EXPIRE, f"its deadline {deadline:%Y-%m-%d %H:%M:%S} UTC is over")
+                self._ask_to_go(hand, StopCause.EXPIRE, f"its deadline {deadline:%Y-%m-%d %H:%M:%S} UTC is over")
                 continue
             reason = "its deadline was over before it could run" if not hand.job.attempts else "its deadline is over"
             await self._threads.do(self._write_off, hand.job, reason, now)
@@ -283,7 +283,7 @@ class JobBook:
 
     # An attempt
 
-    async def _guarded(self, hand: JobInHand, life: Coroutine[Any, Any, None]) -> None:
+    async def _guarded(self, hand: ActiveJob, life: Coroutine[Any, Any, None]) -> None:
         """Whatever goes wrong with one job, its devices come back and the others go on."""
         try:
             await life
@@ -293,7 +293,7 @@ class JobBook:
                 hand.run.kill()
             self._let_go(hand, wait_s=30.0)
 
-    async def _attempt(self, hand: JobInHand, devices: tuple[Device, ...], why: str) -> None:
+    async def _attempt(self, hand: ActiveJob, devices: tuple[Device, ...], why: str) -> None:
         job = hand.job
         try:
             ranks = len(ranks_of(devices, per_device=job.spec.per_device))
@@ -312,10 +312,10 @@ class JobBook:
         hand.attempt = attempt
         hand.job = msgspec.structs.replace(job, state=JobState.STARTING, attempts=attempt.attempt)
         beside = not self.shared().isdisjoint(device.id for device in devices)
-        hand.run = run = JobRun(self._backend, self._files, hand.job, attempt, devices, idle_class=beside)
+        hand.run = run = RunningAttempt(self._backend, self._files, hand.job, attempt, devices, idle_class=beside)
         log.info("job starts", job=job.job_id, attempt=attempt.attempt, devices=hand.on, why=why)
         if self._closing is not None:
-            run.ask_to_go(Cause.STOP, "the platform is stopped")
+            run.ask_to_go(StopCause.STOP, "the platform is stopped")
         life = asyncio.create_task(run.live())
         started = asyncio.create_task(run.running.wait())
         await asyncio.wait([life, started], return_when=asyncio.FIRST_COMPLETED)
@@ -325,19 +325,19 @@ class JobBook:
             hand.attempt = attempt = msgspec.structs.replace(attempt, started_at=at)
             hand.job = msgspec.structs.replace(hand.job, state=JobState.RUNNING)
             meters = await self._threads.surely(self._ledger.start, attempt, at)
-            hand.meters = [MeterInHand(meter, 0) for meter in meters]
+            hand.meters = [ActiveMeter(meter, 0) for meter in meters]
             self._changed()
         end = await life
         await self._settle(hand, end, run.why)
 
-    async def _settle(self, hand: JobInHand, end: RunEnd, why: str) -> None:
+    async def _settle(self, hand: ActiveJob, end: RunEnd, why: str) -> None:
         """Write down how an attempt ended. Not given up: until it is written, the job is not started again."""
         hand.stopping = True
         done = await self._threads.do(self._files.done, hand.job.job_id)
         ending = ending_of(hand.job, end, why, done=done, now=self._clock.now())
         await self._write_end(hand, end.elapsed_us, ending)
 
-    async def _write_end(self, hand: JobInHand, elapsed_us: int, ending: Ending) -> None:
+    async def _write_end(self, hand: ActiveJob, elapsed_us: int, ending: AttemptEnd) -> None:
         attempt, job = hand.attempt, hand.job
         assert attempt is not None
         later = {each.meter.meter_id: each.until(elapsed_us) for each in hand.meters}
@@ -353,11 +353,11 @@ class JobBook:
         )
         self._let_go(hand)
 
-    async def _take_up(self, hand: JobInHand) -> None:
+    async def _take_up(self, hand: ActiveJob) -> None:
         """It has devices as far as the store knows, and nobody sees to it: since a kill, or as the answer to the commit
         of its beginning was lost.
         """
-        recovery = Recovery(self._store, self._files, self._ledger, hand.job)
+        recovery = JobRecovery(self._store, self._files, self._ledger, hand.job)
         attempt = await self._threads.do(recovery.attempt)
         hand.stopping = True
         hand.began = hand.saved = time.monotonic()
@@ -366,7 +366,7 @@ class JobBook:
             hand.on = tuple(place.id for place in attempt.devices)
         hand.task = asyncio.create_task(self._guarded(hand, self._recover(hand, recovery)))
 
-    async def _recover(self, hand: JobInHand, recovery: Recovery) -> None:
+    async def _recover(self, hand: ActiveJob, recovery: JobRecovery) -> None:
         """Finish what an earlier life of the platform has begun."""
         found = await recovery.wait(self._threads)
         if found is None:  # it had not even begun
@@ -376,11 +376,11 @@ class JobBook:
         done = await self._threads.do(self._files.done, hand.job.job_id)
         ending = ending_of(hand.job, found, KILLED, done=done, now=self._clock.now())
         if hand.job.cancel_at is not None and ending.becomes is JobState.QUEUED:
-            cancelled = msgspec.structs.replace(found, cause=Cause.CANCEL, by_itself=False)
+            cancelled = msgspec.structs.replace(found, cause=StopCause.CANCEL, by_itself=False)
             ending = ending_of(hand.job, cancelled, "cancelled", done=False, now=self._clock.now())
         await self._write_end(hand, found.elapsed_us, ending)
 
-    def _ask_to_go(self, hand: JobInHand, cause: Cause, why: str, *, grace_s: float | None = None) -> None:
+    def _ask_to_go(self, hand: ActiveJob, cause: StopCause, why: str, *, grace_s: float | None = None) -> None:
         run = hand.run
         if not hand.held or run is None or not run.ask_to_go(cause, why, grace_s=grace_s):
             return
@@ -394,7 +394,7 @@ class JobBook:
         with self._store.write() as connection:
             note_preempting(connection, job_id, reason)
 
-    async def _wait_for_money(self, hand: JobInHand, error: TidemillError) -> None:
+    async def _wait_for_money(self, hand: ActiveJob, error: TidemillError) -> None:
         job = hand.job
         not_before = self._clock.now() + timedelta(seconds=UNPAID_WAIT_S)
         reason = error.message[:1].lower() + error.message[1:]
@@ -410,7 +410,7 @@ class JobBook:
             log.warning("the store does not answer", reason=str(failure))
         self._let_go(hand, wait_s=UNPAID_WAIT_S)
 
-    def _let_go(self, hand: JobInHand, *, wait_s: float = 0.0) -> None:
+    def _let_go(self, hand: ActiveJob, *, wait_s: float = 0.0) -> None:
         """The job has no devices any more; what it is now, the store says."""
         hand.not_before = time.monotonic() + wait_s if wait_s else 0.0
         hand.on, hand.meters = (), []

@@ -16,7 +16,7 @@ import msgspec
 import structlog
 
 from tidemill.errors import TidemillError
-from tidemill.fleet.backend import Backend, Device, Ended, Launch, Process
+from tidemill.fleet.backend import Backend, Device, Process, ProcessEnd, ProcessSpec
 from tidemill.fleet.ranks import by_node, free_port, host_of
 from tidemill.store.job_files import JobFiles
 from tidemill.store.jobs import Attempt, Job, JobSpec
@@ -29,7 +29,7 @@ GANG_GRACE_S = 5.0
 log = structlog.get_logger()
 
 
-class Cause(StrEnum):
+class StopCause(StrEnum):
     """Why an attempt is asked to go. A later one of these overrides an earlier one."""
 
     PREEMPT = "preempt"
@@ -39,7 +39,7 @@ class Cause(StrEnum):
     CANCEL = "cancel"
 
 
-_ORDER = list(Cause)
+_ORDER = list(StopCause)
 
 
 class RunEnd(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,11 +55,11 @@ class RunEnd(msgspec.Struct, frozen=True, kw_only=True):
     """Which process was lost, not by its own doing; empty: none."""
     cannot: str = ""
     """Why it could not be started; empty: it was."""
-    cause: Cause | None = None
+    cause: StopCause | None = None
     """It was asked to go."""
 
 
-class JobRun:
+class RunningAttempt:
     """An attempt in hand. Belongs to the event loop."""
 
     def __init__(
@@ -79,7 +79,7 @@ class JobRun:
         self._began_ns = time.monotonic_ns()
         """When its processes ran; before that, when it got its devices."""
         self._ended_ns: int | None = None
-        self.cause: Cause | None = None
+        self.cause: StopCause | None = None
         self.why = ""
         self.running = asyncio.Event()
         """Its processes run."""
@@ -95,7 +95,7 @@ class JobRun:
         until_ns = time.monotonic_ns() if self._ended_ns is None else self._ended_ns
         return (until_ns - self._began_ns) // 1000
 
-    def ask_to_go(self, cause: Cause, why: str, *, grace_s: float | None = None) -> bool:
+    def ask_to_go(self, cause: StopCause, why: str, *, grace_s: float | None = None) -> bool:
         """Have it checkpoint and go. False when it was asked for as good a reason before."""
         if self.cause is not None and _ORDER.index(cause) <= _ORDER.index(self.cause):
             return False
@@ -126,7 +126,7 @@ class JobRun:
         await asyncio.to_thread(self._note_pids)
         waits = [asyncio.ensure_future(process.wait()) for process in self._processes]
         asked = asyncio.ensure_future(self._asked.wait())
-        stopping: list[asyncio.Future[Ended]] = []
+        stopping: list[asyncio.Future[ProcessEnd]] = []
         try:
             while not all(wait.done() for wait in waits):
                 watched = [wait for wait in waits if not wait.done()]
@@ -151,7 +151,7 @@ class JobRun:
         except OSError as error:
             log.warning("a job's processes cannot be noted down", job=self.job.job_id, reason=str(error))
 
-    def _end(self, ends: Sequence[Ended], cannot: str = "") -> RunEnd:
+    def _end(self, ends: Sequence[ProcessEnd], cannot: str = "") -> RunEnd:
         failed = [end for end in ends if _bad(end)]
         own = [end for end in failed if end.why == "exited"]
         lost = ""
@@ -169,7 +169,7 @@ class JobRun:
             cause=self.cause,
         )
 
-    async def _launches(self) -> list[Launch]:
+    async def _launches(self) -> list[ProcessSpec]:
         spec, attempt = self.job.spec, self.attempt
         job_id = self.job.job_id
         await asyncio.to_thread(self._files.prepare, job_id, attempt.attempt)
@@ -202,7 +202,7 @@ class JobRun:
             if all(device.kind == "cpu" for device in group):
                 env.setdefault("OMP_NUM_THREADS", str(len(group)))
             launches.append(
-                Launch(
+                ProcessSpec(
                     name=f"{job_id}/{rank}",
                     argv=(*EXEC, _order(spec, self._files.user)),
                     env=env,
@@ -236,5 +236,5 @@ def _order(spec: JobSpec, user: str | None) -> str:
     return text.replace("{port}", "\\u007bport}").replace("{host}", "\\u007bhost}")
 
 
-def _bad(end: Ended) -> bool:
+def _bad(end: ProcessEnd) -> bool:
     return end.code != 0

@@ -12,13 +12,13 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from tidemill.fleet.backend import Ended
+from tidemill.fleet.backend import ProcessEnd
 from tidemill.store.device_meters import open_meters
 from tidemill.store.engine import Store
 from tidemill.store.job_files import JobFiles
 from tidemill.store.jobs import Attempt, Job, list_attempts, put_back
-from tidemill.work.jobs.attempt_store import SLACK_S, JobLedger
-from tidemill.work.jobs.launch import Cause, RunEnd
+from tidemill.work.jobs.attempt_store import SLACK_S, AttemptStore
+from tidemill.work.jobs.launch import RunEnd, StopCause
 from tidemill.work.store_threads import StoreThreads
 
 WITHOUT_PROCESS_S = 3.0
@@ -30,10 +30,10 @@ log = structlog.get_logger()
 _MICROSECOND = timedelta(microseconds=1)
 
 
-class Recovery:
+class JobRecovery:
     """One unfinished job that was found with devices."""
 
-    def __init__(self, store: Store, files: JobFiles, ledger: JobLedger, job: Job) -> None:
+    def __init__(self, store: Store, files: JobFiles, ledger: AttemptStore, job: Job) -> None:
         self._store = store
         self._files = files
         self._ledger = ledger
@@ -79,12 +79,12 @@ class Recovery:
         with self._store.write() as connection:
             put_back(connection, self._job.job_id)
 
-    def _look(self, attempt: Attempt) -> tuple[list[Ended | None], bool]:
+    def _look(self, attempt: Attempt) -> tuple[list[ProcessEnd | None], bool]:
         job_id = self._job.job_id
         ends = [read_end(self._files.end_file(job_id, attempt.attempt, rank)) for rank in range(attempt.ranks)]
         return ends, self._files.any_alive(job_id, attempt.attempt)
 
-    def _end(self, attempt: Attempt, ends: list[Ended], *, whole: bool) -> RunEnd:
+    def _end(self, attempt: Attempt, ends: list[ProcessEnd], *, whole: bool) -> RunEnd:
         failed = [end for end in ends if end.code != 0]
         by_itself = whole and all(end.why == "exited" for end in ends)
         graceful = whole and all(end.why in ("exited", "stopped") for end in ends)
@@ -93,10 +93,10 @@ class Recovery:
             exit_code=(failed or ends)[0].code if whole else None,
             by_itself=by_itself,
             lost="" if graceful else KILLED,
-            cause=Cause.STOP if graceful and not by_itself else None,
+            cause=StopCause.STOP if graceful and not by_itself else None,
         )
 
-    def _elapsed_us(self, attempt: Attempt, ends: list[Ended]) -> int:
+    def _elapsed_us(self, attempt: Attempt, ends: list[ProcessEnd]) -> int:
         """For how long it ran: as its end says, within what can be believed.
 
         It ran at least until its last reading. After that the platform lived for at most another tick, and the job for
@@ -110,9 +110,9 @@ class Recovery:
         return min(max(said_us, self._billed_us), latest_us) if self._metered else max(said_us, 0)
 
 
-def read_end(path: Path) -> Ended | None:
+def read_end(path: Path) -> ProcessEnd | None:
     """How a process ended, if its shim has written it down."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Ended)
+        return msgspec.json.decode(path.read_bytes(), type=ProcessEnd)
     except (OSError, msgspec.DecodeError):
         return None

@@ -13,8 +13,8 @@ from sqlalchemy import Connection
 from tidemill.ledger.devices import DeviceTier
 from tidemill.store.device_meters import (
     InsufficientBalance,
-    MeterWish,
-    ReadingWish,
+    MeterReading,
+    MeterStart,
     begin_meters,
     open_meters,
     read_meters,
@@ -33,7 +33,7 @@ from tidemill.store.reservations import (
 )
 from tidemill.store.tenants import find_tenant
 from tidemill.tides.state import ReservationView
-from tidemill.work.jobs.attempt_store import SLACK_S, JobLedger
+from tidemill.work.jobs.attempt_store import SLACK_S, AttemptStore
 
 ABANDONED_AFTER = timedelta(minutes=10)
 """When the platform whose devices a reservation had has not ended its meter for so long, it is gone, and another one on
@@ -42,10 +42,10 @@ the same store does so."""
 log = structlog.get_logger()
 
 
-class ReservationBook:
+class ReservationController:
     """The reservations of a site that are booked or active."""
 
-    def __init__(self, store: Store, ledger: JobLedger, zone: str, site: str) -> None:
+    def __init__(self, store: Store, ledger: AttemptStore, zone: str, site: str) -> None:
         self._store = store
         self._site = site
         self._zone = zone
@@ -132,7 +132,7 @@ class ReservationBook:
                 return
             owner = find_tenant(connection, reservation.tenant_id)
             (price,) = device_price_versions(connection, {reservation.price_id})
-            wish = MeterWish(
+            wish = MeterStart(
                 price=price,
                 tier=DeviceTier.RESERVED,
                 devices=reservation.devices,
@@ -171,7 +171,9 @@ class ReservationBook:
 
     def _read_meters(self, connection: Connection, reservation: Reservation, until: datetime, *, final: bool) -> bool:
         wishes = [
-            ReadingWish(meter_id=meter.meter_id, until=max(until, meter.billed_until), hold_s=self._hold_s, final=final)
+            MeterReading(
+                meter_id=meter.meter_id, until=max(until, meter.billed_until), hold_s=self._hold_s, final=final
+            )
             for meter in open_meters(connection, reservation_id=reservation.reservation_id)
         ]
         return all(read_meters(connection, reservation.tenant_id, wishes, zone=self._zone).values())

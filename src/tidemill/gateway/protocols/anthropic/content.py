@@ -29,7 +29,7 @@ BILLING_HEADER = b"x-anthropic-billing-header"
 the prefix cache; it says nothing to a model."""
 
 
-class Source(msgspec.Struct):
+class MediaSource(msgspec.Struct):
     """Where an image or a document comes from."""
 
     type: str
@@ -39,12 +39,12 @@ class Source(msgspec.Struct):
     content: msgspec.Raw = NULL
 
 
-class Block(msgspec.Struct):
+class ContentBlock(msgspec.Struct):
     """A content block of any type, its texts undecoded."""
 
     type: str
     text: msgspec.Raw = NULL
-    source: Source | str | None = None
+    source: MediaSource | str | None = None
     id: msgspec.Raw = NULL
     name: msgspec.Raw = NULL
     input: msgspec.Raw = NULL
@@ -57,24 +57,24 @@ class Block(msgspec.Struct):
     citations: dict[str, Any] | list[Any] | None = None
 
 
-class Message(msgspec.Struct):
+class AnthropicMessage(msgspec.Struct):
     """A message; its content is a string or a list of blocks."""
 
     role: str
     content: msgspec.Raw
 
 
-class Turn:
+class RoleTurn:
     """Messages of one role in a row."""
 
     def __init__(self, role: str) -> None:
         self.role = role
-        self.blocks: list[tuple[str, Block]] = []
+        self.blocks: list[tuple[str, ContentBlock]] = []
         """Each with the path that an error names."""
 
 
-_decode_messages = msgspec.json.Decoder(list[Message]).decode
-_decode_blocks = msgspec.json.Decoder(list[Block]).decode
+_decode_messages = msgspec.json.Decoder(list[AnthropicMessage]).decode
+_decode_blocks = msgspec.json.Decoder(list[ContentBlock]).decode
 
 
 def read_system(value: msgspec.Raw) -> msgspec.Raw | None:
@@ -113,12 +113,12 @@ def translate_messages(value: msgspec.Raw, system: msgspec.Raw | None) -> tuple[
     return msgspec.Raw(_encode(chat)), unfinished
 
 
-def _turns(value: msgspec.Raw) -> list[Turn]:
+def _turns(value: msgspec.Raw) -> list[RoleTurn]:
     try:
         messages = _decode_messages(value)
     except msgspec.DecodeError as error:
         raise BadRequest(f"'messages' cannot be taken: {error}.", param="messages") from error
-    turns: list[Turn] = []
+    turns: list[RoleTurn] = []
     for at, message in enumerate(messages):
         if message.role not in ("user", "assistant", "system"):
             raise BadRequest(
@@ -127,28 +127,28 @@ def _turns(value: msgspec.Raw) -> list[Turn]:
                 param=f"messages.{at}.role",
             )
         if not turns or turns[-1].role != message.role:
-            turns.append(Turn(message.role))
+            turns.append(RoleTurn(message.role))
         path = f"messages.{at}.content"
         if is_string(message.content):
-            turns[-1].blocks.append((path, Block("text", text=message.content)))
+            turns[-1].blocks.append((path, ContentBlock("text", text=message.content)))
         else:
             turns[-1].blocks += _blocks(message.content, path)
     return turns
 
 
-def _asks(turn: Turn) -> bool:
+def _asks(turn: RoleTurn) -> bool:
     """A turn in which the user says something, rather than only a tool."""
     return turn.role == "user" and any(block.type != "tool_result" for _, block in turn.blocks)
 
 
-def _blocks(value: msgspec.Raw, path: str) -> list[tuple[str, Block]]:
+def _blocks(value: msgspec.Raw, path: str) -> list[tuple[str, ContentBlock]]:
     try:
         return [(f"{path}.{at}", block) for at, block in enumerate(_decode_blocks(value))]
     except msgspec.DecodeError as error:
         raise BadRequest(f"'{path}' is neither a string nor a list of blocks: {error}.", param=path) from error
 
 
-def _user(turn: Turn) -> list[dict[str, object]]:
+def _user(turn: RoleTurn) -> list[dict[str, object]]:
     results: list[dict[str, object]] = []
     parts: list[msgspec.Raw | dict[str, object]] = []
     for path, block in turn.blocks:
@@ -167,7 +167,7 @@ def _content(parts: list[msgspec.Raw | dict[str, object]]) -> object:
     return [{"type": "text", "text": part} if isinstance(part, msgspec.Raw) else part for part in parts]
 
 
-def _add_content(block: Block, path: str, parts: list[msgspec.Raw | dict[str, object]]) -> None:
+def _add_content(block: ContentBlock, path: str, parts: list[msgspec.Raw | dict[str, object]]) -> None:
     match block.type:
         case "text":
             parts.append(_text(block, path))
@@ -183,19 +183,19 @@ def _add_content(block: Block, path: str, parts: list[msgspec.Raw | dict[str, ob
             raise _unknown(block, path)
 
 
-def _add_document(block: Block, path: str, parts: list[msgspec.Raw | dict[str, object]]) -> None:
+def _add_document(block: ContentBlock, path: str, parts: list[msgspec.Raw | dict[str, object]]) -> None:
     if isinstance(block.citations, dict) and block.citations.get("enabled"):
         raise UnsupportedParameter("Citations are not offered here.", hint="Leave them out.", param=f"{path}.citations")
     source = block.source
     parts += [text for text in (block.title, block.context) if is_string(text)]
-    if isinstance(source, Source) and source.type == "text" and is_string(source.data):
+    if isinstance(source, MediaSource) and source.type == "text" and is_string(source.data):
         parts.append(source.data)
-    elif isinstance(source, Source) and source.type == "content" and is_string(source.content):
+    elif isinstance(source, MediaSource) and source.type == "content" and is_string(source.content):
         parts.append(source.content)
-    elif isinstance(source, Source) and source.type == "content":
+    elif isinstance(source, MediaSource) and source.type == "content":
         for at, inner in _blocks(source.content, f"{path}.source.content"):
             _add_content(inner, at, parts)
-    elif isinstance(source, Source) and source.type == "base64" and is_string(source.data):
+    elif isinstance(source, MediaSource) and source.type == "base64" and is_string(source.data):
         name = plain(block.title) if is_string(block.title) else "document.pdf"
         file = {"filename": name, "file_data": prefixed(f"data:{source.media_type};base64,", source.data)}
         parts.append({"type": "file", "file": file})
@@ -203,7 +203,7 @@ def _add_document(block: Block, path: str, parts: list[msgspec.Raw | dict[str, o
         raise _source_refused(path)
 
 
-def _tool_result(block: Block, path: str, parts: list[msgspec.Raw | dict[str, object]]) -> dict[str, object]:
+def _tool_result(block: ContentBlock, path: str, parts: list[msgspec.Raw | dict[str, object]]) -> dict[str, object]:
     """A tool's answer. Only text fits into a tool message; images go into the user's message after it."""
     if not is_string(block.tool_use_id):
         raise BadRequest(f"'{path}.tool_use_id' is missing.", param=f"{path}.tool_use_id")
@@ -222,7 +222,7 @@ def _tool_result(block: Block, path: str, parts: list[msgspec.Raw | dict[str, ob
     return {"role": "tool", "tool_call_id": block.tool_use_id, "content": text}
 
 
-def _assistant(turn: Turn, *, with_thinking: bool) -> dict[str, object]:
+def _assistant(turn: RoleTurn, *, with_thinking: bool) -> dict[str, object]:
     texts: list[msgspec.Raw] = []
     thinking: list[msgspec.Raw] = []
     calls: list[dict[str, object]] = []
@@ -247,7 +247,7 @@ def _assistant(turn: Turn, *, with_thinking: bool) -> dict[str, object]:
     return message
 
 
-def _tool_call(block: Block, path: str) -> dict[str, object]:
+def _tool_call(block: ContentBlock, path: str) -> dict[str, object]:
     for name, value in (("id", block.id), ("name", block.name)):
         if not is_string(value):
             raise BadRequest(f"'{path}.{name}' is missing.", param=f"{path}.{name}")
@@ -255,22 +255,22 @@ def _tool_call(block: Block, path: str) -> dict[str, object]:
     return {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": quoted(arguments)}}
 
 
-def _text(block: Block, path: str) -> msgspec.Raw:
+def _text(block: ContentBlock, path: str) -> msgspec.Raw:
     if block.type != "text" or not is_string(block.text):
         raise BadRequest(f"'{path}' is not a text block with its 'text'.", param=path)
     return block.text
 
 
-def _image_url(block: Block, path: str) -> msgspec.Raw:
+def _image_url(block: ContentBlock, path: str) -> msgspec.Raw:
     source = block.source
-    if isinstance(source, Source) and source.type == "base64" and is_string(source.data):
+    if isinstance(source, MediaSource) and source.type == "base64" and is_string(source.data):
         return prefixed(f"data:{source.media_type};base64,", source.data)
-    if isinstance(source, Source) and source.type == "url" and is_string(source.url):
+    if isinstance(source, MediaSource) and source.type == "url" and is_string(source.url):
         return source.url
     raise _source_refused(path)
 
 
-def _source_name(block: Block) -> msgspec.Raw:
+def _source_name(block: ContentBlock) -> msgspec.Raw:
     return quoted(block.source) if isinstance(block.source, str) else NULL
 
 
@@ -282,7 +282,7 @@ def _source_refused(path: str) -> UnsupportedParameter:
     )
 
 
-def _unknown(block: Block, path: str) -> UnsupportedParameter:
+def _unknown(block: ContentBlock, path: str) -> UnsupportedParameter:
     return UnsupportedParameter(
         f"'{path}.type' is {block.type!r}, which is not offered here.",
         hint="Send text, image, document, tool_use, tool_result or thinking blocks.",

@@ -6,11 +6,11 @@ Sources: Anthropic API reference, "Messages" and "Streaming Messages": `message_
 
 import msgspec
 
-from tidemill.engines.protocol import Counts
+from tidemill.engines.protocol import TokenCounts
 from tidemill.errors import TidemillError
 from tidemill.gateway.protocols.anthropic.errors import error_body, error_event, error_of
 from tidemill.gateway.protocols.anthropic.request import MessagesRequest
-from tidemill.gateway.protocols.content_parts import Ending, Kind, Part, PartStream, parts_of
+from tidemill.gateway.protocols.content_parts import AnswerPart, FinishReason, PartKind, PartStream, parts_of
 from tidemill.gateway.protocols.json_strings import EMPTY, NULL, is_string, plain, quoted, says_something
 from tidemill.gateway.protocols.request import ModelRequest
 
@@ -29,17 +29,17 @@ _STOP_REASONS = {
 }
 
 _BLOCKS = {
-    Kind.THINKING: b'{"type":"thinking","thinking":"","signature":""}',
-    Kind.TEXT: b'{"type":"text","text":""}',
+    PartKind.THINKING: b'{"type":"thinking","thinking":"","signature":""}',
+    PartKind.TEXT: b'{"type":"text","text":""}',
 }
 _DELTAS = {
-    Kind.THINKING: b'"thinking_delta","thinking":',
-    Kind.TEXT: b'"text_delta","text":',
-    Kind.CALL: b'"input_json_delta","partial_json":',
+    PartKind.THINKING: b'"thinking_delta","thinking":',
+    PartKind.TEXT: b'"text_delta","text":',
+    PartKind.CALL: b'"input_json_delta","partial_json":',
 }
 
 
-def usage_object(counts: Counts) -> dict[str, object]:
+def usage_object(counts: TokenCounts) -> dict[str, object]:
     """Anthropic's usage: its `input_tokens` leave out what was read from the cache."""
     return {
         "input_tokens": counts.prompt - counts.cached,
@@ -62,10 +62,10 @@ class AnthropicReply:
 
     # replies.Reply
 
-    def events(self, events: bytes, counts: Counts) -> bytes:
+    def events(self, events: bytes, counts: TokenCounts) -> bytes:
         return self._parts.feed(events, counts)
 
-    def end(self, counts: Counts) -> bytes:
+    def end(self, counts: TokenCounts) -> bytes:
         if self._parts.failed:
             return b""
         rest = self._parts.end()
@@ -79,9 +79,9 @@ class AnthropicReply:
     def stopped(self, error: TidemillError) -> bytes:
         return b"" if self._parts.failed else error_event(error, self._request_id)
 
-    def whole(self, answer: bytes, counts: Counts) -> bytes:
+    def whole(self, answer: bytes, counts: TokenCounts) -> bytes:
         parts, ending = parts_of(answer)
-        called = any(part.kind is Kind.CALL for part in parts)
+        called = any(part.kind is PartKind.CALL for part in parts)
         message = self._message(counts)
         message["content"] = [self._block(part) for part in parts]
         message.update(self._stop(ending, called=called))
@@ -92,29 +92,29 @@ class AnthropicReply:
 
     # parts.Writer
 
-    def start(self, counts: Counts) -> bytes:
+    def start(self, counts: TokenCounts) -> bytes:
         message = _encode(self._message(counts))
         return b'event: message_start\ndata: {"type":"message_start","message":%b}\n\n%b' % (message, PING)
 
     def alive(self) -> bytes:
         return PING
 
-    def open(self, part: Part) -> bytes:
+    def open(self, part: AnswerPart) -> bytes:
         block = _BLOCKS.get(part.kind) or _encode(self._tool_use(part, msgspec.Raw(b"{}")))
         return b'event: content_block_start\ndata: {"type":"content_block_start","index":%d,"content_block":%b}\n\n' % (
             part.index,
             block,
         )
 
-    def piece(self, part: Part, text: msgspec.Raw, logprobs: msgspec.Raw) -> bytes:
-        if part.kind is Kind.THINKING and self._request.hides_thinking:
+    def piece(self, part: AnswerPart, text: msgspec.Raw, logprobs: msgspec.Raw) -> bytes:
+        if part.kind is PartKind.THINKING and self._request.hides_thinking:
             return b""
         return (
             b'event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,"delta":{"type":%b%b}}\n\n'
             % (part.index, _DELTAS[part.kind], bytes(text))
         )
 
-    def close(self, part: Part) -> bytes:
+    def close(self, part: AnswerPart) -> bytes:
         return b'event: content_block_stop\ndata: {"type":"content_block_stop","index":%d}\n\n' % part.index
 
     def failed(self, message: str, code: str) -> bytes:
@@ -122,7 +122,7 @@ class AnthropicReply:
 
     # The objects
 
-    def _message(self, counts: Counts) -> dict[str, object]:
+    def _message(self, counts: TokenCounts) -> dict[str, object]:
         return {
             "id": f"msg_{self._suffix}",
             "type": "message",
@@ -134,22 +134,22 @@ class AnthropicReply:
             "usage": {**usage_object(counts), "service_tier": "standard"},
         }
 
-    def _block(self, part: Part) -> dict[str, object]:
+    def _block(self, part: AnswerPart) -> dict[str, object]:
         match part.kind:
-            case Kind.THINKING:
+            case PartKind.THINKING:
                 text = EMPTY if self._request.hides_thinking else part.text
                 return {"type": "thinking", "thinking": text, "signature": ""}
-            case Kind.TEXT:
+            case PartKind.TEXT:
                 return {"type": "text", "text": part.text}
-            case Kind.CALL:
+            case PartKind.CALL:
                 return self._tool_use(part, _input_of(part.text))
 
-    def _tool_use(self, part: Part, arguments: msgspec.Raw) -> dict[str, object]:
+    def _tool_use(self, part: AnswerPart, arguments: msgspec.Raw) -> dict[str, object]:
         call_id = part.call_id if says_something(part.call_id) else quoted(f"toolu_{self._suffix}_{part.index}")
         name = part.name if is_string(part.name) else EMPTY
         return {"type": "tool_use", "id": call_id, "name": name, "input": arguments}
 
-    def _stop(self, ending: Ending, *, called: bool) -> dict[str, object]:
+    def _stop(self, ending: FinishReason, *, called: bool) -> dict[str, object]:
         reason = _STOP_REASONS.get(ending.reason, "end_turn")
         if reason == "end_turn" and called:
             reason = "tool_use"

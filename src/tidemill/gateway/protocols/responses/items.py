@@ -17,7 +17,7 @@ BETWEEN_SYSTEM_TEXTS = b"\\n\\n"
 _ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
 
 
-class Item(msgspec.Struct):
+class InputItem(msgspec.Struct):
     """An input item of any type, its texts undecoded."""
 
     type: str = "message"
@@ -43,7 +43,7 @@ class ContentPart(msgspec.Struct):
     input_audio: msgspec.Raw = NULL
 
 
-class Message(msgspec.Struct, omit_defaults=True):
+class ResponsesMessage(msgspec.Struct, omit_defaults=True):
     """A message of the chat in the making."""
 
     role: str
@@ -53,7 +53,7 @@ class Message(msgspec.Struct, omit_defaults=True):
     tool_call_id: msgspec.Raw | None = None
 
 
-_decode_item = msgspec.json.Decoder(Item).decode
+_decode_item = msgspec.json.Decoder(InputItem).decode
 _decode_parts = msgspec.json.Decoder(list[ContentPart]).decode
 
 
@@ -67,10 +67,10 @@ def translate_items(items: list[msgspec.Raw], instructions: msgspec.Raw | None, 
         for at, raw in enumerate(items)
     ]
     asked = max((at for at, (_, item) in enumerate(read) if item.type == "message" and item.role == "user"), default=-1)
-    chat: list[Message] = []
+    chat: list[ResponsesMessage] = []
     reasoning: list[msgspec.Raw] = []
     if instructions is not None:
-        chat.append(Message("system", instructions))
+        chat.append(ResponsesMessage("system", instructions))
     for at, (path, item) in enumerate(read):
         match item.type:
             case "message":
@@ -90,14 +90,14 @@ def translate_items(items: list[msgspec.Raw], instructions: msgspec.Raw | None, 
     return msgspec.Raw(_encode(chat))
 
 
-def _read(raw: msgspec.Raw, path: str) -> tuple[str, Item]:
+def _read(raw: msgspec.Raw, path: str) -> tuple[str, InputItem]:
     try:
         return path, _decode_item(raw)
     except msgspec.DecodeError as error:
         raise BadRequest(f"'{path}' cannot be taken: {error}.", param=path) from error
 
 
-def _add_message(chat: list[Message], item: Item, path: str, reasoning: list[msgspec.Raw]) -> None:
+def _add_message(chat: list[ResponsesMessage], item: InputItem, path: str, reasoning: list[msgspec.Raw]) -> None:
     role = _ROLES.get(item.role)
     if role is None:
         raise BadRequest(f"'{path}.role' is {item.role!r}.", hint="Send 'user' or 'assistant'.", param=f"{path}.role")
@@ -114,20 +114,20 @@ def _add_message(chat: list[Message], item: Item, path: str, reasoning: list[msg
         assert isinstance(first.content, msgspec.Raw)
         first.content = joined([first.content, content], BETWEEN_SYSTEM_TEXTS)  # templates want one, at the beginning
     else:
-        chat.append(Message(role, content))
+        chat.append(ResponsesMessage(role, content))
 
 
-def _assistant(chat: list[Message], reasoning: list[msgspec.Raw]) -> Message:
+def _assistant(chat: list[ResponsesMessage], reasoning: list[msgspec.Raw]) -> ResponsesMessage:
     """The assistant's message that is being put together; takes the reasoning that came before it."""
     if not chat or chat[-1].role != "assistant":
-        chat.append(Message("assistant", EMPTY))
+        chat.append(ResponsesMessage("assistant", EMPTY))
     if reasoning:
         chat[-1].reasoning_content = joined(reasoning)
         reasoning.clear()
     return chat[-1]
 
 
-def _add_call(message: Message, item: Item, path: str) -> None:
+def _add_call(message: ResponsesMessage, item: InputItem, path: str) -> None:
     for name, value in (("call_id", item.call_id), ("name", item.name), ("arguments", item.arguments)):
         if not is_string(value):
             raise BadRequest(f"'{path}.{name}' is missing.", param=f"{path}.{name}")
@@ -136,7 +136,7 @@ def _add_call(message: Message, item: Item, path: str) -> None:
     message.tool_calls = [*(message.tool_calls or []), call]
 
 
-def _add_output(chat: list[Message], item: Item, path: str) -> None:
+def _add_output(chat: list[ResponsesMessage], item: InputItem, path: str) -> None:
     """What a tool gave. Only text fits into a tool message; images go into a user's message after it."""
     if not is_string(item.call_id):
         raise BadRequest(f"'{path}.call_id' is missing.", param=f"{path}.call_id")
@@ -146,12 +146,12 @@ def _add_output(chat: list[Message], item: Item, path: str) -> None:
         rest = [part for part in content if part["type"] != "text"]
         texts = [part["text"] for part in content if part["type"] == "text"]
         content = joined(text for text in texts if isinstance(text, msgspec.Raw))
-    chat.append(Message("tool", content, tool_call_id=item.call_id))
+    chat.append(ResponsesMessage("tool", content, tool_call_id=item.call_id))
     if rest:
-        chat.append(Message("user", rest))
+        chat.append(ResponsesMessage("user", rest))
 
 
-def _reasoning(item: Item, path: str) -> list[msgspec.Raw]:
+def _reasoning(item: InputItem, path: str) -> list[msgspec.Raw]:
     """The text of a reasoning item: in full, or what there is of a summary."""
     for value in (item.content, item.summary):
         if not is_null(value):

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import msgspec
 
-from tidemill.engines.protocol import Counts
+from tidemill.engines.protocol import TokenCounts
 from tidemill.engines.sse import BrokenStream
 from tidemill.errors import TidemillError
-from tidemill.gateway.protocols.content_parts import Ending, Kind, Part, PartStream, parts_of
+from tidemill.gateway.protocols.content_parts import AnswerPart, FinishReason, PartKind, PartStream, parts_of
 from tidemill.gateway.protocols.json_strings import EMPTY, inside, is_null, is_string, quoted, says_something
 from tidemill.gateway.protocols.openai_errors import error_body
 from tidemill.gateway.protocols.request import ModelRequest
@@ -26,15 +26,15 @@ MAX_KEPT_BYTES = 4 * 1024 * 1024
 """Text of one streamed response: about a million tokens. One that is longer is broken off."""
 
 _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
-_PREFIXES = {Kind.THINKING: "rs", Kind.TEXT: "msg", Kind.CALL: "fc"}
+_PREFIXES = {PartKind.THINKING: "rs", PartKind.TEXT: "msg", PartKind.CALL: "fc"}
 _DELTAS = {
-    Kind.THINKING: (b"response.reasoning_text.delta", b'"content_index":0,'),
-    Kind.TEXT: (b"response.output_text.delta", b'"content_index":0,'),
-    Kind.CALL: (b"response.function_call_arguments.delta", b""),
+    PartKind.THINKING: (b"response.reasoning_text.delta", b'"content_index":0,'),
+    PartKind.TEXT: (b"response.output_text.delta", b'"content_index":0,'),
+    PartKind.CALL: (b"response.function_call_arguments.delta", b""),
 }
 
 
-def usage_object(counts: Counts) -> dict[str, object]:
+def usage_object(counts: TokenCounts) -> dict[str, object]:
     """The usage object of the Responses API."""
     return {
         "input_tokens": counts.prompt,
@@ -63,10 +63,10 @@ class ResponsesReply:
 
     # replies.Reply
 
-    def events(self, events: bytes, counts: Counts) -> bytes:
+    def events(self, events: bytes, counts: TokenCounts) -> bytes:
         return self._parts.feed(events, counts)
 
-    def end(self, counts: Counts) -> bytes:
+    def end(self, counts: TokenCounts) -> bytes:
         if self._parts.failed:
             return b""
         self._ending = True
@@ -77,7 +77,7 @@ class ResponsesReply:
     def stopped(self, error: TidemillError) -> bytes:
         return b"" if self._parts.failed else self.failed(str(error), error.code)
 
-    def whole(self, answer: bytes, counts: Counts) -> bytes:
+    def whole(self, answer: bytes, counts: TokenCounts) -> bytes:
         parts, ending = parts_of(answer)
         last = len(parts) - 1
         items = [self._item(part, self._status(ending, part.index == last)) for part in parts]
@@ -88,7 +88,7 @@ class ResponsesReply:
 
     # parts.Writer
 
-    def start(self, counts: Counts) -> bytes:
+    def start(self, counts: TokenCounts) -> bytes:
         response = _raw(self._response("in_progress"))
         return self._event("response.created", {"response": response}) + self._event(
             "response.in_progress", {"response": response}
@@ -97,20 +97,20 @@ class ResponsesReply:
     def alive(self) -> bytes:
         return b": the engine is at work\n\n"
 
-    def open(self, part: Part) -> bytes:
+    def open(self, part: AnswerPart) -> bytes:
         self._text, self._logprobs = [], []
         fields = {"output_index": part.index, "item": self._item(part, "in_progress")}
         added = self._event("response.output_item.added", fields)
-        if part.kind is Kind.CALL:
+        if part.kind is PartKind.CALL:
             return added
         return added + self._event("response.content_part.added", self._at(part, {"part": _content(part)}))
 
-    def piece(self, part: Part, text: msgspec.Raw, logprobs: msgspec.Raw) -> bytes:
+    def piece(self, part: AnswerPart, text: msgspec.Raw, logprobs: msgspec.Raw) -> bytes:
         said = inside(text)
         self._text.append(said)
         self._kept_bytes += len(said)
         more = b""
-        if part.kind is Kind.TEXT:
+        if part.kind is PartKind.TEXT:
             chosen = b"[]" if is_null(logprobs) else bytes(logprobs)
             more = b',"logprobs":' + chosen
             if len(chosen) > 2:
@@ -125,21 +125,21 @@ class ResponsesReply:
             % (kind, kind, self._id(part).encode(), part.index, where, said, more, self._number - 1)
         )
 
-    def close(self, part: Part) -> bytes:
+    def close(self, part: AnswerPart) -> bytes:
         part.text = msgspec.Raw(b'"' + b"".join(self._text) + b'"')
         part.logprobs = msgspec.Raw(b"[" + b",".join(self._logprobs) + b"]")
         item = _raw(self._item(part, self._status(self._parts.ending, self._ending)))
         self._items.append(item)
         match part.kind:
-            case Kind.THINKING:
+            case PartKind.THINKING:
                 said = self._event("response.reasoning_text.done", self._at(part, {"text": part.text}))
-            case Kind.TEXT:
+            case PartKind.TEXT:
                 fields: dict[str, object] = {"text": part.text, "logprobs": part.logprobs}
                 said = self._event("response.output_text.done", self._at(part, fields))
-            case Kind.CALL:
+            case PartKind.CALL:
                 fields = {"arguments": part.text, "name": part.name}
                 said = self._event("response.function_call_arguments.done", self._at(part, fields))
-        if part.kind is not Kind.CALL:
+        if part.kind is not PartKind.CALL:
             said += self._event("response.content_part.done", self._at(part, {"part": _content(part)}))
         return said + self._event("response.output_item.done", {"output_index": part.index, "item": item})
 
@@ -158,21 +158,21 @@ class ResponsesReply:
         self._number += 1
         return b"event: %b\ndata: %b\n\n" % (kind.encode(), data)
 
-    def _at(self, part: Part, fields: dict[str, object]) -> dict[str, object]:
+    def _at(self, part: AnswerPart, fields: dict[str, object]) -> dict[str, object]:
         """Where an event belongs, and what it says."""
         where: dict[str, object] = {"item_id": self._id(part), "output_index": part.index}
-        return {**where, **fields} if part.kind is Kind.CALL else {**where, "content_index": 0, **fields}
+        return {**where, **fields} if part.kind is PartKind.CALL else {**where, "content_index": 0, **fields}
 
-    def _id(self, part: Part) -> str:
+    def _id(self, part: AnswerPart) -> str:
         return f"{_PREFIXES[part.kind]}_{self._suffix}_{part.index}"
 
-    def _item(self, part: Part, status: str) -> dict[str, object]:
+    def _item(self, part: AnswerPart, status: str) -> dict[str, object]:
         whole = is_string(part.text)
         match part.kind:
-            case Kind.THINKING:
+            case PartKind.THINKING:
                 content = [_content(part)] if whole else []
                 return {"id": self._id(part), "type": "reasoning", "summary": [], "content": content, "status": status}
-            case Kind.TEXT:
+            case PartKind.TEXT:
                 content = [_content(part)] if whole else []
                 return {
                     "id": self._id(part),
@@ -181,7 +181,7 @@ class ResponsesReply:
                     "status": status,
                     "content": content,
                 }
-            case Kind.CALL:
+            case PartKind.CALL:
                 call_id = part.call_id if says_something(part.call_id) else quoted(f"call_{self._suffix}_{part.index}")
                 return {
                     "id": self._id(part),
@@ -192,7 +192,7 @@ class ResponsesReply:
                     "status": status,
                 }
 
-    def _status(self, ending: Ending, is_last: bool) -> str:
+    def _status(self, ending: FinishReason, is_last: bool) -> str:
         return "incomplete" if is_last and ending.reason in _INCOMPLETE else "completed"
 
     def _response(self, status: str) -> dict[str, object]:
@@ -210,7 +210,7 @@ class ResponsesReply:
             "store": request.keeps,
         }
 
-    def _finished(self, items: Sequence[object], ending: Ending, counts: Counts) -> dict[str, object]:
+    def _finished(self, items: Sequence[object], ending: FinishReason, counts: TokenCounts) -> dict[str, object]:
         reason = _INCOMPLETE.get(ending.reason)
         response = self._response("incomplete" if reason else "completed")
         response["completed_at"] = int(time.time())
@@ -228,9 +228,9 @@ class ResponsesReply:
         return msgspec.Raw(encoded)
 
 
-def _content(part: Part) -> dict[str, object]:
+def _content(part: AnswerPart) -> dict[str, object]:
     text = part.text if is_string(part.text) else EMPTY
-    if part.kind is Kind.THINKING:
+    if part.kind is PartKind.THINKING:
         return {"type": "reasoning_text", "text": text}
     logprobs = [] if is_null(part.logprobs) else part.logprobs
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}

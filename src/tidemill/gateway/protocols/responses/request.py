@@ -15,7 +15,7 @@ from tidemill.gateway.protocols.json_fields import Fields, given, integer, objec
 from tidemill.gateway.protocols.json_strings import NULL, is_null, is_string
 from tidemill.gateway.protocols.request import MAX_TOKENS_LIMIT, ModelRequest, read_generation, size_of
 from tidemill.gateway.protocols.responses.items import translate_items
-from tidemill.gateway.protocols.responses.store import Kept, Shelf
+from tidemill.gateway.protocols.responses.store import FinishedResponse, ResponseStore
 
 _encode = msgspec.json.Encoder().encode
 _decode_any = msgspec.json.Decoder().decode
@@ -90,7 +90,7 @@ class ResponsesRequest(ModelRequest, kw_only=True):
     store: bool | None
     """None: the client does not say."""
     previous_id: str | None
-    shelf: Shelf | None = None
+    response_store: ResponseStore | None = None
     tenant_id: str = ""
 
     def own_name(self, parameter: str) -> str:
@@ -110,14 +110,14 @@ class ResponsesRequest(ModelRequest, kw_only=True):
     @property
     def keeps(self) -> bool:
         """The response is to be kept, as the client asks or as the operator has it."""
-        return self.shelf is not None and self.shelf.keeps(self.store)
+        return self.response_store is not None and self.response_store.keeps(self.store)
 
     def keep(self, response_id: str, response: bytes) -> bool:
         """Put the finished response on the shelf; False when it has no room."""
-        if self.shelf is None:
+        if self.response_store is None:
             return False
-        kept = Kept(response_id, self.tenant_id, self.previous_id, self.items, response)
-        return self.shelf.keep(kept)
+        kept = FinishedResponse(response_id, self.tenant_id, self.previous_id, self.items, response)
+        return self.response_store.keep(kept)
 
 
 def read_responses(body: bytes) -> ResponsesRequest:

@@ -55,7 +55,7 @@ class _Output(msgspec.Struct):
 _decode_output = msgspec.json.Decoder(_Output).decode
 
 
-class ShelfRules(msgspec.Struct, frozen=True):
+class ResponseStoreRules(msgspec.Struct, frozen=True):
     """What the operator wants to be kept."""
 
     keep_s: int = KEPT_S
@@ -64,7 +64,7 @@ class ShelfRules(msgspec.Struct, frozen=True):
     """Also responses to requests that do not say."""
 
 
-class Kept(msgspec.Struct, frozen=True):
+class FinishedResponse(msgspec.Struct, frozen=True):
     """A finished response on its way to the shelf."""
 
     response_id: str
@@ -74,13 +74,13 @@ class Kept(msgspec.Struct, frozen=True):
     response: bytes
 
 
-class Shelf:
+class ResponseStore:
     """The kept responses of all tenants, as one gateway process sees them."""
 
-    def __init__(self, store: Store, rules: ShelfRules = ShelfRules()) -> None:  # noqa: B008
+    def __init__(self, store: Store, rules: ResponseStoreRules = ResponseStoreRules()) -> None:  # noqa: B008
         self._store = store
         self._rules = rules
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="shelf")
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="response_store")
         self._waiting: dict[str, KeptResponse] = {}
         self._waiting_bytes = 0
         self._writing: asyncio.Task[None] | None = None
@@ -95,7 +95,7 @@ class Shelf:
         """Whether a response is to be kept whose request says so, or does not say (None)."""
         return self.open and (self._rules.by_default if wish is None else wish)
 
-    def keep(self, kept: Kept) -> bool:
+    def keep(self, kept: FinishedResponse) -> bool:
         """Keep a response; False when there is no room for it now."""
         response = KeptResponse(
             response_id=kept.response_id,
