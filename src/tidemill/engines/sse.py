@@ -92,6 +92,9 @@ _decode_details = msgspec.json.Decoder(_CompletionDetails | None).decode
 class BrokenStream(ValueError):
     """The engine's event stream does not follow the format."""
 
+    before = b""
+    """What the events before the broken one are in the client's API."""
+
 
 def usage_of(body: bytes) -> TokenCounts | None:
     """The usage that a whole (non-streamed) answer reports, or None. Raises BrokenStream when it is not JSON."""
@@ -110,6 +113,16 @@ def data_of(event: bytes) -> bytes:
         return event[6:]
     lines = [line[5:].removeprefix(b" ") for line in event.split(b"\n") if line.startswith(b"data:")]
     return b"\n".join(lines)
+
+
+def _until_done(data: bytes) -> bytes:
+    """Whole events up to `[DONE]`, and it."""
+    kept: list[bytes] = []
+    for event in data[:-2].split(b"\n\n"):
+        kept.append(event)
+        if data_of(event.lstrip(b"\n")).strip() == b"[DONE]":
+            break
+    return b"\n\n".join(kept) + b"\n\n"
 
 
 NO_COUNTS = TokenCounts()
@@ -132,6 +145,8 @@ class SseTap:
 
     def feed(self, data: bytes) -> bytes:
         """See `Tap.feed`. Raises BrokenStream."""
+        if self.done:
+            return b""  # what comes behind the end is nobody's, in whichever packet it comes
         plain = data[:7] == b"data: {" and data[-2:] == b"\n\n" and data.count(b"\n") == 2 and not self._rest
         if plain and b'"usage"' not in data and b'"error"' not in data and b"\r" not in data:
             # One event of one line that says nothing of usage, as most of all chunks are.
@@ -146,6 +161,8 @@ class SseTap:
             data = b"".join(event.lstrip(b"\n") + b"\n\n" for event in data.split(b"\n\n") if event.strip(b"\n"))
         if not data:
             return b""
+        if b"[DONE]" in data:
+            data = _until_done(data)
         events = data.count(b"\n\n")
         if events == 1:
             size = len(data)
@@ -205,7 +222,9 @@ class SseTap:
         if payload.strip() == b"[DONE]":
             self.done = True
             return None
-        if self.done or not payload:
+        if self.done:
+            return None
+        if not payload:
             return event
         if b'"usage"' not in payload and b'"error"' not in payload:
             return event

@@ -83,6 +83,9 @@ class EngineConnection(asyncio.Protocol):
         self.sink: AnswerSink | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._pieces: deque[bytes] = deque()
+        """Of the body, a piece for each packet."""
+        self._packet: list[bytes] = []
+        """What the packet that is being read has of the body."""
         self._buffered = 0
         self._paused = False
         self._failure: EngineLost | None = None
@@ -124,15 +127,20 @@ class EngineConnection(asyncio.Protocol):
             await self._wait()
 
     async def next(self) -> bytes:
-        """The body bytes that have arrived since the last call, or b"" once the body is complete.
+        """The body bytes of the next packet, or b"" once the body is complete.
 
-        Raises EngineLost when the engine goes away before the body is complete.
+        Packet by packet, as a sink gets them: what is made of an answer must not hang on who reads it. Raises
+        EngineLost when the engine goes away before the body is complete.
         """
         while not self._pieces:
             if self.complete:
                 return b""
             await self._wait()
-        return self.take()
+        if len(self._pieces) == 1:
+            return self.take()
+        data = self._pieces.popleft()
+        self._buffered -= len(data)
+        return data
 
     def take(self) -> bytes:
         """The body bytes that are there, which may be none."""
@@ -255,7 +263,7 @@ class EngineConnection(asyncio.Protocol):
                 if self.sink is not None and not self._pieces:
                     self.sink.chunk(data[end + 2 : -2], data)
                 else:
-                    self.on_body(data[end + 2 : -2])
+                    self._add(data[end + 2 : -2])
                     self._hold_back()
                     self._wake()
                 return
@@ -270,18 +278,24 @@ class EngineConnection(asyncio.Protocol):
                 self.status, self.headers = 200, known.headers
                 self.head_done = self.complete = self._keep_alive = True
                 if body:
-                    self.on_body(body)
+                    self._add(body)
                 self._hold_back()
                 self._wake()
                 return
             first = data
         else:
             first = b""
+        broken: Exception | None = None
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            broken = error
+        if self._packet:
+            self._add(self._packet[0] if len(self._packet) == 1 else b"".join(self._packet))
+            self._packet.clear()
+        if broken is not None:
             if not self.complete:
-                self.abort(EngineLost(f"The engine's answer is not HTTP: {error}."))
+                self.abort(EngineLost(f"The engine's answer is not HTTP: {broken}."))
                 return
             self._keep_alive = False  # the answer is whole, and what came behind it is nobody's
         if self._between_chunks and not data.endswith(b"\r\n"):
@@ -295,6 +309,10 @@ class EngineConnection(asyncio.Protocol):
                 return
         self._hold_back()
         self._wake()
+
+    def _add(self, piece: bytes) -> None:
+        self._pieces.append(piece)
+        self._buffered += len(piece)
 
     def _learn(self, answer: bytes) -> None:
         pool = self._pool
@@ -344,8 +362,7 @@ class EngineConnection(asyncio.Protocol):
         self._between_chunks = self.headers.get(b"transfer-encoding") == b"chunked"
 
     def on_body(self, body: bytes) -> None:
-        self._pieces.append(body)
-        self._buffered += len(body)
+        self._packet.append(body)
 
     def on_chunk_header(self) -> None:
         self._between_chunks = False

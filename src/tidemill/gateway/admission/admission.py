@@ -11,10 +11,10 @@ from tidemill.errors import Unavailable
 from tidemill.gateway.admission.fair_queue import FairQueues, ModelQueue, Priority, QueueSlot, priority_of
 from tidemill.gateway.admission.holds import CountPrompt, Hold, PurseTooSmall, hold_now, hold_scarce, insufficient
 from tidemill.gateway.admission.rate_limits import BoundLimits, LimitReservation, RateLimits, estimate
-from tidemill.gateway.auth.snapshot import PricePoint, Principal
+from tidemill.gateway.auth.snapshot import Principal
 from tidemill.gateway.protocols.dialect import dialect_of
 from tidemill.gateway.protocols.request import ModelRequest
-from tidemill.gateway.routing.models import ModelRoute
+from tidemill.gateway.routing.request_context import RequestContext
 from tidemill.http.server import Exchange
 from tidemill.ledger.pricing import PriceTier
 from tidemill.meter.balance_leases import BalanceLeases, PurseId
@@ -60,62 +60,60 @@ class Admission:
         self._limits = limits
         self._queues = queues
 
-    def admit_now(
-        self, exchange: Exchange, request: ModelRequest, route: ModelRoute, principal: Principal, price: PricePoint
-    ) -> Admitted | None:
-        """Admit a request if all that it needs is at hand. The hot path: nothing is waited for."""
-        plan = self._limits.plan(principal, request.model) if self._limits is not None else None
-        queue = self._queue(route, principal)
+    def admit_now(self, context: RequestContext) -> Admitted | None:
+        """Admit a request if all that it needs is at hand, else None. The hot path: nothing is waited for.
+
+        Raises RateLimited for what can never be admitted.
+        """
+        limits, queue = self._limits_of(context), self._queue(context)
         started_us = now_us()
-        hold = hold_now(request, route, price, self._leasing, self._purses(plan, principal, started_us))
+        purses = self._purses(limits, context.principal, started_us)
+        hold = hold_now(context.request, context.route, context.price, self._leasing, purses)
         if hold is None:
             return None
-        if plan is None and queue is None:
-            return Admitted(hold, started_us)
-        place: QueueSlot | None = None
-        stay: LimitReservation | None = None
+        admitted = Admitted(hold, started_us)
+        if limits is None and queue is None:
+            return admitted
+        complete = False
         try:
-            if queue is not None:
-                place = queue.enter_now(*_turn(request, principal, exchange))
-            if plan is not None and (queue is None or place is not None):
-                assert self._limits is not None
-                stay = self._limits.enter_now(plan, request, exchange.body)
+            complete = self._take_now(admitted, context, limits, queue)
         finally:
-            if (queue is not None and place is None) or (plan is not None and stay is None):
-                self._leasing.settle_all(hold.purses, hold.amount, 0)
-                if place is not None:
-                    place.leave(0)
-        if (queue is not None and place is None) or (plan is not None and stay is None):
-            return None
-        if plan is not None:
-            self._note_limits(exchange, plan)
-        return Admitted(hold, started_us, stay, place)
+            if not complete:
+                admitted.cancel(self._leasing)
+        return admitted if complete else None
 
-    async def admit(
-        self,
-        exchange: Exchange,
-        request: ModelRequest,
-        route: ModelRoute,
-        principal: Principal,
-        price: PricePoint,
-        count_prompt: CountPrompt,
-    ) -> Admitted | None:
+    def _take_now(
+        self, admitted: Admitted, context: RequestContext, limits: BoundLimits | None, queue: ModelQueue | None
+    ) -> bool:
+        """Take a place and permits beside the hold; False when one of them would have to be waited for."""
+        if queue is not None:
+            admitted.place = queue.enter_now(*_turn(context))
+            if admitted.place is None:
+                return False
+        if limits is not None:
+            assert self._limits is not None
+            admitted.stay = self._limits.enter_now(limits, context.request, context.exchange.body)
+            if admitted.stay is None:
+                return False
+            self._note_limits(context.exchange, limits)
+        return True
+
+    async def admit(self, context: RequestContext, count_prompt: CountPrompt) -> Admitted | None:
         """Admit a request, waiting for what it needs; None when its client has left meanwhile.
 
         Raises RateLimited, BudgetExhausted, InsufficientQuota or QueueFull when there is no more of something, and
         Unavailable when the store does not answer.
         """
-        plan = self._limits.plan(principal, request.model) if self._limits is not None else None
-        queue = self._queue(route, principal)
-        stay = await self._enter(exchange, plan, request) if plan is not None else None
+        exchange, request = context.exchange, context.request
+        limits, queue = self._limits_of(context), self._queue(context)
+        stay = await self._enter(exchange, limits, request) if limits is not None else None
         admitted: Admitted | None = None
         try:
             started_us = now_us()
-            purses = self._purses(plan, principal, started_us)
-            hold = await self._hold(exchange, request, route, principal, price, purses, plan, count_prompt)
-            admitted = Admitted(hold, started_us, stay)
+            admitted = Admitted(await self._hold(context, limits, started_us, count_prompt), started_us, stay)
             if queue is not None and not exchange.gone:
-                admitted.place = await _take_turn(queue, exchange, request, principal)
+                turn = _turn(context)
+                admitted.place = queue.enter_now(*turn) or await queue.enter(exchange, *turn)
         except BaseException:
             if admitted is not None:
                 admitted.cancel(self._leasing)
@@ -136,9 +134,13 @@ class Admission:
         if plan is not None:
             await self._enter(exchange, plan, request)
 
-    def _queue(self, route: ModelRoute, principal: Principal) -> ModelQueue | None:
+    def _limits_of(self, context: RequestContext) -> BoundLimits | None:
+        return self._limits.plan(context.principal, context.request.model) if self._limits is not None else None
+
+    def _queue(self, context: RequestContext) -> ModelQueue | None:
         """Where the request may have to wait. A line that goes to a replica lent to batches takes nobody's place."""
-        if self._queues is None or (route.batch_only and principal.tier is PriceTier.BATCH and route.lends):
+        route = context.route
+        if self._queues is None or (route.batch_only and context.principal.tier is PriceTier.BATCH and route.lends):
             return None
         return self._queues.of(route.spec.name)
 
@@ -150,25 +152,18 @@ class Admission:
             self._note_limits(exchange, plan)
 
     async def _hold(
-        self,
-        exchange: Exchange,
-        request: ModelRequest,
-        route: ModelRoute,
-        principal: Principal,
-        price: PricePoint,
-        purses: tuple[PurseId, ...],
-        plan: BoundLimits | None,
-        count_prompt: CountPrompt,
+        self, context: RequestContext, limits: BoundLimits | None, started_us: int, count_prompt: CountPrompt
     ) -> Hold:
+        purses = self._purses(limits, context.principal, started_us)
         try:
-            return await hold_scarce(request, route, price, self._leasing, purses, count_prompt)
+            return await hold_scarce(context.request, context.route, context.price, self._leasing, purses, count_prompt)
         except PurseTooSmall as lack:
             self._leasing.let_go(lack.purse)
             if isinstance(lack.purse, BudgetPeriod):
-                assert plan is not None and self._limits is not None
-                exchange.extra += DO_NOT_RETRY
-                raise self._limits.budget_exhausted(plan, lack.purse, lack.needed, lack.available) from None
-            raise insufficient(principal, lack) from None
+                assert limits is not None and self._limits is not None
+                context.exchange.extra += DO_NOT_RETRY
+                raise self._limits.budget_exhausted(limits, lack.purse, lack.needed, lack.available) from None
+            raise insufficient(context.principal, lack) from None
         except Unavailable as failure:
             raise Unavailable(
                 "Your balance cannot be checked now: the database does not answer, and what this gateway had in"
@@ -186,14 +181,8 @@ class Admission:
         exchange.extra += self._limits.headers(plan, dialect_of(exchange))
 
 
-def _turn(request: ModelRequest, principal: Principal, exchange: Exchange) -> tuple[str, int, int, Priority]:
+def _turn(context: RequestContext) -> tuple[str, int, int, Priority]:
     """What the queue has to know of a request: whose it is, with what weight, how much work, of which class."""
-    work = sum(estimate(request, exchange.body))
+    request, principal = context.request, context.principal
+    work = sum(estimate(request, context.exchange.body))
     return principal.tenant_id, principal.weight, work, priority_of(request, principal)
-
-
-async def _take_turn(
-    queue: ModelQueue, exchange: Exchange, request: ModelRequest, principal: Principal
-) -> QueueSlot | None:
-    turn = _turn(request, principal, exchange)
-    return queue.enter_now(*turn) or await queue.enter(exchange, *turn)

@@ -1,4 +1,4 @@
-"""The door: key -> tenant, one dictionary look-up."""
+"""From an API key to who is asking: one dictionary look-up in a snapshot of the store."""
 
 import asyncio
 import time
@@ -69,11 +69,16 @@ class Authenticator:
             principal.rules.check(exchange, self._proxies)
         return principal
 
-    async def ask_store(self, exchange: Exchange) -> Principal:
-        """Look again after asking the store for news: the key may have been made a moment ago.
+    async def authenticate(self, exchange: Exchange) -> Principal:
+        """Who is asking; the store is asked for a key that is not in the snapshot.
 
-        Raises InvalidKey, or Unavailable when the store does not answer: the key may be a good one all the same.
+        Raises InvalidKey, NotAllowed, or Unavailable when the store does not answer.
         """
+        return self.admit(exchange) or await self._refresh_and_admit(exchange)
+
+    async def _refresh_and_admit(self, exchange: Exchange) -> Principal:
+        """Refresh the snapshot and look the key up again: it may have been made a moment ago, and may be a good one
+        even if the store does not answer."""
         may_ask = time.monotonic() - self._asked_at > ASK_EVERY_S
         if self._renewing is not None:  # it may have looked a moment before now
             await asyncio.wait([self._renewing], timeout=STORE_PATIENCE_S)

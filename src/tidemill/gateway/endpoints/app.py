@@ -139,8 +139,8 @@ class GatewayApp:
     async def _take(self, exchange: Exchange, route: tuple[bytes, bytes]) -> None:
         """Take the body of one who is not known by its head alone, if it is wanted."""
         assert exchange.incoming is not None
-        if route not in _KEYLESS and self._authenticator.admit(exchange) is None:
-            await self._authenticator.ask_store(exchange)
+        if route not in _KEYLESS:
+            await self._authenticator.authenticate(exchange)
         try:
             exchange.body = await exchange.incoming.whole()
         except RequestBodyTooLong:
@@ -198,13 +198,13 @@ class GatewayApp:
         exchange.respond(200 if status == "ready" else 503, _encode(body), JSON)
 
     async def _moderations(self, exchange: Exchange) -> None:
-        self._authenticator.admit(exchange) or await self._authenticator.ask_store(exchange)
+        await self._authenticator.authenticate(exchange)
         raise ModerationNotConfigured(
             "No model that judges the safety of content is set up here.", hint="Ask your operator for one."
         )
 
     async def _models(self, exchange: Exchange) -> None:
-        principal = self._authenticator.admit(exchange) or await self._authenticator.ask_store(exchange)
+        principal = await self._authenticator.authenticate(exchange)
         names = sorted(self._routes.names)
         if principal.rules is not None and principal.rules.models:
             names = [name for name in names if self._routes.find(name).spec.name in principal.rules.models]
@@ -215,7 +215,7 @@ class GatewayApp:
         exchange.respond(200, _encode(page), JSON)
 
     async def _model(self, exchange: Exchange) -> None:
-        self._authenticator.admit(exchange) or await self._authenticator.ask_store(exchange)
+        await self._authenticator.authenticate(exchange)
         name = exchange.path.removeprefix(b"/v1/models/").decode(errors="replace")
         self._routes.find(name)
         exchange.respond(200, _encode(self._describe(exchange, name)), JSON)

@@ -84,7 +84,7 @@ class BatchEndpoints:
         }
 
     async def _create(self, exchange: Exchange) -> None:
-        principal = self._authenticator.admit(exchange) or await self._authenticator.ask_store(exchange)
+        principal = await self._authenticator.authenticate(exchange)
         wish = self._read(exchange.body)
         expiry = wish.output_expires_after
         now = datetime.now(UTC)
@@ -137,7 +137,7 @@ class BatchEndpoints:
         return wish
 
     async def _list(self, exchange: Exchange) -> None:
-        principal = self._authenticator.admit(exchange) or await self._authenticator.ask_store(exchange)
+        principal = await self._authenticator.authenticate(exchange)
         query = query_of(exchange)
         limit = limit_of(query, default=20, highest=100)
 
@@ -151,7 +151,7 @@ class BatchEndpoints:
         exchange.respond(200, _encode(page([batch_json(batch) for batch in found], limit)), JSON)
 
     async def _retrieve(self, exchange: Exchange) -> None:
-        principal = self._authenticator.admit(exchange) or await self._authenticator.ask_store(exchange)
+        principal = await self._authenticator.authenticate(exchange)
         batch_id = id_of(exchange)
 
         def read() -> Batch:
@@ -161,7 +161,7 @@ class BatchEndpoints:
         exchange.respond(200, _encode(batch_json(await self._in_thread(read))), JSON)
 
     async def _cancel(self, exchange: Exchange) -> None:
-        principal = self._authenticator.admit(exchange) or await self._authenticator.ask_store(exchange)
+        principal = await self._authenticator.authenticate(exchange)
         batch_id = id_of(exchange)
 
         def write() -> Batch:

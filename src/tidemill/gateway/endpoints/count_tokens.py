@@ -39,7 +39,7 @@ class CountTokens:
 
     async def __call__(self, exchange: Exchange) -> None:
         """Answer one request. Raises TidemillError."""
-        principal = self._authenticator.admit(exchange) or await self._authenticator.ask_store(exchange)
+        principal = await self._authenticator.authenticate(exchange)
         request = self._read(exchange.body)
         route = self._routes.find(request.model)
         self._authenticator.price(route.spec.name, principal)  # a model that may not be asked is not counted for either

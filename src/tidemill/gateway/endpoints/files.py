@@ -83,7 +83,7 @@ class FileEndpoints:
         }
 
     async def _upload(self, exchange: Exchange) -> None:
-        principal = self._authenticator.admit(exchange) or await self._authenticator.ask_store(exchange)
+        principal = await self._authenticator.authenticate(exchange)
         length = exchange.headers.get(b"content-length")
         size = int(length) if length is not None else self._rules.max_file_bytes
         if size > self._rules.max_file_bytes + FORM_BYTES:
@@ -100,7 +100,7 @@ class FileEndpoints:
                 exchange.respond(200, _encode(file_json(file)), JSON)
 
     async def _list(self, exchange: Exchange) -> None:
-        principal = self._authenticator.admit(exchange) or await self._authenticator.ask_store(exchange)
+        principal = await self._authenticator.authenticate(exchange)
         query = query_of(exchange)
         limit = limit_of(query, default=10_000, highest=10_000)
         order = query.get("order", "desc")
@@ -143,7 +143,7 @@ class FileEndpoints:
             os.close(fd)
 
     async def _delete(self, exchange: Exchange) -> None:
-        principal = self._authenticator.admit(exchange) or await self._authenticator.ask_store(exchange)
+        principal = await self._authenticator.authenticate(exchange)
         file_id = id_of(exchange)
 
         def delete() -> None:
@@ -155,7 +155,7 @@ class FileEndpoints:
         exchange.respond(200, _encode({"id": file_id, "object": "file", "deleted": True}), JSON)
 
     async def _find(self, exchange: Exchange) -> File:
-        principal = self._authenticator.admit(exchange) or await self._authenticator.ask_store(exchange)
+        principal = await self._authenticator.authenticate(exchange)
         file_id = id_of(exchange)
 
         def read() -> File:

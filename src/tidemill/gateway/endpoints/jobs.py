@@ -92,7 +92,7 @@ class JobEndpoints:
         }
 
     async def _admit(self, exchange: Exchange) -> Principal:
-        principal = self._authenticator.admit(exchange) or await self._authenticator.ask_store(exchange)
+        principal = await self._authenticator.authenticate(exchange)
         if not self._rules.tenants:
             raise NotForTenants("Jobs are submitted by the operator of this platform.", hint="Ask there.")
         return principal

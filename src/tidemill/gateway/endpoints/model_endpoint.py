@@ -9,7 +9,7 @@ import msgspec
 from tidemill.engines.capabilities import refusal
 from tidemill.gateway.admission.admission import Admission, Admitted
 from tidemill.gateway.auth.authenticator import Authenticator
-from tidemill.gateway.auth.snapshot import PricePoint, Principal
+from tidemill.gateway.auth.snapshot import Principal
 from tidemill.gateway.errors import NoEmbeddings, NoReplica, UnsupportedParameter
 from tidemill.gateway.protocols.reply import Reply
 from tidemill.gateway.protocols.request import ModelRequest
@@ -19,9 +19,11 @@ from tidemill.gateway.proxy.inflight import GatewayMeter, InFlightRequest
 from tidemill.gateway.proxy.slow_path import JSON, MAX_ERROR_BYTES, run
 from tidemill.gateway.routing.models import ModelRoute, ModelRoutes, RoutedReplica
 from tidemill.gateway.routing.replica import ReplicaAttempt
+from tidemill.gateway.routing.request_context import RequestContext
 from tidemill.gateway.routing.selector import RouteSelector
 from tidemill.http.client import EngineLost
 from tidemill.http.server import Exchange
+from tidemill.ledger.pricing import PriceTier
 
 __all__ = ["JSON", "ModelEndpoint", "ModelOperation", "count_prompt", "refuse_what_is_ignored"]
 
@@ -66,80 +68,71 @@ class ModelEndpoint:
         principal = self._authenticator.admit(exchange)
         if principal is None or self._prepare is not None:
             return self(exchange)
-        request = self._operation.read(exchange.body)
-        selector, price = self._find_way(exchange, request, principal)
-        try:
-            attempt = selector.first()
-        except NoReplica:
-            if not selector.route.asleep:
-                raise
-            return self._go(exchange, request, principal, selector, price)
-        admitted = self._admission.admit_now(exchange, request, selector.asked, principal, price)
-        if admitted is None:
-            return self._go(exchange, request, principal, selector, price)
-        return try_fast(self._open(exchange, request, selector, attempt, principal, price, admitted), guard)
+        context = self._context(exchange, self._operation.read(exchange.body), principal)
+        selector = RouteSelector(self._routes, context)
+        inflight = self._start_now(context, selector)
+        return self._wait_and_run(context, selector) if inflight is None else try_fast(inflight, guard)
 
     async def __call__(self, exchange: Exchange) -> None:
         """The same, waiting for all that there is to wait for."""
-        principal = self._authenticator.admit(exchange) or await self._authenticator.ask_store(exchange)
+        principal = await self._authenticator.authenticate(exchange)
         request = self._operation.read(exchange.body)
         if self._prepare is not None:
             await self._prepare(request, principal)
-        await self._go(exchange, request, principal, *self._find_way(exchange, request, principal))
+        context = self._context(exchange, request, principal)
+        selector = RouteSelector(self._routes, context)
+        inflight = self._start_now(context, selector)
+        await (self._wait_and_run(context, selector) if inflight is None else run(inflight))
 
-    def _find_way(
-        self, exchange: Exchange, request: ModelRequest, principal: Principal
-    ) -> tuple[RouteSelector, PricePoint]:
+    def _context(self, exchange: Exchange, request: ModelRequest, principal: Principal) -> RequestContext:
+        """Find the model and its price. Raises ModelNotFound, BadRequest, NotAllowed."""
         route = self._routes.find(request.model)
         request.model = route.spec.name  # from here on, whichever of its names was used
+        if principal.tier is PriceTier.BATCH:
+            request.ask.filler = True
         refuse_what_is_ignored(request, route)
-        price = self._authenticator.price(request.model, principal)
-        return RouteSelector(self._routes, route, request, principal, price, exchange), price
+        return RequestContext(exchange, request, principal, route, self._authenticator.price(request.model, principal))
 
-    async def _go(
-        self,
-        exchange: Exchange,
-        request: ModelRequest,
-        principal: Principal,
-        selector: RouteSelector,
-        price: PricePoint,
-    ) -> None:
-        route = selector.asked
+    def _start_now(self, context: RequestContext, selector: RouteSelector) -> InFlightRequest | None:
+        """Admit a request and open its record; None when a replica, a permit or money has to be waited for."""
         try:
             attempt = selector.first()
         except NoReplica:
-            if not route.asleep:
+            if not context.route.asleep:
+                raise
+            return None
+        admitted = self._admission.admit_now(context)
+        return None if admitted is None else self._open(context, selector, attempt, admitted)
+
+    async def _wait_and_run(self, context: RequestContext, selector: RouteSelector) -> None:
+        """The same, waiting for what was not at hand, and the answer. Returns early when the client has left."""
+        try:
+            attempt = selector.first()
+        except NoReplica:
+            if not context.route.asleep:
                 raise
             if not await selector.woken():
-                return  # the client has left
+                return
             attempt = selector.first()
-        admitted = self._admission.admit_now(exchange, request, route, principal, price)
+        admitted = self._admission.admit_now(context)
         if admitted is None:
-            where = selector.route, attempt.replica
-            count = lambda: count_prompt(request, *where)  # noqa: E731
-            admitted = await self._admission.admit(exchange, request, route, principal, price, count)
+            route, replica = selector.route, attempt.replica
+            admitted = await self._admission.admit(context, lambda: count_prompt(context.request, route, replica))
             if admitted is None:
-                return  # the client has left
+                return
             try:
-                attempt = selector.first()  # others have gone their ways meanwhile
+                attempt = selector.first()  # others have been admitted meanwhile
             except BaseException:
                 admitted.cancel(self._meter.leasing)
                 raise
-        await run(self._open(exchange, request, selector, attempt, principal, price, admitted))
+        await run(self._open(context, selector, attempt, admitted))
 
     def _open(
-        self,
-        exchange: Exchange,
-        request: ModelRequest,
-        selector: RouteSelector,
-        attempt: ReplicaAttempt,
-        principal: Principal,
-        price: PricePoint,
-        admitted: Admitted,
+        self, context: RequestContext, selector: RouteSelector, attempt: ReplicaAttempt, admitted: Admitted
     ) -> InFlightRequest:
         try:
-            reply = self._operation.reply(request, exchange.request_id)
-            return InFlightRequest(self._meter, exchange, request, selector, attempt, principal, price, admitted, reply)
+            reply = self._operation.reply(context.request, context.exchange.request_id)
+            return InFlightRequest(self._meter, context, selector, attempt, admitted, reply)
         except BaseException:
             admitted.cancel(self._meter.leasing)
             raise

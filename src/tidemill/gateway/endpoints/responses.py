@@ -48,7 +48,7 @@ class ResponseEndpoints:
             request.follow(await self._response_store.history(principal.tenant_id, request.previous_id))
 
     async def _retrieve(self, exchange: Exchange) -> None:
-        principal = self._authenticator.admit(exchange) or await self._authenticator.ask_store(exchange)
+        principal = await self._authenticator.authenticate(exchange)
         if b"stream=true" in exchange.query:
             raise UnsupportedParameter("A kept response cannot be streamed.", hint="Leave it out.", param="stream")
         response_id = _id_of(exchange)
@@ -62,7 +62,7 @@ class ResponseEndpoints:
         exchange.respond(200, found.response, JSON)
 
     async def _delete(self, exchange: Exchange) -> None:
-        principal = self._authenticator.admit(exchange) or await self._authenticator.ask_store(exchange)
+        principal = await self._authenticator.authenticate(exchange)
         response_id = _id_of(exchange)
         if self._response_store is None or not await self._response_store.delete(principal.tenant_id, response_id):
             raise _not_found(response_id)

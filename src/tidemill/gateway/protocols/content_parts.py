@@ -149,12 +149,16 @@ class PartStream:
         """Take whole events; give what they are in the writer's form. Raises BrokenStream."""
         out: list[bytes] = []
         self._counts = counts
-        for event in events.split(b"\n\n"):
-            payload = data_of(event)
-            if payload:
-                self._chunk(payload, out)
-            elif event and self._started:
-                out.append(self._writer.alive())
+        try:
+            for event in events.split(b"\n\n"):
+                payload = data_of(event)
+                if payload:
+                    self._chunk(payload, out)
+                elif event and self._started:
+                    out.append(self._writer.alive())
+        except BrokenStream as broken:
+            broken.before = b"".join(out)
+            raise
         return b"".join(out)
 
     def end(self) -> bytes:

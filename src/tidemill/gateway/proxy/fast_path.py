@@ -11,20 +11,20 @@ from typing import Any
 from tidemill.gateway.protocols.reply import OpenAIReply
 from tidemill.gateway.proxy.hedge import hedges
 from tidemill.gateway.proxy.inflight import InFlightRequest
+from tidemill.gateway.proxy.relay import Cause
 from tidemill.gateway.proxy.retry import record_outcome
 from tidemill.gateway.proxy.slow_path import (
     FINISH_S,
     JSON,
     begin,
     begins_at_once,
+    end_stream,
     engine_body,
     run,
-    whole_counts,
-    whole_status,
+    send_events,
 )
 from tidemill.http.client import EngineConnection, EngineLost
 from tidemill.http.exchange import Exchange
-from tidemill.ledger.usage import RequestStatus
 from tidemill.meter.log import LogFull
 
 Guard = Callable[[Exchange, Awaitable[None]], Coroutine[Any, Any, None]]
@@ -114,15 +114,14 @@ class _Whole(_Sink):
         connection.sink = None
         body = connection.take()
         try:
-            counts, estimated = whole_counts(inflight, body)
-            self.answer = inflight.reply.whole(body, counts)
+            ending, self.answer = inflight.relay.whole(body, inflight.client)
         except Exception as error:
             self.hand_over(error)
             return
         connection.release()
         try:
             record_outcome(inflight, None)
-            inflight.settle_then(whole_status(inflight, counts), counts, estimated, self._settled)
+            inflight.settle_then(ending, self._settled)
         except Exception as error:
             self._follow(run(inflight, failure=error))
 
@@ -138,7 +137,7 @@ class _Whole(_Sink):
 class _Stream(_Sink):
     """Passes a stream on, event by event; `[DONE]` only once the record is on disk."""
 
-    __slots__ = ("carrier", "exchange", "forwards", "idle_s", "tap", "time")
+    __slots__ = ("carrier", "ending", "exchange", "forwards", "idle_s", "tap", "time")
 
     def __init__(self, inflight: InFlightRequest, connection: EngineConnection, guard: Guard) -> None:
         super().__init__(inflight, connection, guard)
@@ -146,7 +145,7 @@ class _Stream(_Sink):
         self.idle_s = inflight.idle_s
         self.exchange = inflight.exchange
         self.carrier = inflight.exchange.carrier
-        self.tap = inflight.tap
+        self.tap = inflight.relay.tap
         self.time = inflight.replica.pool.loop.time
         self.forwards = inflight.exchange.chunked and isinstance(inflight.reply, OpenAIReply)
         """Chunks that the tap leaves as they are go on with the frame that they came in."""
@@ -180,8 +179,7 @@ class _Stream(_Sink):
             if events is data and framed and self.forwards and self.exchange.streaming:
                 carrier.write(framed)
             elif events and not self.exchange.gone:
-                begin(self.exchange)
-                self.exchange.send(inflight.reply.events(events, tap.counts))
+                send_events(inflight, events)
             if tap.done:
                 self._end()
                 return
@@ -198,9 +196,8 @@ class _Stream(_Sink):
         inflight = self.inflight
         begin(inflight.exchange)
         record_outcome(inflight, None)
-        whole = RequestStatus.CLIENT_CLOSED if inflight.given_up else RequestStatus.OK
-        status = RequestStatus.ENGINE_LOST if inflight.tap.failed else whole
-        inflight.settle_then(status, *inflight.passed(), self._settled)
+        self.ending = inflight.close(Cause.ERROR_EVENT if self.tap.failed else Cause.DONE)
+        inflight.settle_then(self.ending, self._settled)
         self._finish()
 
     def _finish(self) -> None:
@@ -217,10 +214,5 @@ class _Stream(_Sink):
         if failure is not None:
             self.unwritten(failure)
             return
-        inflight = self.inflight
-        exchange = inflight.exchange
-        exchange.work.underway -= 1
-        if exchange.gone:  # the reply has not seen all of it
-            return
-        counts = inflight.tap.counts if inflight.tap.failed else inflight.passed()[0]
-        exchange.end(inflight.charge_comment + inflight.reply.end(counts))
+        self.exchange.work.underway -= 1
+        end_stream(self.inflight, self.ending)

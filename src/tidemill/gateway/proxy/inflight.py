@@ -5,19 +5,17 @@ from collections.abc import Callable
 import msgspec
 
 from tidemill.clock import now_us
-from tidemill.engines.protocol import Tap, TokenCounts
 from tidemill.gateway.admission.admission import Admitted
-from tidemill.gateway.auth.snapshot import PricePoint, Principal
 from tidemill.gateway.metrics import RequestMetrics
 from tidemill.gateway.protocols.reply import Reply
-from tidemill.gateway.protocols.request import ModelRequest
+from tidemill.gateway.proxy.relay import Cause, Client, Ending, Relay
 from tidemill.gateway.routing.demand import work_done
 from tidemill.gateway.routing.replica import ReplicaAttempt
+from tidemill.gateway.routing.request_context import RequestContext
 from tidemill.gateway.routing.selector import RouteSelector
 from tidemill.http.client import AnswerOwner, EngineConnection, EngineLost
-from tidemill.http.server import Exchange
 from tidemill.ledger.money import format_amount
-from tidemill.ledger.usage import RequestStatus, TokenUsage
+from tidemill.ledger.usage import TokenUsage
 from tidemill.meter.balance_leases import BalanceLeases
 from tidemill.meter.live import LiveTable
 from tidemill.meter.log import LogFull, UsageLog
@@ -29,7 +27,7 @@ and is not lost. (The batch runner waits as long.)"""
 
 
 class GatewayMeter:
-    """The meter of one gateway process: where flights are opened, counted and settled."""
+    """The meter of one gateway process: where requests are opened, counted and settled."""
 
     def __init__(
         self,
@@ -70,16 +68,14 @@ class InFlightRequest:
     def __init__(
         self,
         meter: GatewayMeter,
-        exchange: Exchange,
-        request: ModelRequest,
+        context: RequestContext,
         selector: RouteSelector,
         attempt: ReplicaAttempt,
-        principal: Principal,
-        price: PricePoint,
         admitted: Admitted,
         reply: Reply,
     ) -> None:
         """Open the record. Raises Unavailable (LogFull, TooManyOpen) and then leaves nothing open."""
+        exchange, request, principal, price = context.exchange, context.request, context.principal, context.price
         self._meter = meter
         self.exchange = exchange
         self.request = request
@@ -94,7 +90,7 @@ class InFlightRequest:
         self._attempt = attempt
         self.route = selector.route
         self.replica = attempt.replica
-        self.tap: Tap = self.route.engine.tap(request.ask)
+        self.relay = Relay(self.route.engine, request, admitted.hold, reply)
         self.opened = Opened(
             request_id=exchange.request_id,
             tenant_id=principal.tenant_id,
@@ -134,7 +130,7 @@ class InFlightRequest:
         self._attempt = attempt
         self.route = self.selector.route
         self.replica = attempt.replica
-        self.tap = self.route.engine.tap(self.request.ask)
+        self.relay = Relay(self.route.engine, self.request, self.hold, self.reply)
         self.connection = None
         self.first_token_us = 0
         self._guessed = False
@@ -143,7 +139,7 @@ class InFlightRequest:
             attempt.start(attempt.replica.pool.loop.time(), self.hold.output_cap, self.request.ask.choices)
 
     def leave(self, attempt: ReplicaAttempt) -> None:
-        """A leg beside the flight's own has come to nothing; its time counts."""
+        """A leg beside the request's own has come to nothing; its time counts."""
         self.device_ns += attempt.finish()
 
     def hedged(self, *, won: bool) -> None:
@@ -172,26 +168,15 @@ class InFlightRequest:
                 connection.expire_in(self.route.spec.drain_seconds)
 
     @property
-    def over_the_cap(self) -> bool:
-        """More has been produced than the balance pays for; only an engine that ignores its limit gets here.
-
-        Events are not quite tokens: an engine that does not count them as it goes is stopped only far beyond.
-        """
-        cap = self.hold.output_cap * self.request.ask.choices
-        return self.hold.cut_short and self.tap.produced > (cap if self.tap.exact else 2 * cap + 16)
-
-    @property
-    def used_up(self) -> bool:
-        """The answer has reached the limit that the balance set."""
-        return self.uses_up(self.tap.produced)
-
-    def uses_up(self, completion: int) -> bool:
-        """An answer of so many tokens has reached the limit that the balance set."""
-        return self.hold.cut_short and completion >= self.hold.output_cap * self.request.ask.choices
+    def client(self) -> Client:
+        """How much of the answer the client has."""
+        if self.given_up:
+            return Client.LEFT
+        return Client.READS if self.exchange.streaming else Client.WAITS
 
     def note(self) -> None:
         """Store the running counts where they outlive this process."""
-        tap = self.tap
+        tap = self.relay.tap
         if self._guessed and not tap.exact:
             self._meter.live.count_completion(self._slot, tap.estimated_completion)
             return
@@ -203,7 +188,7 @@ class InFlightRequest:
         if tap.exact:
             counts, estimated = tap.counts, False
         else:
-            counts, estimated = tap.estimate(self.request.body_bytes), True
+            counts, estimated = self.relay.estimate(), True
             self._guessed = True
         self._meter.live.count(
             self._slot,
@@ -225,27 +210,23 @@ class InFlightRequest:
         """The same as a comment of an event stream, which every client passes over (WHATWG HTML, 9.2.6)."""
         return self._charge_told and b": " + self._charge_told + b"\n\n"
 
-    def passed(self) -> tuple[TokenCounts, bool]:
-        """What has passed so far, and whether that is an estimate. Nothing passed is nothing, exactly."""
-        if self.tap.exact or not self.first_token_us:
-            return self.tap.counts, False
-        return self.tap.estimate(self.request.body_bytes), True
+    def close(self, cause: Cause, failure: Exception | None = None) -> Ending:
+        """What the end of this attempt comes to (`gateway.proxy.relay`)."""
+        return self.relay.close(cause, self.client, failure)
 
-    async def settle(self, status: RequestStatus, counts: TokenCounts, estimated: bool) -> None:
+    async def settle(self, ending: Ending) -> None:
         """Rate, charge, and write the record; returns when it is on disk. Once only.
 
         Raises LogFull when the disk refuses it; the request then stays open in the live table, and recovery writes
         its record at the next start.
         """
         try:
-            await self._meter.log.append(self._rate(status, counts, estimated))
+            await self._meter.log.append(self._rate(ending))
         except OSError as error:
             raise _unwritten(error) from error
         self._meter.live.close_slot(self._slot)
 
-    def settle_then(
-        self, status: RequestStatus, counts: TokenCounts, estimated: bool, then: Callable[[LogFull | None], None]
-    ) -> None:
+    def settle_then(self, ending: Ending, then: Callable[[LogFull | None], None]) -> None:
         """The same without waiting: `then` is called when the record is on disk, or with what `settle` would raise."""
 
         def durable(failure: OSError | None) -> None:
@@ -255,18 +236,19 @@ class InFlightRequest:
             self._meter.live.close_slot(self._slot)
             then(None)
 
-        self._meter.log.append_then(self._rate(status, counts, estimated), durable)
+        self._meter.log.append_then(self._rate(ending), durable)
 
-    def _rate(self, status: RequestStatus, counts: TokenCounts, estimated: bool) -> bytes:
+    def _rate(self, ending: Ending) -> bytes:
         """Rate and charge; gives the record."""
         assert not self.settled
         self.settled = True
-        self.exchange.on_gone = None  # which has this flight, which has the exchange
+        self.exchange.on_gone = None  # which has this request, which has the exchange
+        counts = ending.counts
         settled = settle(
             self.opened,
             TokenUsage(counts.prompt, counts.cached, counts.completion),
-            status=status,
-            estimated=estimated,
+            status=ending.status,
+            estimated=ending.estimated,
             hold=self.hold.amount,
             first_token_us=self.first_token_us,
             finished_us=now_us(),

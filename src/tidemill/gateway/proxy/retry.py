@@ -31,7 +31,7 @@ Failure = EngineLost | BrokenStream | EngineRefused
 def record_outcome(inflight: InFlightRequest, failure: Failure | None) -> None:
     """Tell the replica's breaker how the attempt went."""
     breaker, tenant = inflight.replica.breaker, inflight.opened.tenant_id
-    if failure is None and not inflight.tap.failed:
+    if failure is None and not inflight.relay.tap.failed:
         if not breaker.calm:
             breaker.succeeded(tenant)
         return

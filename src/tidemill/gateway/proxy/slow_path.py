@@ -7,18 +7,17 @@ over to `run` at any moment.
 import structlog
 
 from tidemill.engines.collect import Collector
-from tidemill.engines.protocol import TokenCounts
-from tidemill.engines.sse import BrokenStream, usage_of
-from tidemill.errors import TidemillError, Unavailable
-from tidemill.gateway.admission.holds import mid_stream_stop, output_bound
+from tidemill.engines.sse import BrokenStream
+from tidemill.errors import TidemillError
+from tidemill.gateway.admission.holds import output_bound
 from tidemill.gateway.protocols.openai_errors import error_headers
 from tidemill.gateway.proxy.engine_errors import engine_error
 from tidemill.gateway.proxy.hedge import first_to_speak, hedges
 from tidemill.gateway.proxy.inflight import InFlightRequest
+from tidemill.gateway.proxy.relay import Cause, Ending, Told
 from tidemill.gateway.proxy.retry import EngineRefused, Failure, record_outcome, retry_after, starts_over
 from tidemill.http.client import EngineConnection, EngineLost
 from tidemill.http.exchange import ClientGone, Exchange
-from tidemill.ledger.usage import RequestStatus
 
 log = structlog.get_logger()
 
@@ -44,7 +43,7 @@ async def run(
         await _ask(inflight, begun, failure)
     except Exception as error:
         if not inflight.settled:  # a fault of ours; the client pays for no more than what it was sent
-            await inflight.settle(RequestStatus.ENGINE_LOST, *inflight.passed())
+            await inflight.settle(inflight.close(Cause.GATEWAY_FAULT))
         if isinstance(error, TidemillError) and not exchange.answered:
             raise
         log.exception("request failed", request_id=exchange.request_id)
@@ -71,10 +70,7 @@ async def _ask(inflight: InFlightRequest, begun: EngineConnection | None, error:
         if not starts_over(inflight, failure):
             break
         failure = await _attempt(inflight)
-    if isinstance(failure, EngineRefused):
-        await _engine_refuses(inflight, failure)
-    else:
-        await _fail(inflight, failure)
+    await _fail(inflight, failure)
 
 
 async def _attempt(inflight: InFlightRequest, begun: EngineConnection | None = None) -> Failure | None:
@@ -93,7 +89,7 @@ async def _attempt(inflight: InFlightRequest, begun: EngineConnection | None = N
             await _collect(inflight, connection)
         else:
             await _whole(inflight, connection)
-        if inflight.tap.done and not connection.complete:
+        if inflight.relay.tap.done and not connection.complete:
             await connection.finish(within_s=FINISH_S)
     except (EngineLost, BrokenStream) as lost:
         if inflight.settled:
@@ -136,45 +132,39 @@ def engine_body(inflight: InFlightRequest) -> bytes:
 
 async def _stream(inflight: InFlightRequest, connection: EngineConnection) -> None:
     """Pass a stream through, event by event; `[DONE]` only once the record is on disk."""
-    exchange, tap, reply = inflight.exchange, inflight.tap, inflight.reply
+    exchange, relay = inflight.exchange, inflight.relay
+    tap = relay.tap
     if begins_at_once(inflight):
         begin(exchange)
-    while not (tap.done or inflight.over_the_cap) and (data := await connection.next()):
+    while not (tap.done or relay.over_the_cap) and (data := await connection.next()):
         events = tap.feed(data)
         inflight.note()
         if events and not exchange.gone:
-            begin(exchange)
             try:
-                exchange.send(reply.events(events, tap.counts))
+                send_events(inflight, events)
                 if exchange.must_drain:
                     await exchange.drain()
             except ClientGone:
                 pass  # `InFlightRequest._client_left` has decided what happens to the engine
         if not inflight.given_up:
             connection.expire_in(inflight.idle_s)
-    if not tap.done and not connection.complete:
-        connection.abort()  # over the cap
-    elif not tap.done:
+    if tap.done:
+        cause = Cause.DONE
+    elif not connection.complete:
+        connection.abort()
+        cause = Cause.CAP
+    else:
         rest = tap.end()
         inflight.note()
         if not tap.begun:
             raise EngineLost("The engine's answer is empty.")
-        begin(exchange)
         if rest and not exchange.gone:
-            exchange.send(reply.events(rest, tap.counts))
+            send_events(inflight, rest)
+        cause = Cause.DONE
     begin(exchange)
-    if inflight.used_up:
-        await inflight.settle(RequestStatus.BALANCE_EXHAUSTED, *inflight.passed())
-        exchange.end(inflight.charge_comment + reply.stopped(mid_stream_stop(inflight.hold)))
-    elif tap.failed:
-        await inflight.settle(RequestStatus.ENGINE_LOST, *inflight.passed())
-        exchange.end(inflight.charge_comment + reply.end(inflight.tap.counts))
-    else:
-        await inflight.settle(
-            RequestStatus.CLIENT_CLOSED if inflight.given_up else RequestStatus.OK, *inflight.passed()
-        )
-        if not exchange.gone:  # else the reply has not seen all of it
-            exchange.end(inflight.charge_comment + reply.end(inflight.passed()[0]))
+    ending = inflight.close(Cause.ERROR_EVENT if tap.failed and cause is Cause.DONE else cause)
+    await inflight.settle(ending)
+    end_stream(inflight, ending)
 
 
 def begins_at_once(inflight: InFlightRequest) -> bool:
@@ -188,9 +178,27 @@ def begin(exchange: Exchange) -> None:
         exchange.start_stream(EVENT_STREAM)
 
 
+def send_events(inflight: InFlightRequest, events: bytes) -> None:
+    """Send whole events of the engine to the client, in the form of its API. Raises ClientGone, BrokenStream."""
+    exchange, relay = inflight.exchange, inflight.relay
+    begin(exchange)
+    try:
+        exchange.send(relay.reply.events(events, relay.tap.counts))
+    except BrokenStream as broken:
+        exchange.send(broken.before)
+        raise
+
+
+def end_stream(inflight: InFlightRequest, ending: Ending) -> None:
+    """Send the client the end of its stream. The record is on disk."""
+    if ending.told is not Told.NOTHING:
+        inflight.exchange.end(inflight.charge_comment + inflight.relay.last_events(ending))
+
+
 async def _collect(inflight: InFlightRequest, connection: EngineConnection) -> None:
     """Put the stream of an own engine together for a client that wants the whole answer."""
-    tap, collector = inflight.tap, Collector()
+    relay, collector = inflight.relay, Collector()
+    tap = relay.tap
     while data := await connection.next():
         events = tap.feed(data)
         inflight.note()
@@ -201,34 +209,17 @@ async def _collect(inflight: InFlightRequest, connection: EngineConnection) -> N
         connection.expire_in(inflight.idle_s)
     if not tap.done or tap.failed:
         raise EngineLost("The engine's answer broke off.")
-    counts, estimated = inflight.passed()
-    answer = inflight.reply.whole(collector.answer(counts), counts)
-    await inflight.settle(RequestStatus.BALANCE_EXHAUSTED if inflight.used_up else RequestStatus.OK, counts, estimated)
+    ending = inflight.close(Cause.DONE)
+    answer = relay.reply.whole(collector.answer(ending.counts), ending.counts)
+    await inflight.settle(ending)
     inflight.exchange.respond(200, answer, JSON + inflight.charge_header)
 
 
 async def _whole(inflight: InFlightRequest, connection: EngineConnection) -> None:
     """Pass a whole answer through, once its record is on disk."""
-    body = await connection.body(MAX_ANSWER_BYTES)
-    counts, estimated = whole_counts(inflight, body)
-    answer = inflight.reply.whole(body, counts)  # before it is billed, as it may not be what the client asked for
-    await inflight.settle(whole_status(inflight, counts), counts, estimated)
+    ending, answer = inflight.relay.whole(await connection.body(MAX_ANSWER_BYTES), inflight.client)
+    await inflight.settle(ending)
     inflight.exchange.respond(200, answer, JSON + inflight.charge_header)
-
-
-def whole_counts(inflight: InFlightRequest, body: bytes) -> tuple[TokenCounts, bool]:
-    """What a whole answer has used, and whether that is an estimate. Raises BrokenStream."""
-    counts = usage_of(body)
-    if counts is None:
-        return TokenCounts(inflight.request.body_bytes // 4, 0, len(body) // 4), True
-    return counts, False
-
-
-def whole_status(inflight: InFlightRequest, counts: TokenCounts) -> RequestStatus:
-    """How a request ends whose whole answer has come."""
-    if inflight.given_up:
-        return RequestStatus.CLIENT_CLOSED
-    return RequestStatus.BALANCE_EXHAUSTED if inflight.uses_up(counts.completion) else RequestStatus.OK
 
 
 async def _refusal(inflight: InFlightRequest, connection: EngineConnection) -> EngineRefused:
@@ -240,43 +231,24 @@ async def _refusal(inflight: InFlightRequest, connection: EngineConnection) -> E
     return EngineRefused(error, seconds)
 
 
-async def _engine_refuses(inflight: InFlightRequest, refused: EngineRefused) -> None:
-    """The engine has answered with an error: nothing is billed, and the client gets it in the API's shape."""
-    error = refused.error
-    await inflight.settle(RequestStatus.ENGINE_ERROR, TokenCounts(), False)
-    inflight.exchange.respond(error.status, inflight.reply.error(error), error_headers(error))
-
-
-async def _fail(inflight: InFlightRequest, lost: EngineLost | BrokenStream) -> None:
-    """The answer will not become whole: bill what has passed, and say so if somebody still listens."""
-    exchange = inflight.exchange
-    if inflight.connection is not None:
-        rest = inflight.connection.pending()
-        if rest:
-            inflight.tap.feed(rest)
-            inflight.note()
-    counts, estimated = inflight.passed()
-    status = RequestStatus.CLIENT_CLOSED if inflight.given_up else RequestStatus.ENGINE_LOST
-    if inflight.given_up and inflight.tap.done and not inflight.tap.failed:
-        status = RequestStatus.OK  # all of it had come; the client left before the gateway saw that
-    elif not inflight.given_up:
-        if not exchange.streaming:
-            counts, estimated = TokenCounts(), False  # the client gets an error, and nothing else
-    elif not inflight.route.engine.owned and not inflight.tap.exact and getattr(lost, "sent", True):
-        # The upstream goes on and bills its answer, of which we know no more than what has passed.
-        counts, estimated = inflight.tap.estimate(inflight.request.body_bytes), True
-    if not inflight.given_up:
-        log.warning("engine lost", request_id=exchange.request_id, replica=inflight.opened.replica, reason=str(lost))
-    await inflight.settle(status, counts, estimated)
-    if exchange.gone:
-        return
-    if inflight.used_up:
-        error: TidemillError = mid_stream_stop(inflight.hold)
-    elif isinstance(lost, EngineLost):
-        error = lost if lost.sent else Unavailable("The model's engine cannot be reached.", hint="Try again shortly.")
+async def _fail(inflight: InFlightRequest, failure: Failure) -> None:
+    """No attempt has given a whole answer: bill what has passed, and tell the client if it is still there."""
+    exchange, relay = inflight.exchange, inflight.relay
+    if isinstance(failure, EngineRefused):
+        ending = inflight.close(Cause.ENGINE_REFUSED, failure.error)
     else:
-        error = EngineLost(f"The engine's stream is broken: {lost}.")
+        if inflight.connection is not None:
+            rest = inflight.connection.pending()
+            if rest:
+                relay.tap.feed(rest)
+                inflight.note()
+        if not inflight.given_up:
+            reason, replica = str(failure), inflight.opened.replica
+            log.warning("engine lost", request_id=exchange.request_id, replica=replica, reason=reason)
+        ending = inflight.close(Cause.ENGINE_LOST, failure)
+    await inflight.settle(ending)
     if exchange.streaming:
-        exchange.end(inflight.charge_comment + inflight.reply.stopped(error))
-    else:
-        exchange.respond(error.status, inflight.reply.error(error), error_headers(error))
+        end_stream(inflight, ending)
+    elif ending.error is not None:
+        error = ending.error
+        exchange.respond(error.status, relay.reply.error(error), error_headers(error))

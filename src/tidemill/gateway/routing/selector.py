@@ -6,13 +6,11 @@ The order is the split's arm, the model itself, its fallbacks; a model that woul
 
 from tidemill.engines.capabilities import refusal
 from tidemill.engines.sse import BYTES_PER_TOKEN
-from tidemill.gateway.auth.snapshot import PricePoint, Principal
-from tidemill.gateway.protocols.request import ModelRequest
 from tidemill.gateway.routing.demand import DemandCounter
 from tidemill.gateway.routing.models import ModelRoute, ModelRoutes
 from tidemill.gateway.routing.prefix_index import Keys, matched_bytes, prompt_keys
 from tidemill.gateway.routing.replica import ReplicaAttempt, RoutedReplica, spread_key
-from tidemill.http.server import Exchange
+from tidemill.gateway.routing.request_context import RequestContext
 from tidemill.ledger.pricing import PriceTier, covers
 from tidemill.tides.routing import ReplicaCandidate, ReplicaHealth, arm, choose, home
 
@@ -29,48 +27,26 @@ class RouteSelector:
 
     __slots__ = (
         "_asked",
-        "_exchange",
+        "_context",
         "_filler",
         "_keys",
-        "_price",
-        "_principal",
         "_prompt",
-        "_request",
         "_routes",
         "_tried",
         "route",
         "waited_us",
     )
 
-    def __init__(
-        self,
-        routes: ModelRoutes,
-        asked: ModelRoute,
-        request: ModelRequest,
-        principal: Principal,
-        price: PricePoint,
-        exchange: Exchange,
-    ) -> None:
-        self.route = asked
-        self._asked = asked
+    def __init__(self, routes: ModelRoutes, context: RequestContext) -> None:
+        self.route = self._asked = context.route
         self._routes = routes
-        self._request = request
-        self._principal = principal
-        self._price = price
-        self._exchange = exchange
-        self._filler = principal.tier is PriceTier.BATCH
-        if self._filler:
-            request.ask.filler = True
+        self._context = context
+        self._filler = context.principal.tier is PriceTier.BATCH
         self.waited_us = 0
         """What it has waited for a replica to be started."""
-        self._prompt = request.body_bytes // BYTES_PER_TOKEN
+        self._prompt = context.request.body_bytes // BYTES_PER_TOKEN
         self._keys: Keys | None = None
         self._tried: list[RoutedReplica] = []
-
-    @property
-    def asked(self) -> ModelRoute:
-        """The model that was asked for."""
-        return self._asked
 
     @property
     def has_alternatives(self) -> bool:
@@ -104,7 +80,7 @@ class RouteSelector:
         """Wait for a replica of the model to be started; False when the client has left meanwhile. Raises."""
         began = self._routes.loop.time()
         try:
-            return await self._routes.activator.woken(self._asked, self._exchange)
+            return await self._routes.activator.woken(self._asked, self._context.exchange)
         finally:
             self.waited_us = round((self._routes.loop.time() - began) * 1e6)
 
@@ -141,7 +117,7 @@ class RouteSelector:
             target = self._routes.by_name.get(name) if name is not None else None
             if target is not None and self._may_sell(target) and self._fits(target):
                 candidates.insert(0, target)
-        if self._request.ask.generates:  # vectors of another model would be of another space
+        if self._context.request.ask.generates:  # vectors of another model would be of another space
             for name in spec.fallbacks:
                 target = self._routes.by_name.get(name)
                 if target is not None and target not in candidates and self._may_sell(target) and self._fits(target):
@@ -153,14 +129,14 @@ class RouteSelector:
         cost = route.spec.cost
         if cost is None or self._asked.spec.allow_loss:
             return True
-        return cost.currency == self._principal.currency and covers(self._price.price, cost.price)
+        return cost.currency == self._context.principal.currency and covers(self._context.price.price, cost.price)
 
     def _fits(self, route: ModelRoute) -> bool:
         """It takes what the client asks for: one that does not would turn an outage into a refusal."""
         spec = route.spec
-        if spec.context is not None and self._prompt + (self._request.ask.max_tokens or 0) >= spec.context:
+        if spec.context is not None and self._prompt + (self._context.request.ask.max_tokens or 0) >= spec.context:
             return False
-        return refusal(spec.engine, spec.lacks, self._request.ask) is None
+        return refusal(spec.engine, spec.lacks, self._context.request.ask) is None
 
     def _choose_replica(self, route: ModelRoute, worst: ReplicaHealth, now: float) -> ReplicaAttempt | None:
         slots = route.spec.slots
@@ -181,7 +157,7 @@ class RouteSelector:
             return None
         self._routes.hear()
         if self._keys is None:
-            self._keys = prompt_keys(self._request.ask)
+            self._keys = prompt_keys(self._context.request.ask)
         keys = self._keys
         cached = [matched_bytes(each.prefix.match(keys)) // BYTES_PER_TOKEN for each in replicas] if keys else None
         session = self._session()
@@ -203,18 +179,18 @@ class RouteSelector:
 
     def _session(self) -> int | None:
         """What the client says belongs together, within its tenant: requests that share a session share a home."""
-        given = self._exchange.headers.get(b"x-session-id")
+        given = self._context.exchange.headers.get(b"x-session-id")
         if given is None:
-            fields = self._request.ask.fields
+            fields = self._context.request.ask.fields
             raw = fields.get("prompt_cache_key") or fields.get("user")
             given = None if raw is None else bytes(raw)
         if not given or given == b"null" or len(given) > MAX_SESSION_BYTES:
             return None
-        return spread_key(b"%b\0%b" % (self._principal.tenant_id.encode(), given))
+        return spread_key(b"%b\0%b" % (self._context.principal.tenant_id.encode(), given))
 
     def _split_key(self) -> int:
         """A session stays in its arm; without one, the tenant does (for vectors always: they must be comparable)."""
-        session = self._session() if self._request.ask.generates else None
+        session = self._session() if self._context.request.ask.generates else None
         if session is None:
-            session = spread_key(self._principal.tenant_id.encode())
+            session = spread_key(self._context.principal.tenant_id.encode())
         return spread_key(b"%b\0%d" % (self._asked.spec.name.encode(), session))
