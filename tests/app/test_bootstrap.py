@@ -17,7 +17,7 @@ from tidemill.store.engine import Store, open_store, store_url
 from tidemill.store.ids import new_id
 from tidemill.store.keys import digest_of
 from tidemill.store.prices import current_prices, price_versions
-from tidemill.store.schema import keys
+from tidemill.store.tables.tenants import keys
 from tidemill.store.tenants import list_tenants
 
 

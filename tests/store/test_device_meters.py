@@ -32,7 +32,7 @@ from tidemill.store.device_meters import (
 from tidemill.store.device_prices import agreed_price, current_device_prices, device_price_versions, set_device_price
 from tidemill.store.engine import Store
 from tidemill.store.ids import new_id
-from tidemill.store.schema import device_usage
+from tidemill.store.tables.usage import device_usage
 from tidemill.store.tenants import Tenant
 from tidemill.store.usage import month_usage
 

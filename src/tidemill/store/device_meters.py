@@ -21,7 +21,8 @@ from tidemill.store.balance_leases import leased
 from tidemill.store.bulk import dialect_insert
 from tidemill.store.ids import new_id
 from tidemill.store.reservations import ReservationState
-from tidemill.store.schema import device_meters, device_usage, reservations
+from tidemill.store.tables.jobs import reservations
+from tidemill.store.tables.usage import device_meters, device_usage
 
 
 class InsufficientBalance(TidemillError):

@@ -19,7 +19,8 @@ from sqlalchemy import Connection, Row, case, func, insert, select, tuple_, upda
 from tidemill.clock import from_micros, to_micros
 from tidemill.errors import Conflict, NotFound, TidemillError
 from tidemill.store.ids import new_id
-from tidemill.store.schema import job_attempts, jobs, tenants
+from tidemill.store.tables.jobs import job_attempts, jobs
+from tidemill.store.tables.tenants import tenants
 
 MAX_REASON = 500
 """Characters of a reason that are kept."""

@@ -11,7 +11,7 @@ from tidemill.errors import NotFound
 from tidemill.ledger.limits import Limit, LimitKind, Per
 from tidemill.store.ids import new_id
 from tidemill.store.revision import bump_revision
-from tidemill.store.schema import budget_leases, budgets, limits, rate_shares, slot_shares
+from tidemill.store.tables.limits import budget_leases, budgets, limits, rate_shares, slot_shares
 from tidemill.store.tenants import nearest_hint
 
 

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Row, delete, insert, select, update
 from tidemill.clock import from_micros, to_micros
 from tidemill.errors import Conflict, NotFound
 from tidemill.store.jobs import UNFINISHED
-from tidemill.store.schema import jobs, queues
+from tidemill.store.tables.jobs import jobs, queues
 from tidemill.store.tenants import nearest_hint
 
 

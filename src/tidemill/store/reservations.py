@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Row, case, insert, select, update
 
 from tidemill.clock import from_micros, to_micros
 from tidemill.errors import Conflict, NotFound
-from tidemill.store.schema import reservations
+from tidemill.store.tables.jobs import reservations
 from tidemill.store.tenants import nearest_hint
 
 

@@ -10,7 +10,7 @@ from tidemill.errors import BadInput, Conflict, NotFound
 from tidemill.ledger.money import check_currency
 from tidemill.store.ids import new_id
 from tidemill.store.revision import bump_revision
-from tidemill.store.schema import tenants
+from tidemill.store.tables.tenants import tenants
 
 MAX_NAME = 128
 MAX_WEIGHT = 1000

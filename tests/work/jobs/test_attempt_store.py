@@ -41,7 +41,7 @@ from tidemill.store.reservations import (
     find_reservation,
     step_reservation,
 )
-from tidemill.store.schema import jobs
+from tidemill.store.tables.jobs import jobs
 from tidemill.store.tenants import Tenant, create_tenant
 from tidemill.work.jobs.attempt_store import AttemptEnd, AttemptStore
 
