@@ -16,7 +16,8 @@ from tidemill.store.device_meters import meter_rows
 from tidemill.store.job_submission import JobLimits, JobSubmission
 from tidemill.store.job_submission import submit as submit_wish
 from tidemill.store.jobs import UNFINISHED, Attempt, Job, JobState
-from tidemill.store.tenants import Tenant, list_tenants, nearest_hint
+from tidemill.store.tenants import Tenant, list_tenants
+from tidemill.suggestions import did_you_mean
 
 Json = dict[str, Any]
 
@@ -196,7 +197,7 @@ def _state(text: str) -> JobState:
         return JobState(text)
     except ValueError as error:
         known = [state.value for state in JobState]
-        hint = nearest_hint(text, known) or f"There are: {', '.join(known)}."
+        hint = did_you_mean(text, known) or f"There are: {', '.join(known)}."
         raise BadInput(f"state: {text[:40]!r} is not a state of jobs.", hint=hint, param="state") from error
 
 

@@ -16,7 +16,8 @@ from tidemill.store.budgets import leased_in, spent_in, warned
 from tidemill.store.engine import store_time
 from tidemill.store.keys import Key, find_key, list_keys
 from tidemill.store.limit_leases import rates_in_force, slots_in_use
-from tidemill.store.tenants import Tenant, list_tenants, nearest_hint
+from tidemill.store.tenants import Tenant, list_tenants
+from tidemill.suggestions import did_you_mean
 
 Json = dict[str, Any]
 
@@ -94,7 +95,7 @@ def _budget(template: Limit, budget: str, per: str | None, soft_percent: int | N
     try:
         period = Per(per or Per.MONTH)
     except ValueError as error:
-        hint = nearest_hint(str(per), [each.value for each in Per]) or "A budget is per day or month."
+        hint = did_you_mean(str(per), [each.value for each in Per]) or "A budget is per day or month."
         raise BadInput(f"per: {str(per)[:80]!r} is not a period.", hint=hint, param="per") from error
     if soft_percent is not None and not 1 <= soft_percent <= 100:
         raise BadInput(f"soft_percent is from 1 to 100, got {soft_percent}.", param="soft_percent")
@@ -110,7 +111,7 @@ def _key_of(connection: Connection, owner: Tenant, key: str) -> Key:
         found = find_key(connection, given)
     except NotFound as error:
         # An id may be repeated with the nearest one; a secret may not, and has no near one.
-        hint = nearest_hint(given, [each.key_id for each in known]) if given.startswith("key_") else ""
+        hint = did_you_mean(given, [each.key_id for each in known]) if given.startswith("key_") else ""
         raise NotFound(f"{owner.name} has no such key.", hint=hint or error.hint, param="key") from error
     if found.tenant_id != owner.tenant_id:
         raise NotFound(f"{owner.name} has no such key.", hint="It is another tenant's.", param="key")

@@ -14,7 +14,8 @@ from tidemill.store.device_prices import current_device_prices
 from tidemill.store.jobs import Job, JobSpec, create_job, new_job_id
 from tidemill.store.queues import find_queue, list_queues
 from tidemill.store.reservations import OPEN, list_reservations
-from tidemill.store.tenants import Tenant, check_name, nearest_hint
+from tidemill.store.tenants import Tenant, check_name
+from tidemill.suggestions import did_you_mean
 
 MAX_WORDS = 1_000
 MAX_COMMAND = 64 * 1024
@@ -130,7 +131,7 @@ def _check_numbers(wish: JobSubmission) -> None:
     if wish.estimate_s is not None and wish.estimate_s <= 0:
         raise BadInput("estimate: is more than zero.", param="estimate")
     if wish.signal not in _SIGNALS:
-        hint = nearest_hint(wish.signal, sorted(_SIGNALS)) or f"Choose one of: {', '.join(sorted(_SIGNALS))}."
+        hint = did_you_mean(wish.signal, sorted(_SIGNALS)) or f"Choose one of: {', '.join(sorted(_SIGNALS))}."
         raise BadInput(f"checkpoint_signal: {wish.signal[:20]!r} is not one.", hint=hint, param="checkpoint_signal")
 
 
@@ -149,7 +150,7 @@ def _kinds(
         if found is None:
             usable = [each.reservation_id for each in own.values() if each.state in OPEN]
             text = f"There is no reservation {wish.reservation[:80]!r} for {owner.name}."
-            raise NotFound(text, hint=nearest_hint(wish.reservation, usable), param="reservation")
+            raise NotFound(text, hint=did_you_mean(wish.reservation, usable), param="reservation")
         if found.state not in OPEN:
             raise BadInput(f"The reservation {found.reservation_id} is over: {found.state}.", param="reservation")
         if wish.devices > found.devices:
@@ -166,7 +167,7 @@ def _kinds(
         )
     for kind in wish.kinds:
         if kind not in priced:
-            hint = nearest_hint(kind, priced) or f"There are: {', '.join(priced)}."
+            hint = did_you_mean(kind, priced) or f"There are: {', '.join(priced)}."
             raise BadInput(f"kind: {kind[:64]!r} has no price in {owner.currency}.", hint=hint, param="kind")
     return None, tuple(dict.fromkeys(wish.kinds))
 
@@ -178,6 +179,6 @@ def _queue(connection: Connection, wish: JobSubmission, owner: Tenant) -> str:
         return name
     if queue is None or queue.tenant_id not in (None, owner.tenant_id):
         usable = [each.name for each in list_queues(connection) if each.tenant_id in (None, owner.tenant_id)]
-        hint = nearest_hint(name, usable) or f"There are: {', '.join([owner.name, *usable])}."
+        hint = did_you_mean(name, usable) or f"There are: {', '.join([owner.name, *usable])}."
         raise BadInput(f"There is no queue {name[:80]!r} for {owner.name}.", hint=hint, param="queue")
     return queue.name
