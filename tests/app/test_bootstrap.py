@@ -8,7 +8,7 @@ from sqlalchemy import select
 
 from tests.store.values import assert_clean
 from tidemill.app.bootstrap import prepare_store
-from tidemill.app.config.platform import Config, FirstTenantConfig, default_config
+from tidemill.app.config.schema.platform import Config, FirstTenantConfig, default_config
 from tidemill.errors import ConfigError
 from tidemill.ledger.money import Nanos
 from tidemill.ledger.posting import credit_grant

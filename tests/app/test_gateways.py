@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from tidemill.app import gateways as gateways_module
-from tidemill.app.config.platform import Config
+from tidemill.app.config.schema.platform import Config
 from tidemill.app.datadir import DataDir
 from tidemill.app.gateways import FIRST_STARTS, Gateways
 from tidemill.app.worker import GatewayCommand, GatewayReport

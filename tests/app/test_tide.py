@@ -9,9 +9,8 @@ import msgspec
 import pytest
 
 from tidemill.app.batches import BatchProcess
-from tidemill.app.config.fleet import ObjectiveConfig
-from tidemill.app.config.models import ModelConfig
-from tidemill.app.config.platform import Config
+from tidemill.app.config.schema.models import ModelConfig, ObjectiveConfig
+from tidemill.app.config.schema.platform import Config
 from tidemill.app.datadir import DataDir
 from tidemill.app.fleet import Fleet
 from tidemill.app.tide import BESIDE_LINGER_S, BESIDE_WORK, Tide

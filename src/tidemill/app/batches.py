@@ -9,7 +9,7 @@ import structlog
 
 from tidemill.app.batch_worker import RunnerCommand, RunnerModel, RunnerReport, RunnerSpec
 from tidemill.app.children import Child, start_child
-from tidemill.app.config.platform import Config
+from tidemill.app.config.schema.platform import Config
 from tidemill.app.datadir import DataDir
 from tidemill.app.gateways import file_rules
 from tidemill.gateway.routing.models import ModelSpec

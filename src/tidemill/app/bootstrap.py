@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, func, select
 
-from tidemill.app.config.platform import Config
+from tidemill.app.config.schema.platform import Config
 from tidemill.clock import from_micros, to_micros
 from tidemill.errors import ConfigError
 from tidemill.ledger.money import parse_amount

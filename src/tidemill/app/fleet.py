@@ -9,10 +9,8 @@ from pathlib import Path
 
 import structlog
 
-from tidemill.app.config.fleet import GPU_ENGINES
-from tidemill.app.config.models import ModelConfig
-from tidemill.app.config.platform import Config
-from tidemill.app.config.routes import addresses
+from tidemill.app.config.schema.models import GPU_ENGINES, ModelConfig
+from tidemill.app.config.schema.platform import Config
 from tidemill.app.datadir import DataDir
 from tidemill.app.engine_http import get, post, status_of
 from tidemill.app.nodes import find_devices
@@ -44,7 +42,7 @@ class Fleet:
         self._keys = {name: api_key(name, model) for name, model in config.models.items()}
         self.upstreams: dict[str, UpstreamProbe] = {}
         for name, model in config.models.items():
-            for index, url in enumerate(addresses(model)):
+            for index, url in enumerate(model.addresses):
                 probe = UpstreamProbe(
                     f"{name}/{index}",
                     url,
@@ -97,7 +95,7 @@ class Fleet:
                 for engine in engines
             ]
         else:
-            probes = [self.upstreams[f"{name}/{index}"] for index in range(len(addresses(model)))]
+            probes = [self.upstreams[f"{name}/{index}"] for index in range(len(model.addresses))]
             replicas = [ReplicaSpec(probe.name, probe.base_url, probe.ready) for probe in probes]
         cost = model.cost.price() if model.cost is not None else None
         low, _ = model.replica_bounds

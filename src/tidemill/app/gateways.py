@@ -11,7 +11,7 @@ import msgspec
 import structlog
 
 from tidemill.app.children import Child, start_child
-from tidemill.app.config.platform import Config
+from tidemill.app.config.schema.platform import Config
 from tidemill.app.datadir import DataDir
 from tidemill.app.jobs import tenant_rules
 from tidemill.app.worker import GatewayCommand, GatewayReport, WorkerSpec

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import structlog
 
-from tidemill.app.config.platform import Config
+from tidemill.app.config.schema.platform import Config
 from tidemill.app.datadir import DataDir
 from tidemill.errors import ConfigError
 from tidemill.fleet.backend import Backend

@@ -20,7 +20,7 @@ from prometheus_client.metrics_core import Metric
 from tidemill import __version__
 from tidemill.app.batches import BatchProcess
 from tidemill.app.bootstrap import FirstTenant, prepare_store
-from tidemill.app.config.platform import Config
+from tidemill.app.config.schema.platform import Config
 from tidemill.app.datadir import DataDir, Runtime
 from tidemill.app.fleet import Fleet
 from tidemill.app.gateways import Gateways

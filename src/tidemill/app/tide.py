@@ -13,8 +13,8 @@ import msgspec
 import structlog
 
 from tidemill.app.batches import BatchProcess
-from tidemill.app.config.models import ModelConfig
-from tidemill.app.config.platform import Config
+from tidemill.app.config.schema.models import ModelConfig
+from tidemill.app.config.schema.platform import Config
 from tidemill.app.fleet import Fleet, objective_of
 from tidemill.errors import NotFound
 from tidemill.fleet.backend import Node
