@@ -105,7 +105,7 @@ class _Replicas:
         self._world.phase(name, Phase.DRAINING)
         return None
 
-    def turn(self, name: str, *, batch_only: bool, why: str) -> None:
+    def set_batch_only(self, name: str, *, batch_only: bool, why: str) -> None:
         self._world.deed(f"turn {name}")
 
 

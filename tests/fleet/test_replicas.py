@@ -213,14 +213,14 @@ async def test_a_replica_is_lent_to_batches_and_taken_back(tmp_path: Path) -> No
     async with replica_set(tmp_path, recipe(weights(tmp_path))) as found:
         found.keeps_minimum = False
         await ready(found)
-        found.turn("m/0", batch_only=True, why="nobody asks")
+        found.set_batch_only("m/0", batch_only=True, why="nobody asks")
         assert found.views()[0].batch_only and found.views()[0].phase is Phase.READY
-        found.turn("m/0", batch_only=False, why="the flood")
+        found.set_batch_only("m/0", batch_only=False, why="the flood")
         assert not found.views()[0].batch_only
         beside = found.start("m", ["local/0"], batch_only=True, beside=True)
         await ready(found, beside)
         with pytest.raises(Conflict):
-            found.turn(beside, batch_only=False, why="the flood")
+            found.set_batch_only(beside, batch_only=False, why="the flood")
         pid = found.replicas[beside].pid or 0
         assert os.sched_getscheduler(pid) == os.SCHED_IDLE
         assert os.sched_getscheduler(found.replicas["m/0"].pid or 0) == os.SCHED_OTHER

@@ -21,7 +21,7 @@ from tidemill.tides.state import Phase
 async def asleep(found: ReplicaSet) -> Replica:
     (replica,) = await ready(found)
     found.keeps_minimum = False
-    found.turn(replica.name, batch_only=True, why="lent meanwhile")
+    found.set_batch_only(replica.name, batch_only=True, why="lent meanwhile")
     found.sleep(replica.name, "nobody asks")
     assert replica.phase is Phase.DRAINING and found.held() == {"local/0"}
     await until(lambda: replica.phase is Phase.ASLEEP)

@@ -28,7 +28,6 @@ from tidemill.fleet.traffic import CapacityMeter, ModelTraffic
 from tidemill.gateway.routing.demand import DemandReport
 from tidemill.store.drains import drain, read_drained, undrain
 from tidemill.store.engine import Store
-from tidemill.tides.rules import RULES
 from tidemill.tides.slack import ReplicaLoad, adapted, filler_slots
 from tidemill.tides.state import BacklogView, Demand, ModelView
 
@@ -109,7 +108,7 @@ class Tide:
         self._drained: dict[str, str] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._adapt_at = 0.0
-        self.controller = FleetController(self, fleet.replicas, jobs, rules=msgspec.structs.replace(RULES, turn=True))
+        self.controller = FleetController(self, fleet.replicas, jobs)
 
     async def open(self) -> None:
         """Read what is remembered. Raises Unavailable."""

@@ -113,7 +113,7 @@ class Replicas(Protocol):
         """Have one that sleeps take its devices again; returns at once."""
         ...
 
-    def turn(self, name: str, *, batch_only: bool, why: str) -> None:
+    def set_batch_only(self, name: str, *, batch_only: bool, why: str) -> None:
         """Lend a replica to batches, or take it back."""
         ...
 
@@ -226,9 +226,9 @@ class FleetController:
         devices = {device.id: device for node in self._sight.nodes() for device in node.devices}
         replicas, jobs = self._replicas, self._jobs
         act: Callable[[], object]
-        for turned in decided.turn_replicas:
-            act = partial(replicas.turn, turned.replica, batch_only=turned.batch_only, why=turned.why)
-            self._do(f"replica {turned.replica}", now, act)
+        for lent in decided.lend_replicas:
+            act = partial(replicas.set_batch_only, lent.replica, batch_only=lent.batch_only, why=lent.why)
+            self._do(f"replica {lent.replica}", now, act)
         for going in decided.stop_replicas:
             act = partial(replicas.sleep if going.sleep else replicas.stop, going.replica, going.why)
             self._do(f"replica {going.replica}", now, act)

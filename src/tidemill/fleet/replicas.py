@@ -174,7 +174,7 @@ class ReplicaSet:
             raise Conflict(f"{name} sleeps with weights of another version; it is ended.")
         replica.wake(why)
 
-    def turn(self, name: str, *, batch_only: bool, why: str) -> None:
+    def set_batch_only(self, name: str, *, batch_only: bool, why: str) -> None:
         """Lend a replica to batches, or take it back for people. Raises NotFound, and Conflict for one of the idle
         class, which is no good for people.
         """

@@ -294,8 +294,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     stop_replicas: tuple[StopReplica, ...] = ()
     start_jobs: tuple[StartJob, ...] = ()
     preempt_jobs: tuple[PreemptJob, ...] = ()
-    turn_replicas: tuple[LendReplica, ...] = ()
-    """Only with `Rules.turn`."""
+    lend_replicas: tuple[LendReplica, ...] = ()
+    """Only with `Rules.lend_replicas`."""
     reserve: tuple[AssignReservation, ...] = ()
     promises: tuple[DevicePromise, ...] = ()
     """To be handed back with the next snapshot."""
