@@ -47,7 +47,7 @@ def price_of(store: Store, hour: int = HOUR, tier: DeviceTier = DeviceTier.PREEM
 
 def begin(store: Store, acme: Tenant, wish: MeterStart, at: datetime = OCTOBER) -> DeviceMeter:
     with store.write() as connection:
-        (meter,) = begin_meters(connection, tenant_id=acme.tenant_id, currency="CNY", wishes=[wish], now=at)
+        (meter,) = begin_meters(connection, tenant_id=acme.tenant_id, currency="CNY", starts=[wish], now=at)
     return meter
 
 

@@ -25,7 +25,7 @@ _decode_report = msgspec.json.Decoder(RunnerReport).decode
 
 
 class BatchProcess:
-    """The one runner of this platform, life after life."""
+    """The one batch runner of this platform, started again whenever its process ends."""
 
     def __init__(
         self,

@@ -35,7 +35,7 @@ _decode_report = msgspec.json.Decoder(GatewayReport).decode
 
 
 class GatewayProcess:
-    """One gateway process, life after life."""
+    """One gateway worker, started again whenever its process ends."""
 
     def __init__(self, index: int, owner: "Gateways") -> None:
         self.index = index
@@ -43,7 +43,7 @@ class GatewayProcess:
         self.load = GatewayReport(say="load")
         """Its requests in flight and those that wait."""
         self.figures = MetricsSnapshot()
-        """What its present life has counted."""
+        """What its present process has counted."""
         self.gauges = ProcessGauges()
         self.worker_id = ""
         self.restarts = 0
@@ -222,7 +222,7 @@ class Gateways:
         self.processes = [GatewayProcess(index, self) for index in range(workers)]
 
     def worker_spec(self, index: int) -> WorkerSpec:
-        """What a gateway process is told at its start; each life has an id and a meter directory of its own."""
+        """What a gateway process is told at its start; each process has an id and a meter directory of its own."""
         gateway = self._config.gateway
         return WorkerSpec(
             worker_id=f"gw{index}-{secrets.token_hex(6)}",

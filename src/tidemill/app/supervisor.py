@@ -24,7 +24,7 @@ from tidemill.app.config.schema.platform import Config
 from tidemill.app.datadir import DataDir, Runtime
 from tidemill.app.fleet import Fleet
 from tidemill.app.gateways import Gateways
-from tidemill.app.jobs import job_book, job_files, job_limits
+from tidemill.app.jobs import job_controller, job_files, job_limits
 from tidemill.app.meter_service import MeterService
 from tidemill.app.metrics import BatchBacklog, PlatformMetrics, families, read_trough
 from tidemill.app.rolls import PlatformRolls
@@ -242,7 +242,7 @@ class Supervisor:
         with self.store.read() as connection:
             return read_trough(connection)
 
-    # Its life
+    # Start, stop
 
     async def run(self, ready: Callable[["Supervisor"], None]) -> bool:
         """Start everything, call `ready`, run until a signal, stop in order. True when all open requests finished.
@@ -284,7 +284,7 @@ class Supervisor:
         self._rolling = PlatformRolls(self.config, self.data, self._fleet.replicas)
         self._rolling.restore()
         self._job_files = await asyncio.to_thread(job_files, self.config, self._config_dir, self.data)
-        self.jobs = job_book(self.config, store, self._fleet.backend, self._job_files)
+        self.jobs = job_controller(self.config, store, self._fleet.backend, self._job_files)
         self.jobs.shared = self._fleet.replicas.shared
         self._fleet.replicas.held_elsewhere = lambda: {device for job in self.jobs.views() for device in job.on}
         self._gateways = Gateways(

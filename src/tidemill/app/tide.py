@@ -72,7 +72,7 @@ class ModelTide:
         return self.recipe.min_replicas != self.recipe.max_replicas
 
     @property
-    def beside(self) -> bool:
+    def colocated(self) -> bool:
         """Lines run in a replica beside each ordinary one."""
         filler = self.config.filler
         return filler == "beside" or (filler is None and self.recipe.engine == "llamacpp")
@@ -183,7 +183,7 @@ class Tide:
     def backlogs(self) -> Sequence[BacklogView]:
         return self._batches.backlogs
 
-    def beside(self) -> Collection[str]:
+    def colocated_models(self) -> Collection[str]:
         now = time.monotonic()
         work = {each.model: sum(part for part, _ in each.parts) for each in self._batches.backlogs}
         wanted = set()
@@ -191,7 +191,7 @@ class Tide:
             left, running = work.get(name, 0.0), now < model.lines_until
             if left >= BESIDE_WORK or (running and left > 0):
                 model.lines_until = now + BESIDE_LINGER_S
-            if model.beside and now < model.lines_until:
+            if model.colocated and now < model.lines_until:
                 wanted.add(name)
         return wanted
 

@@ -40,25 +40,25 @@ class LimitSpec(msgspec.Struct, kw_only=True):
     soft_percent: int | None = None
 
 
-def set_limits(connection: Connection, wish: LimitSpec, *, models: Collection[str], zone: str, now: datetime) -> Json:
+def set_limits(connection: Connection, spec: LimitSpec, *, models: Collection[str], zone: str, now: datetime) -> Json:
     """Put limits in force, each in the place of one of its kind on the same scope. Raises NotFound, BadInput."""
-    owner = tenant_named(connection, wish.tenant)
-    key_id = None if wish.key is None else _key_of(connection, owner, wish.key).first_id
-    model = None if wish.model is None else known_model(wish.model, models)
+    owner = tenant_named(connection, spec.tenant)
+    key_id = None if spec.key is None else _key_of(connection, owner, spec.key).first_id
+    model = None if spec.model is None else known_model(spec.model, models)
     template = Limit(limit_id="", tenant_id=owner.tenant_id, key_id=key_id, model=model, kind=LimitKind.RPM, amount=0)
     wanted = [
         _counted(template, kind, amount)
         for kind, amount in (
-            (LimitKind.RPM, wish.rpm),
-            (LimitKind.TPM, wish.tpm),
-            (LimitKind.CONCURRENCY, wish.concurrency),
+            (LimitKind.RPM, spec.rpm),
+            (LimitKind.TPM, spec.tpm),
+            (LimitKind.CONCURRENCY, spec.concurrency),
         )
         if amount is not None
     ]
-    if wish.budget is not None:
-        wanted.append(_budget(template, wish.budget, wish.per, wish.soft_percent))
-    elif wish.per is not None or wish.soft_percent is not None:
-        param = "per" if wish.per is not None else "soft_percent"
+    if spec.budget is not None:
+        wanted.append(_budget(template, spec.budget, spec.per, spec.soft_percent))
+    elif spec.per is not None or spec.soft_percent is not None:
+        param = "per" if spec.per is not None else "soft_percent"
         raise BadInput(f"{param} belongs to a budget, and there is none.", hint="Give budget, too.", param=param)
     if not wanted:
         raise BadInput("There is nothing to limit.", hint="Give rpm, tpm, concurrency or budget.")

@@ -27,7 +27,7 @@ MAX_REASON = 500
 
 
 class JobState(StrEnum):
-    """Where a job is in its life."""
+    """Where a job is in its lifecycle."""
 
     QUEUED = "queued"
     STARTING = "starting"
@@ -264,7 +264,7 @@ def open_jobs(connection: Connection, site: str) -> list[Job]:
 def begin_attempt(
     connection: Connection, job_id: str, *, devices: Sequence[AssignedDevice], ranks: int, why: str, now: datetime
 ) -> Attempt | None:
-    """Take a waiting job in hand, with these devices; None when it does not wait any more."""
+    """Begin a waiting job with these devices; None when it does not wait any more."""
     taken = connection.execute(
         update(jobs)
         .where(jobs.c.job_id == job_id, jobs.c.state == JobState.QUEUED.value, jobs.c.cancel_at.is_(None))

@@ -197,7 +197,7 @@ def minimal_preemptions(
 
 
 def preemption_cost(candidates: Sequence[PreemptionCandidate], need: int) -> tuple[int, float, int]:
-    """How bad it is to preempt these, to compare: the highest tier, the work lost, and devices freed beyond the need."""
+    """How bad it is to preempt these: the highest tier, the work lost, and devices freed beyond the need."""
     if not candidates:
         return (-1, 0.0, 0)
     return (

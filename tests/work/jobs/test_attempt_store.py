@@ -109,7 +109,7 @@ class World:
                     hold_s=30,
                     reservation_id=made.reservation_id,
                 )
-                begin_meters(connection, tenant_id=self.tenant.tenant_id, currency="CNY", wishes=[wish], now=starts_at)
+                begin_meters(connection, tenant_id=self.tenant.tenant_id, currency="CNY", starts=[wish], now=starts_at)
         return made
 
     def end_reservation(self, reservation: Reservation) -> None:

@@ -237,8 +237,8 @@ async def test_a_checkpoint_is_seen(jobs: Jobs) -> None:
     await jobs.start(job)
     await jobs.says(job, "saved")
     jobs.book.wake()
-    hand = jobs.book._hands[job]
-    await jobs.until(lambda: hand.saved > hand.began)
+    active = jobs.book._active[job]
+    await jobs.until(lambda: active.saved > active.began)
     (view,) = jobs.book.views()
     assert view.unsaved_s < view_age(view)
 

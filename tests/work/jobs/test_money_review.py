@@ -106,7 +106,7 @@ async def test_an_end_whose_answer_was_lost(tmp_path: Path, monkeypatch: pytest.
 async def test_a_beginning_whose_answer_was_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cancelled: bool
 ) -> None:
-    """The store has the job with devices and money held, and nobody has it in hand: it must not stay so."""
+    """The store has the job with devices and money held, and nobody works on it: it must not stay so."""
     jobs = await Jobs(tmp_path).open()
     try:
         monkeypatch.setattr(jobs.book._ledger, "begin", failing(jobs.book._ledger.begin, 1, done=True))

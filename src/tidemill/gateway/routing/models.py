@@ -189,10 +189,12 @@ class ModelRoute:
 
     def update(self, spec: ModelSpec, loop: asyncio.AbstractEventLoop) -> None:
         """Take over what the supervisor announces; a replica that lives on keeps its connections."""
-        known = {(replica.spec.name, replica.spec.life, replica.spec.base_url): replica for replica in self.replicas}
+        known = {
+            (replica.spec.name, replica.spec.incarnation, replica.spec.base_url): replica for replica in self.replicas
+        }
         replicas = []
         for each in spec.replicas:
-            replica = known.pop((each.name, each.life, each.base_url), None)
+            replica = known.pop((each.name, each.incarnation, each.base_url), None)
             if replica is None:
                 replica = RoutedReplica(each, spec.api_key, loop)
             replica.spec = each
