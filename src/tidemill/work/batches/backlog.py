@@ -3,12 +3,12 @@
 from collections import defaultdict
 from collections.abc import Iterable
 
+from tidemill.engines.sse import BYTES_PER_TOKEN
 from tidemill.store.batches import Batch, BatchStatus
 from tidemill.tides.routing import POLICY, work_of
 from tidemill.tides.state import BacklogView
 from tidemill.work.batches.active_batch import ActiveBatch
 
-BYTES_PER_TOKEN = 4
 MIN_DONE = 8
 """Lines that have to be done before their mean tells what the others will take."""
 MAX_PARTS = 64
