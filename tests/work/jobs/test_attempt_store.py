@@ -21,6 +21,7 @@ from tidemill.store.device_meters import MeterStart, begin_meters, meter_rows, o
 from tidemill.store.device_prices import agreed_price, set_device_price
 from tidemill.store.engine import Store
 from tidemill.store.ids import new_id
+from tidemill.store.job_transitions import put_back
 from tidemill.store.jobs import (
     Attempt,
     AttemptOutcome,
@@ -31,7 +32,6 @@ from tidemill.store.jobs import (
     create_job,
     find_job,
     new_job_id,
-    put_back,
 )
 from tidemill.store.reservations import (
     Reservation,

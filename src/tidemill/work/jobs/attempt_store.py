@@ -23,20 +23,8 @@ from tidemill.store.device_meters import (
 from tidemill.store.device_prices import current_device_prices
 from tidemill.store.engine import Store
 from tidemill.store.job_files import JobFiles
-from tidemill.store.jobs import (
-    AssignedDevice,
-    Attempt,
-    AttemptOutcome,
-    Job,
-    JobState,
-    begin_attempt,
-    devices_on,
-    end_attempt,
-    ended_before,
-    leave_reservation,
-    note_running,
-    still_open,
-)
+from tidemill.store.job_transitions import begin_attempt, end_attempt, leave_reservation, note_running, still_open
+from tidemill.store.jobs import AssignedDevice, Attempt, AttemptOutcome, Job, JobState, devices_on, ended_before
 from tidemill.store.reservations import ReservationState, find_reservation
 from tidemill.store.tenants import find_tenant
 from tidemill.work.jobs.device_kinds import tier_of

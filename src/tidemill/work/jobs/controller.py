@@ -23,14 +23,8 @@ from tidemill.store.device_meters import InsufficientBalance
 from tidemill.store.device_prices import current_device_prices
 from tidemill.store.engine import Store
 from tidemill.store.job_files import JobFiles
-from tidemill.store.jobs import (
-    Job,
-    JobState,
-    end_waiting,
-    note_preempting,
-    note_waiting,
-    open_jobs,
-)
+from tidemill.store.job_transitions import end_waiting, note_preempting, note_waiting
+from tidemill.store.jobs import Job, JobState, open_jobs
 from tidemill.store.queues import Queue, list_queues
 from tidemill.store.tenants import Tenant, list_tenants
 from tidemill.tides.state import JobView, QueueView, ReservationView

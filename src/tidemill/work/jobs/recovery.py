@@ -16,7 +16,8 @@ from tidemill.fleet.backend import ProcessEnd
 from tidemill.store.device_meters import open_meters
 from tidemill.store.engine import Store
 from tidemill.store.job_files import JobFiles
-from tidemill.store.jobs import Attempt, Job, list_attempts, put_back
+from tidemill.store.job_transitions import put_back
+from tidemill.store.jobs import Attempt, Job, list_attempts
 from tidemill.work.jobs.attempt_store import SLACK_S, AttemptStore
 from tidemill.work.jobs.launch import RunEnd, StopCause
 from tidemill.work.store_threads import StoreThreads
