@@ -1,17 +1,15 @@
 """The job controller: every unfinished job of this platform, in memory for the scheduler and in the store durably.
 
 The plan says when a job starts and when it gives its devices back (`start`, `preempt`); the controller does it, bills
-it (`work.jobs.attempt_store`), decides what becomes of it (`work.jobs.outcome`), and recovers what an earlier process
-of the platform has left (`work.jobs.recovery`). What tenants and operators ask for comes through the store: the
-controller looks there each second, and at once when it is woken.
+it and recovers what an earlier process has left (`work.jobs.attempt_runner`). What tenants and operators ask for comes
+through the store: the controller looks there each second, and at once when it is woken.
 """
 
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
-from typing import Any
 
 import msgspec
 import structlog
@@ -19,22 +17,20 @@ import structlog
 from tidemill.clock import PROCESS_CLOCK, JumpTolerantClock
 from tidemill.errors import TidemillError
 from tidemill.fleet.backend import Backend, Device
-from tidemill.store.device_meters import InsufficientBalance
 from tidemill.store.device_prices import current_device_prices
 from tidemill.store.engine import Store
 from tidemill.store.job_files import JobFiles
-from tidemill.store.job_transitions import end_waiting, note_preempting, note_waiting
+from tidemill.store.job_transitions import end_waiting
 from tidemill.store.jobs import Job, JobState, open_jobs
 from tidemill.store.queues import Queue, list_queues
 from tidemill.store.tenants import Tenant, list_tenants
 from tidemill.tides.state import JobView, QueueView, ReservationView
-from tidemill.work.jobs.active_job import ActiveJob, ActiveMeter
-from tidemill.work.jobs.attempt_store import AttemptEnd, AttemptStore, NoPrice
+from tidemill.work.jobs.active_job import ActiveJob
+from tidemill.work.jobs.attempt_runner import AttemptRunner
+from tidemill.work.jobs.attempt_store import AttemptStore
 from tidemill.work.jobs.billing import JobBilling
 from tidemill.work.jobs.device_kinds import DevicePrices, kinds_of
-from tidemill.work.jobs.launch import RunEnd, RunningAttempt, StopCause, ranks_of
-from tidemill.work.jobs.outcome import UNPAID_WAIT_S, ending_of
-from tidemill.work.jobs.recovery import KILLED, JobRecovery
+from tidemill.work.jobs.launch import StopCause
 from tidemill.work.jobs.reservation_controller import ReservationController
 from tidemill.work.store_threads import StoreThreads
 
@@ -59,16 +55,25 @@ class JobController:
         clock: JumpTolerantClock = PROCESS_CLOCK,
     ) -> None:
         self._store = store
-        self._backend = backend
         self._files = files
         self._keep_s = keep_s
         self._clock = clock
         self._ledger = AttemptStore(store, zone) if tick_s is None else AttemptStore(store, zone, tick_s=tick_s)
         self._threads = StoreThreads(4, "jobs")
+        self._attempts = AttemptRunner(
+            store,
+            backend,
+            files,
+            self._ledger,
+            self._threads,
+            clock,
+            listener=self,
+            shared=lambda: self.shared(),
+        )
         self._active: dict[str, ActiveJob] = {}
         self._queues: list[Queue] = []
         self._tenants: dict[str, Tenant] = {}
-        self._billing = JobBilling(self._ledger, self._threads, self._request_stop)
+        self._billing = JobBilling(self._ledger, self._threads, self._attempts.request_stop)
         self._reservations = ReservationController(store, self._ledger, zone, files.site)
         self._listeners: list[Callable[[], None]] = []
         self._wake = asyncio.Event()
@@ -122,16 +127,13 @@ class JobController:
             or active.job.state is not JobState.QUEUED
         ):
             return
-        active.on = tuple(device.id for device in devices)
-        active.began = active.saved = time.monotonic()
-        active.stopping = False
-        active.task = asyncio.create_task(self._guarded(active, self._attempt(active, tuple(devices), why)))
+        self._attempts.start(active, tuple(devices), why)
 
     def preempt(self, job_id: str, why: str) -> None:
         """Have a job checkpoint within its grace, end and wait again. Returns at once."""
         active = self._active.get(job_id)
         if active is not None:
-            self._request_stop(active, StopCause.PREEMPT, why)
+            self._attempts.request_stop(active, StopCause.PREEMPT, why)
 
     # Open, close
 
@@ -147,12 +149,13 @@ class JobController:
         start. Returns when they have ended and are billed.
         """
         if self._closing is None:
+            self._attempts.closing = True
             self._closing = asyncio.create_task(self._close(grace_s))
         await asyncio.shield(self._closing)
 
     async def _close(self, grace_s: float | None) -> None:
         for active in self._active.values():
-            self._request_stop(active, StopCause.STOP, "the platform is stopped", grace_s=grace_s)
+            self._attempts.request_stop(active, StopCause.STOP, "the platform is stopped", grace_s=grace_s)
         while tasks := [active.task for active in self._active.values() if active.task is not None]:
             await asyncio.gather(*tasks, return_exceptions=True)
         for task in self._tasks:
@@ -205,11 +208,11 @@ class JobController:
                 changed = changed or active.job != job
                 active.job = job
             elif job.cancel_at is not None:
-                self._request_stop(active, StopCause.CANCEL, "cancelled")
+                self._attempts.request_stop(active, StopCause.CANCEL, "cancelled")
             self._active[job.job_id].kinds = kinds_of(job, self._tenants[job.tenant_id].currency, prices)
         for active in list(self._active.values()):
             if not active.held and active.job.state is not JobState.QUEUED:
-                await self._take_up(active)
+                await self._attempts.take_up(active)
                 changed = True
         known = {job.job_id for job in found}
         for job_id, active in list(self._active.items()):
@@ -220,7 +223,7 @@ class JobController:
         changed = await self._threads.do(self._reservations.look, self._clock.now()) or changed
         await self._leave_reservations()
         if changed:
-            self._changed()
+            self.changed()
 
     def _read(self) -> tuple[list[Job], list[Queue], list[Tenant], DevicePrices]:
         with self._store.read() as connection:
@@ -239,7 +242,9 @@ class JobController:
             if deadline is None or deadline > now:
                 continue
             if active.held:
-                self._request_stop(active, StopCause.EXPIRE, f"its deadline {deadline:%Y-%m-%d %H:%M:%S} UTC is over")
+                self._attempts.request_stop(
+                    active, StopCause.EXPIRE, f"its deadline {deadline:%Y-%m-%d %H:%M:%S} UTC is over"
+                )
                 continue
             reason = "its deadline was over before it could run" if not active.job.attempts else "its deadline is over"
             await self._threads.do(self._write_off, active.job, reason, now)
@@ -275,147 +280,6 @@ class JobController:
             before = self._clock.now() - timedelta(seconds=self._keep_s)
             await self._threads.do(self._ledger.sweep, self._files, before)
 
-    # An attempt
-
-    async def _guarded(self, active: ActiveJob, attempt: Coroutine[Any, Any, None]) -> None:
-        """Whatever goes wrong with one job, its devices come back and the others go on."""
-        try:
-            await attempt
-        except Exception:
-            log.exception("a job's attempt has failed inside Tidemill", job=active.job.job_id)
-            if active.run is not None:
-                active.run.kill()
-            self._let_go(active, wait_s=30.0)
-
-    async def _attempt(self, active: ActiveJob, devices: tuple[Device, ...], why: str) -> None:
-        job = active.job
-        try:
-            ranks = len(ranks_of(devices, per_device=job.spec.per_device))
-            now = self._clock.now()
-            attempt = await self._threads.do(self._ledger.begin, job, devices, ranks=ranks, why=why, now=now)
-        except (InsufficientBalance, NoPrice) as error:
-            await self._wait_for_money(active, error)
-            return
-        except Exception as error:  # if it has begun all the same, the next look takes it up
-            log.warning("a job cannot be started", job=job.job_id, reason=str(error))
-            self._let_go(active, wait_s=5.0)
-            return
-        if attempt is None:  # cancelled meanwhile
-            self._let_go(active)
-            return
-        active.attempt = attempt
-        active.job = msgspec.structs.replace(job, state=JobState.STARTING, attempts=attempt.attempt)
-        colocated = not self.shared().isdisjoint(device.id for device in devices)
-        active.run = run = RunningAttempt(
-            self._backend, self._files, active.job, attempt, devices, idle_class=colocated
-        )
-        log.info("job starts", job=job.job_id, attempt=attempt.attempt, devices=active.on, why=why)
-        if self._closing is not None:
-            run.request_stop(StopCause.STOP, "the platform is stopped")
-        running = asyncio.create_task(run.live())
-        started = asyncio.create_task(run.running.wait())
-        await asyncio.wait([running, started], return_when=asyncio.FIRST_COMPLETED)
-        started.cancel()
-        if run.running.is_set():
-            at = self._clock.now() - timedelta(microseconds=run.elapsed_us())
-            active.attempt = attempt = msgspec.structs.replace(attempt, started_at=at)
-            active.job = msgspec.structs.replace(active.job, state=JobState.RUNNING)
-            meters = await self._threads.surely(self._ledger.start, attempt, at)
-            active.meters = [ActiveMeter(meter, 0) for meter in meters]
-            self._changed()
-        end = await running
-        await self._settle(active, end, run.why)
-
-    async def _settle(self, active: ActiveJob, end: RunEnd, why: str) -> None:
-        """Write down how an attempt ended. Not given up: until it is written, the job is not started again."""
-        active.stopping = True
-        done = await self._threads.do(self._files.done, active.job.job_id)
-        ending = ending_of(active.job, end, why, done=done, now=self._clock.now())
-        await self._write_end(active, end.elapsed_us, ending)
-
-    async def _write_end(self, active: ActiveJob, elapsed_us: int, ending: AttemptEnd) -> None:
-        attempt, job = active.attempt, active.job
-        assert attempt is not None
-        later = {each.meter.meter_id: each.until(elapsed_us) for each in active.meters}
-        await self._threads.surely(self._ledger.end, job, attempt, elapsed_us, ending, later=later)
-        log.info(
-            "job attempt ended",
-            job=job.job_id,
-            attempt=attempt.attempt,
-            outcome=ending.outcome.value,
-            reason=ending.reason,
-            becomes=ending.becomes.value,
-            ran_s=round(elapsed_us / 1e6, 3),
-        )
-        self._let_go(active)
-
-    async def _take_up(self, active: ActiveJob) -> None:
-        """It has devices as far as the store knows, and nobody sees to it: since a kill, or as the answer to the commit
-        of its beginning was lost.
-        """
-        recovery = JobRecovery(self._store, self._files, self._ledger, active.job)
-        attempt = await self._threads.do(recovery.attempt)
-        active.stopping = True
-        active.began = active.saved = time.monotonic()
-        if attempt is not None:
-            active.attempt = attempt
-            active.on = tuple(place.id for place in attempt.devices)
-        active.task = asyncio.create_task(self._guarded(active, self._recover(active, recovery)))
-
-    async def _recover(self, active: ActiveJob, recovery: JobRecovery) -> None:
-        """Finish what an earlier process of the platform has begun."""
-        found = await recovery.wait(self._threads)
-        if found is None:  # it had not even begun
-            await self._threads.surely(recovery.put_back)
-            self._let_go(active)
-            return
-        done = await self._threads.do(self._files.done, active.job.job_id)
-        ending = ending_of(active.job, found, KILLED, done=done, now=self._clock.now())
-        if active.job.cancel_at is not None and ending.becomes is JobState.QUEUED:
-            cancelled = msgspec.structs.replace(found, cause=StopCause.CANCEL, by_itself=False)
-            ending = ending_of(active.job, cancelled, "cancelled", done=False, now=self._clock.now())
-        await self._write_end(active, found.elapsed_us, ending)
-
-    def _request_stop(self, active: ActiveJob, cause: StopCause, why: str, *, grace_s: float | None = None) -> None:
-        run = active.run
-        if not active.held or run is None or not run.request_stop(cause, why, grace_s=grace_s):
-            return
-        log.info("job is asked to go", job=active.job.job_id, cause=cause.value, why=why)
-        active.stopping = True
-        text = f"{cause.value}: {why}"
-        self._threads.later(self._note_preempting, active.job.job_id, text)
-        self._changed()
-
-    def _note_preempting(self, job_id: str, reason: str) -> None:
-        with self._store.write() as connection:
-            note_preempting(connection, job_id, reason)
-
-    async def _wait_for_money(self, active: ActiveJob, error: TidemillError) -> None:
-        job = active.job
-        not_before = self._clock.now() + timedelta(seconds=UNPAID_WAIT_S)
-        reason = error.message[:1].lower() + error.message[1:]
-
-        def note() -> None:
-            with self._store.write() as connection:
-                note_waiting(connection, job.job_id, reason, not_before)
-
-        try:
-            await self._threads.do(note)
-            active.job = msgspec.structs.replace(job, reason=reason, not_before=not_before)
-        except TidemillError as failure:
-            log.warning("the store does not answer", reason=str(failure))
-        self._let_go(active, wait_s=UNPAID_WAIT_S)
-
-    def _let_go(self, active: ActiveJob, *, wait_s: float = 0.0) -> None:
-        """The job has no devices any more; what it is now, the store says."""
-        active.not_before = time.monotonic() + wait_s if wait_s else 0.0
-        active.on, active.meters = (), []
-        active.run, active.attempt, active.task, active.stopping = None, None, None, False
-        if active.job.state is not JobState.QUEUED:
-            self._active.pop(active.job.job_id, None)  # read anew
-        self.wake()
-        self._changed()
-
     # Money
 
     async def _keep_billing(self) -> None:
@@ -432,8 +296,16 @@ class JobController:
         """Read every meter."""
         await self._billing.read(list(self._active.values()))
         if await self._threads.do(self._reservations.bill, self._clock.now()):
-            self._changed()
+            self.changed()
 
-    def _changed(self) -> None:
+    # What attempts tell
+
+    def changed(self) -> None:
         for each in self._listeners:
             each()
+
+    def released(self, active: ActiveJob) -> None:
+        if active.job.state is not JobState.QUEUED:
+            self._active.pop(active.job.job_id, None)  # read anew
+        self.wake()
+        self.changed()
