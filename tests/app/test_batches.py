@@ -9,8 +9,8 @@ import pytest
 from tests.support.plane import model
 from tidemill.app.batch_worker import RunnerCommand, RunnerModel
 from tidemill.app.batches import BatchProcess
-from tidemill.app.config.models import ModelConfig
-from tidemill.app.config.platform import Config
+from tidemill.app.config.schema.models import ModelConfig
+from tidemill.app.config.schema.platform import Config
 from tidemill.app.datadir import DataDir
 from tidemill.gateway.routing.replica import ReplicaSpec
 

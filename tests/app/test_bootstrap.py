@@ -8,7 +8,7 @@ from sqlalchemy import select
 
 from tests.store.values import assert_clean
 from tidemill.app.bootstrap import prepare_store
-from tidemill.app.config.platform import Config, FirstTenantConfig, default_config
+from tidemill.app.config.schema.platform import Config, FirstTenantConfig, default_config
 from tidemill.errors import ConfigError
 from tidemill.ledger.money import Nanos
 from tidemill.ledger.posting import credit_grant
@@ -17,7 +17,7 @@ from tidemill.store.engine import Store, open_store, store_url
 from tidemill.store.ids import new_id
 from tidemill.store.keys import digest_of
 from tidemill.store.prices import current_prices, price_versions
-from tidemill.store.schema import keys
+from tidemill.store.tables.tenants import keys
 from tidemill.store.tenants import list_tenants
 
 

@@ -9,9 +9,8 @@ import msgspec
 import pytest
 
 from tidemill.app.batches import BatchProcess
-from tidemill.app.config.fleet import ObjectiveConfig
-from tidemill.app.config.models import ModelConfig
-from tidemill.app.config.platform import Config
+from tidemill.app.config.schema.models import ModelConfig, ObjectiveConfig
+from tidemill.app.config.schema.platform import Config
 from tidemill.app.datadir import DataDir
 from tidemill.app.fleet import Fleet
 from tidemill.app.tide import BESIDE_LINGER_S, BESIDE_WORK, Tide
@@ -156,23 +155,23 @@ async def test_a_batch_worth_it_gets_an_engine_beside_that_lingers(world: World,
         world.batches.backlogs = (BacklogView(model="m", parts=((work, 1e10),)),) if work else ()
 
     left(BESIDE_WORK / 2)
-    assert world.tide.beside() == set(), "a short one is not"
+    assert world.tide.colocated_models() == set(), "a short one is not"
     left(BESIDE_WORK)
-    assert world.tide.beside() == {"m"}
+    assert world.tide.colocated_models() == {"m"}
     left(10.0)
     clock[0] += 1.0
-    assert world.tide.beside() == {"m"}, "to the last line"
+    assert world.tide.colocated_models() == {"m"}, "to the last line"
     left(0)
     clock[0] += BESIDE_LINGER_S - 1
-    assert world.tide.beside() == {"m"}
+    assert world.tide.colocated_models() == {"m"}
     clock[0] += 2.0
-    assert world.tide.beside() == set()
+    assert world.tide.colocated_models() == set()
 
 
 @pytest.mark.parametrize("world", [{"filler": "inside"}], indirect=True)
 async def test_who_wants_it_inside_gets_no_engine_beside(world: World) -> None:
     world.batches.backlogs = (BacklogView(model="m", parts=((1e9, 1e10),)),)
-    assert world.tide.beside() == set()
+    assert world.tide.colocated_models() == set()
 
 
 @pytest.mark.parametrize("world", [{"devices": 1, "min_replicas": 0, "max_replicas": 2}], indirect=True)

@@ -169,7 +169,7 @@ def test_device_time_and_requests_add_up_on_one_invoice(api: Api, platform: Fake
                 connection,
                 tenant_id=tenant["id"],
                 currency="CNY",
-                wishes=[wish],
+                starts=[wish],
                 now=end - timedelta(seconds=1234, microseconds=567),
             )
 

@@ -21,7 +21,7 @@ from tidemill.ledger.usage import RequestStatus, UsageRecord
 from tidemill.store.accounts import tenant_balances, verify_books
 from tidemill.store.balance_leases import leasing_workers
 from tidemill.store.engine import open_store, store_url
-from tidemill.store.schema import log_positions
+from tidemill.store.tables.usage import log_positions
 from tidemill.store.tenants import list_tenants
 from tidemill.store.usage import records_between
 

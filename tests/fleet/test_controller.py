@@ -51,10 +51,10 @@ class World:
             devices=view.devices,
             phase=phase,
             batch_only=view.batch_only,
-            beside=view.beside,
+            colocated=view.colocated,
         )
 
-    def deed(self, text: str) -> None:
+    def action(self, text: str) -> None:
         if any(text.startswith(prefix) for prefix in self.fails):
             raise CannotStart(f"{text} cannot be done.")
         self.done.append(text)
@@ -73,7 +73,7 @@ class World:
     def backlogs(self) -> Sequence[BacklogView]:
         return self.work
 
-    def beside(self) -> Collection[str]:
+    def colocated_models(self) -> Collection[str]:
         return self.lines
 
     def learn_startup(self, model: str, seconds: float) -> None:
@@ -89,24 +89,24 @@ class _Replicas:
         return list(self._world.replicas.values())
 
     def start(
-        self, model: str, devices: Sequence[Device], *, batch_only: bool = False, beside: bool = False, why: str = ""
+        self, model: str, devices: Sequence[Device], *, batch_only: bool = False, colocated: bool = False, why: str = ""
     ) -> str:
         places = tuple(device.id for device in devices)
-        self._world.deed(f"start {model} {'beside ' if beside else ''}on {','.join(places)}")
+        self._world.action(f"start {model} {'beside ' if colocated else ''}on {','.join(places)}")
         name = f"{model}/{self._count}"
         self._count += 1
         self._world.replicas[name] = ReplicaView(
-            id=name, model=model, devices=places, phase=Phase.STARTING, batch_only=batch_only, beside=beside
+            id=name, model=model, devices=places, phase=Phase.STARTING, batch_only=batch_only, colocated=colocated
         )
         return name
 
     def stop(self, name: str, why: str) -> object:
-        self._world.deed(f"stop {name}")
+        self._world.action(f"stop {name}")
         self._world.phase(name, Phase.DRAINING)
         return None
 
-    def turn(self, name: str, *, batch_only: bool, why: str) -> None:
-        self._world.deed(f"turn {name}")
+    def set_batch_only(self, name: str, *, batch_only: bool, why: str) -> None:
+        self._world.action(f"turn {name}")
 
 
 class _Jobs:
@@ -123,13 +123,13 @@ class _Jobs:
         return self._world.rented
 
     def start(self, job_id: str, devices: Sequence[Device], why: str) -> None:
-        self._world.deed(f"job {job_id}")
+        self._world.action(f"job {job_id}")
         self._world.jobs[job_id] = msgspec.structs.replace(
             self._world.jobs[job_id], phase=JobPhase.RUNNING, on=tuple(each.id for each in devices)
         )
 
     def preempt(self, job_id: str, why: str) -> None:
-        self._world.deed(f"preempt {job_id}")
+        self._world.action(f"preempt {job_id}")
         self._world.jobs[job_id] = msgspec.structs.replace(self._world.jobs[job_id], phase=JobPhase.STOPPING)
 
     def on_change(self, changed: Callable[[], None]) -> None:

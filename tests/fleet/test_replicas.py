@@ -60,11 +60,11 @@ async def test_a_life_and_its_reasons(tmp_path: Path) -> None:
 async def test_it_dies_and_comes_back(tmp_path: Path) -> None:
     async with replica_set(tmp_path, recipe(weights(tmp_path))) as found:
         (replica,) = await ready(found)
-        life, address = replica.life, replica.base_url
+        incarnation, address = replica.incarnation, replica.base_url
         os.kill(replica.pid or 0, signal.SIGKILL)
         await until(lambda: not replica.ready)
         await ready(found)
-        assert replica.life != life and replica.base_url != address and replica.starts == 2
+        assert replica.incarnation != incarnation and replica.base_url != address and replica.starts == 2
         assert any("killed" in each.why or "code -9" in each.why for each in found.history("m"))
         assert any("again in 0.2 s" in each.why for each in found.history("m"))
 
@@ -121,12 +121,12 @@ async def answer(replica: Replica, tokens: int) -> str:
 async def test_draining_waits_for_the_requests(tmp_path: Path) -> None:
     heard: list[Phase] = []
 
-    async def last_words(replica: Replica) -> None:
+    async def on_drained(replica: Replica) -> None:
         heard.append(replica.phase)
         assert replica.pid is not None
 
     served = recipe(weights(tmp_path, interval_ms=20.0, word="w"))
-    async with replica_set(tmp_path, served, last_words=last_words) as found:
+    async with replica_set(tmp_path, served, on_drained=on_drained) as found:
         (replica,) = await ready(found)
         working = asyncio.create_task(answer(replica, 60))
         await asyncio.sleep(0.3)
@@ -213,15 +213,15 @@ async def test_a_replica_is_lent_to_batches_and_taken_back(tmp_path: Path) -> No
     async with replica_set(tmp_path, recipe(weights(tmp_path))) as found:
         found.keeps_minimum = False
         await ready(found)
-        found.turn("m/0", batch_only=True, why="nobody asks")
+        found.set_batch_only("m/0", batch_only=True, why="nobody asks")
         assert found.views()[0].batch_only and found.views()[0].phase is Phase.READY
-        found.turn("m/0", batch_only=False, why="the flood")
+        found.set_batch_only("m/0", batch_only=False, why="the flood")
         assert not found.views()[0].batch_only
-        beside = found.start("m", ["local/0"], batch_only=True, beside=True)
-        await ready(found, beside)
+        colocated = found.start("m", ["local/0"], batch_only=True, colocated=True)
+        await ready(found, colocated)
         with pytest.raises(Conflict):
-            found.turn(beside, batch_only=False, why="the flood")
-        pid = found.replicas[beside].pid or 0
+            found.set_batch_only(colocated, batch_only=False, why="the flood")
+        pid = found.replicas[colocated].pid or 0
         assert os.sched_getscheduler(pid) == os.SCHED_IDLE
         assert os.sched_getscheduler(found.replicas["m/0"].pid or 0) == os.SCHED_OTHER
 

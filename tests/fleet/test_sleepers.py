@@ -21,7 +21,7 @@ from tidemill.tides.state import Phase
 async def asleep(found: ReplicaSet) -> Replica:
     (replica,) = await ready(found)
     found.keeps_minimum = False
-    found.turn(replica.name, batch_only=True, why="lent meanwhile")
+    found.set_batch_only(replica.name, batch_only=True, why="lent meanwhile")
     found.sleep(replica.name, "nobody asks")
     assert replica.phase is Phase.DRAINING and found.held() == {"local/0"}
     await until(lambda: replica.phase is Phase.ASLEEP)
@@ -31,7 +31,7 @@ async def asleep(found: ReplicaSet) -> Replica:
 async def test_one_that_sleeps_holds_no_device_and_wakes_as_the_same_process(tmp_path: Path) -> None:
     async with replica_set(tmp_path, recipe(weights(tmp_path))) as found:
         replica = await asleep(found)
-        pid, life = replica.pid, replica.life
+        pid, incarnation = replica.pid, replica.incarnation
         assert not replica.batch_only
         assert found.held() == set() and not replica.ready
         (view,) = found.views()
@@ -39,7 +39,7 @@ async def test_one_that_sleeps_holds_no_device_and_wakes_as_the_same_process(tmp
         found.wake(replica.name, "somebody asks")
         assert replica.phase is Phase.WARMING and found.held() == {"local/0"}
         await until(lambda: replica.ready)
-        assert (replica.pid, replica.life, replica.starts) == (pid, life, 1)
+        assert (replica.pid, replica.incarnation, replica.starts) == (pid, incarnation, 1)
         whys = [step.why for step in found.history("m")][-4:]
         assert whys[:2] == ["nobody asks", "nobody asks"] and "it wakes: somebody asks" in whys[2]
         assert "it woke in" in whys[3]
@@ -86,13 +86,13 @@ async def test_one_that_cannot_sleep_is_ended(tmp_path: Path) -> None:
         assert "it could not be put to sleep" in replica.why
 
 
-async def test_it_is_stopped_while_it_sleeps_and_its_last_words_are_heard(tmp_path: Path) -> None:
+async def test_it_is_stopped_while_it_sleeps_after_on_drained(tmp_path: Path) -> None:
     heard: list[str] = []
 
-    async def last_words(replica: Replica) -> None:
+    async def on_drained(replica: Replica) -> None:
         heard.append(replica.name)
 
-    async with replica_set(tmp_path, recipe(weights(tmp_path)), last_words=last_words) as found:
+    async with replica_set(tmp_path, recipe(weights(tmp_path)), on_drained=on_drained) as found:
         replica = await asleep(found)
         await found.stop(replica.name, "no more of its model may sleep")
         assert replica.phase is Phase.GONE and heard == ["m/0"]
@@ -118,10 +118,10 @@ async def test_one_that_is_ended_while_it_sleeps_holds_nothing_again(tmp_path: P
 async def test_one_that_was_restarted_often_is_not_stuck_when_it_sleeps(tmp_path: Path) -> None:
     async with replica_set(tmp_path, recipe(weights(tmp_path))) as found:
         (replica,) = await ready(found)
-        for life in (2, 3):
+        for incarnation in (2, 3):
             assert replica.pid is not None
             os.kill(replica.pid, signal.SIGKILL)
-            await until(lambda life=life: replica.starts == life and replica.ready)
+            await until(lambda incarnation=incarnation: replica.starts == incarnation and replica.ready)
         await asleep(found)
         assert not replica.stuck
         found.wake(replica.name, "somebody asks")

@@ -52,8 +52,9 @@ async def test_what_a_stranger_sends_all_the_same_is_not_kept(start: Start) -> N
     (connection,) = plane.server.connections
     for _ in range(20):
         await line.send(b"10000\r\n" + b"x" * 65536 + b"\r\n")
-    assert connection._receiving is not None and connection._receiving.incoming is not None
-    assert len(connection._receiving.incoming._buffer) == 0
+    receiving = connection._parser.receiving
+    assert receiving is not None and receiving.incoming is not None
+    assert len(receiving.incoming._buffer) == 0
     line.close()
 
 

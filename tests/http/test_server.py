@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.support.wire import Answer, Line, get, post
 from tidemill.gateway.endpoints.app import RequestIds
+from tidemill.http import request_parser
 from tidemill.http import server_connection as http_module
 from tidemill.http.server import ClientGone, Exchange, HttpServer
 
@@ -131,8 +132,8 @@ async def test_too_many_requests_ahead(serve: Serve) -> None:
     _, port = await serve()
     line = await Line.open(port)
     await line.send(get("/slow") * 200)
-    seen = [await line.answer() for _ in range(http_module.MAX_PIPELINED + 2)]
-    assert [answer.status for answer in seen[:-1]] == [200] * (http_module.MAX_PIPELINED + 1)
+    seen = [await line.answer() for _ in range(request_parser.MAX_PIPELINED + 2)]
+    assert [answer.status for answer in seen[:-1]] == [200] * (request_parser.MAX_PIPELINED + 1)
     assert seen[-1].status == 400 and b"ahead" in seen[-1].body
     line.close()
 

@@ -28,7 +28,8 @@ from tidemill.meter.log import UsageLog
 from tidemill.meter.records import Opened, Settled, encode_settled, to_record
 from tidemill.store.balance_leases import extend_lease, leased, leasing_workers
 from tidemill.store.engine import Store
-from tidemill.store.schema import log_positions, transactions
+from tidemill.store.tables.money import transactions
+from tidemill.store.tables.usage import log_positions
 from tidemill.store.tenants import Tenant
 from tidemill.store.usage import records_between
 

@@ -42,7 +42,7 @@ from tidemill.meter.records import Opened, encode_settled, settle
 from tidemill.store.accounts import tenant_balances
 from tidemill.store.engine import open_store, store_url
 from tidemill.store.migrate import migrate
-from tidemill.store.schema import leases
+from tidemill.store.tables.money import leases
 from tidemill.store.tenants import create_tenant
 from tidemill.store.usage import records_between
 

@@ -32,7 +32,7 @@ from tidemill.store.device_meters import (
 from tidemill.store.device_prices import agreed_price, current_device_prices, device_price_versions, set_device_price
 from tidemill.store.engine import Store
 from tidemill.store.ids import new_id
-from tidemill.store.schema import device_usage
+from tidemill.store.tables.usage import device_usage
 from tidemill.store.tenants import Tenant
 from tidemill.store.usage import month_usage
 
@@ -47,7 +47,7 @@ def price_of(store: Store, hour: int = HOUR, tier: DeviceTier = DeviceTier.PREEM
 
 def begin(store: Store, acme: Tenant, wish: MeterStart, at: datetime = OCTOBER) -> DeviceMeter:
     with store.write() as connection:
-        (meter,) = begin_meters(connection, tenant_id=acme.tenant_id, currency="CNY", wishes=[wish], now=at)
+        (meter,) = begin_meters(connection, tenant_id=acme.tenant_id, currency="CNY", starts=[wish], now=at)
     return meter
 
 

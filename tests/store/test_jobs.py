@@ -7,6 +7,15 @@ import pytest
 
 from tidemill.errors import Conflict, NotFound
 from tidemill.store.engine import Store
+from tidemill.store.job_transitions import (
+    begin_attempt,
+    end_attempt,
+    end_waiting,
+    note_preempting,
+    note_running,
+    note_waiting,
+    put_back,
+)
 from tidemill.store.jobs import (
     AssignedDevice,
     Attempt,
@@ -16,20 +25,13 @@ from tidemill.store.jobs import (
     JobState,
     TooManyJobs,
     ask_to_cancel,
-    begin_attempt,
     create_job,
-    end_attempt,
-    end_waiting,
     ended_before,
     find_job,
     list_attempts,
     list_jobs,
     new_job_id,
-    note_preempting,
-    note_running,
-    note_waiting,
     open_jobs,
-    put_back,
 )
 from tidemill.store.queues import Queue, find_queue, list_queues, remove_queue, set_queue
 from tidemill.store.reservations import (

@@ -9,7 +9,7 @@ from tests.store.databases import Databases
 from tidemill.errors import ConfigError
 from tidemill.store.engine import Store
 from tidemill.store.migrate import migrate, schema_head
-from tidemill.store.schema import metadata
+from tidemill.store.tables import metadata
 
 
 def revision_of(store: Store) -> str | None:

@@ -22,7 +22,8 @@ from tidemill.ledger.statement import usage_statement
 from tidemill.ledger.usage import MAX_TOKENS, RequestStatus, TokenUsage, UsageRecord
 from tidemill.store.accounts import account_balance, find_transaction
 from tidemill.store.engine import Store
-from tidemill.store.schema import transactions, usage_records
+from tidemill.store.tables.money import transactions
+from tidemill.store.tables.usage import usage_records
 from tidemill.store.tenants import Tenant
 from tidemill.store.usage import (
     device_use,

@@ -11,9 +11,9 @@ async def main() -> None:
     jobs = await Jobs(Path(sys.argv[1])).open()
     print("open", flush=True)
     while True:
-        for view in jobs.book.views():
+        for view in jobs.controller.views():
             if view.phase == "queued":
-                jobs.book.start(view.id, jobs.devices[: view.devices], "for a test")
+                jobs.controller.start(view.id, jobs.devices[: view.devices], "for a test")
         await asyncio.sleep(0.02)
 
 

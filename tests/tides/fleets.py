@@ -75,7 +75,7 @@ def model(name: str = "qwen", work: float = 0.0, **more: object) -> ModelView:
 
 def carried_out(before: FleetSnapshot, plan: Plan) -> FleetSnapshot:
     """The snapshot right after a plan was carried out."""
-    turned = {turn.replica: turn.batch_only for turn in plan.turn_replicas}
+    lent = {each.replica: each.batch_only for each in plan.lend_replicas}
     stopped = {stop.replica for stop in plan.stop_replicas}
     dozing = {stop.replica for stop in plan.stop_replicas if stop.sleep}
     woken = {start.wake for start in plan.start_replicas if start.wake is not None}
@@ -87,7 +87,7 @@ def carried_out(before: FleetSnapshot, plan: Plan) -> FleetSnapshot:
             each,
             phase=Phase.DRAINING if each.id in stopped else Phase.WARMING if each.id in woken else each.phase,
             dozing=each.id in dozing,
-            batch_only=turned.get(each.id, each.batch_only),
+            batch_only=lent.get(each.id, each.batch_only),
         )
         for each in before.replicas
     ]
@@ -147,7 +147,7 @@ def actions(plan: Plan) -> list[object]:
         *plan.stop_replicas,
         *plan.start_jobs,
         *plan.preempt_jobs,
-        *plan.turn_replicas,
+        *plan.lend_replicas,
         *plan.reserve,
     ]
 
@@ -225,7 +225,7 @@ def check(before: FleetSnapshot, plan: Plan) -> None:
         assert complete, "a job was preempted for work that does not get all that it needs"
     assert len({each.job for each in plan.preempt_jobs}) == len(plan.preempt_jobs)
     assert len({each.replica for each in plan.stop_replicas}) == len(plan.stop_replicas)
-    assert not {each.replica for each in plan.stop_replicas} & {each.replica for each in plan.turn_replicas}
+    assert not {each.replica for each in plan.stop_replicas} & {each.replica for each in plan.lend_replicas}
 
     queues = {each.name: each for each in before.queues}
     used: Counter[str] = Counter()

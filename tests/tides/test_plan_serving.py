@@ -76,12 +76,12 @@ def test_replicas_are_given_up_late() -> None:
 def test_a_replica_is_lent_to_batches_rather_than_stopped_and_taken_back_at_once() -> None:
     less = model(work=500.0, peak=500.0)
     decided = plan(snapshot(FOUR, models=[less], replicas=replicas("a", "b"), backlogs=[LINES]))
-    assert [turn.batch_only for turn in decided.turn_replicas] == [True] and not decided.stop_replicas
+    assert [lent.batch_only for lent in decided.lend_replicas] == [True] and not decided.stop_replicas
     lent = [*replicas("a"), replica("b", "qwen", IDS[1], batch_only=True, filler=3)]
     more = snapshot(FOUR[:2], models=[model(work=1400.0)], replicas=lent, backlogs=[LINES])
     decided = plan(more)
-    assert [(turn.replica, turn.batch_only) for turn in decided.turn_replicas] == [("b", False)]
-    stopped = plan(more, Rules(turn=False))
+    assert [(lent.replica, lent.batch_only) for lent in decided.lend_replicas] == [("b", False)]
+    stopped = plan(more, Rules(lend_replicas=False))
     assert [stop.replica for stop in stopped.stop_replicas] == ["b"]
 
 
@@ -282,7 +282,9 @@ def test_replicas_that_stay_and_that_are_taken_back_are_apart() -> None:
     assert nodes_of(carried_out(before, plan(before))) == ["n0", "n1"], "though it is the least busy one"
     lent = [replica("b", "qwen", "n0/1", batch_only=True), replica("c", "qwen", "n1/0", batch_only=True, filler=3)]
     before = snapshot(views, models=[chat], replicas=[here[0], *lent], backlogs=[LINES])
-    assert [(turn.replica, turn.batch_only) for turn in plan(before, Rules(turn=True)).turn_replicas] == [("c", False)]
+    assert [(lent.replica, lent.batch_only) for lent in plan(before, Rules(lend_replicas=True)).lend_replicas] == [
+        ("c", False)
+    ]
 
 
 @given(

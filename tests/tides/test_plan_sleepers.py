@@ -109,11 +109,11 @@ def test_a_device_that_is_free_rather_than_a_home_that_is_coming() -> None:
     assert start.wake is None and start.devices != (IDS[0],)
 
 
-def test_a_pressing_deadline_is_not_lost_to_save_a_start() -> None:
+def test_an_urgent_deadline_is_not_lost_to_save_a_start() -> None:
     two = devices(2)
     asleep = replica("z", "qwen", "n0/0", phase=Phase.ASLEEP)
-    pressing = job("pressing", 1, ["n0/0"], deadline=NOW + 650, remaining_s=600.0)
+    urgent = job("urgent", 1, ["n0/0"], deadline=NOW + 650, remaining_s=600.0)
     cheap = job("cheap", 1, ["n0/1"])
     chat = model(work=100.0, sleepers=1)
-    decided = plan(snapshot(two, models=[chat], replicas=[asleep], jobs=[pressing, cheap]))
+    decided = plan(snapshot(two, models=[chat], replicas=[asleep], jobs=[urgent, cheap]))
     assert [each.job for each in decided.preempt_jobs] == ["cheap"]

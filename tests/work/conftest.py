@@ -17,7 +17,7 @@ from tidemill.store.engine import open_store, store_url
 from tidemill.store.files import File, FileQuota, add_file
 from tidemill.store.ids import new_id
 from tidemill.store.migrate import migrate
-from tidemill.store.schema import batches
+from tidemill.store.tables.files import batches
 from tidemill.store.tenants import create_tenant
 from tidemill.work.batches.attempt import LineAnswer, LineCall
 from tidemill.work.batches.lifecycle import Lifecycle

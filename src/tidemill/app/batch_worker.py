@@ -5,11 +5,9 @@ standard input is the supervisor's death; what is in flight may then end for a m
 """
 
 import asyncio
-import contextlib
 import fcntl
 import os
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -20,6 +18,7 @@ import uvloop
 from sqlalchemy import make_url
 
 from tidemill.app.logs import configure_logs
+from tidemill.child_protocol import Commands, finish_within, report
 from tidemill.gateway.auth.internal_token import InvalidInternalToken
 from tidemill.gateway.endpoints.files import FileRules
 from tidemill.http.client import ConnectionPool, EngineAddress, EngineConnection, EngineLost
@@ -152,7 +151,7 @@ class RunnerModels:
         self.slack.parallel = {model.name: model.parallel for model in models}
 
 
-async def work(spec: RunnerSpec, commands: asyncio.StreamReader) -> None:
+async def work(spec: RunnerSpec, commands: Commands) -> None:
     """Run batches until the supervisor says stop or is gone."""
     loop = asyncio.get_running_loop()
     store = open_store(make_url(spec.store_url))
@@ -175,18 +174,16 @@ async def work(spec: RunnerSpec, commands: asyncio.StreamReader) -> None:
     os.close(lock)
 
 
-async def _obey(commands: asyncio.StreamReader, known: RunnerModels, more: Callable[[], None]) -> float:
+async def _obey(commands: Commands, known: RunnerModels, more: Callable[[], None]) -> float:
     """Carry out the supervisor's commands; returns the grace period when it is time to stop. `more`: to be called when
     more lines may be begun."""
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     stopped = asyncio.create_task(stop.wait())
     while True:
-        line_task = asyncio.create_task(commands.readline())
-        await asyncio.wait([line_task, stopped], return_when=asyncio.FIRST_COMPLETED)
-        if not line_task.done() or not (line := line_task.result()):
+        command = await commands.next(RunnerCommand, until=stopped)
+        if command is None:
             return ORPHAN_GRACE_S
-        command = msgspec.json.decode(line, type=RunnerCommand)
         match command.do:
             case "models":
                 known.learn(command.models)
@@ -199,23 +196,12 @@ async def _obey(commands: asyncio.StreamReader, known: RunnerModels, more: Calla
                 return command.grace_s
 
 
-async def _close(runner: BatchRunner, commands: asyncio.StreamReader, grace_s: float) -> None:
+async def _close(runner: BatchRunner, commands: Commands, grace_s: float) -> None:
     """Let lines in flight end for `grace_s` seconds, or less when the supervisor says stop once more or dies."""
     closing = asyncio.create_task(runner.close(grace_s))
-    while not closing.done():
-        line_task = asyncio.create_task(commands.readline())
-        await asyncio.wait([line_task, closing], return_when=asyncio.FIRST_COMPLETED)
-        if not line_task.done():
-            line_task.cancel()
-            break
-        line = line_task.result()
-        again = (
-            msgspec.json.decode(line, type=RunnerCommand) if line else RunnerCommand(do="stop", grace_s=ORPHAN_GRACE_S)
-        )
-        if again.do == "stop":
-            await asyncio.wait([closing], timeout=again.grace_s)
-            runner.cut_off()
-            break
+    await finish_within(closing, commands, RunnerCommand, orphan_grace_s=ORPHAN_GRACE_S)
+    if not closing.done():
+        runner.cut_off()
     await closing
 
 
@@ -234,11 +220,10 @@ async def _locked(path: Path) -> int:
 async def _tell_backlogs(runner: BatchRunner) -> None:
     told: RunnerReport | None = None
     while True:
-        report = RunnerReport(backlogs=tuple(runner.backlogs()))
-        if report != told:
-            told = report
-            with contextlib.suppress(OSError):  # a supervisor that is gone is noticed elsewhere
-                os.write(1, msgspec.json.encode(report) + b"\n")
+        backlogs = RunnerReport(backlogs=tuple(runner.backlogs()))
+        if backlogs != told:
+            told = backlogs
+            report(backlogs)
         await asyncio.sleep(REPORT_S)
 
 
@@ -249,12 +234,10 @@ async def _sweep(send: LoopbackSender) -> None:
 
 
 async def _main() -> None:
-    loop = asyncio.get_running_loop()
-    commands = asyncio.StreamReader(limit=16 * 1024 * 1024)
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
-    first = await commands.readline()
-    if first:
-        await work(msgspec.json.decode(first, type=RunnerSpec), commands)
+    commands = await Commands.open()
+    spec = await commands.next(RunnerSpec)
+    if spec is not None:
+        await work(spec, commands)
 
 
 def main() -> None:

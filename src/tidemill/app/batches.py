@@ -4,14 +4,13 @@ import asyncio
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import msgspec
 import structlog
 
 from tidemill.app.batch_worker import RunnerCommand, RunnerModel, RunnerReport, RunnerSpec
-from tidemill.app.children import Child, start_child
-from tidemill.app.config.platform import Config
+from tidemill.app.config.schema.platform import Config
 from tidemill.app.datadir import DataDir
 from tidemill.app.gateways import file_rules
+from tidemill.child_protocol import Child, start_child
 from tidemill.gateway.routing.models import ModelSpec
 from tidemill.tides.state import BacklogView
 
@@ -21,11 +20,10 @@ UPSTREAM_PARALLEL = 8
 """Lines at a time at an upstream, when the configuration does not say."""
 
 log = structlog.get_logger()
-_decode_report = msgspec.json.Decoder(RunnerReport).decode
 
 
 class BatchProcess:
-    """The one runner of this platform, life after life."""
+    """The one batch runner of this platform, started again whenever its process ends."""
 
     def __init__(
         self,
@@ -109,7 +107,7 @@ class BatchProcess:
         while not self._stopping:
             began = loop.time()
             try:
-                code = await self._one_life()
+                code = await self._run_once()
             except OSError as error:  # no process or no log file to be had, for now
                 code = error.errno or 1
             if self._stopping:
@@ -120,7 +118,7 @@ class BatchProcess:
             log.error("the batch runner has died; it is started again", code=code, restart_in_s=wait)
             await asyncio.sleep(wait)
 
-    async def _one_life(self) -> int:
+    async def _run_once(self) -> int:
         child = await start_child("batches", "tidemill.app.batch_worker", [], self._data.log_file("batches"))
         self._child = child
         if self._stopping:  # meanwhile; `stop` has spoken to the one before
@@ -135,19 +133,14 @@ class BatchProcess:
             token=self._token,
             models=self._models(),
         )
-        child.tell(msgspec.json.encode(spec))
+        child.tell(spec)
         self._tell(RunnerCommand(do="load", waiting=self._waiting))
         self._tell(RunnerCommand(do="slots", slots=self._allowed))
-        while line := await child.line():
-            self._hear(line)
+        async for report in child.reports(RunnerReport):
+            self._hear(report)
         return await child.wait()
 
-    def _hear(self, line: bytes) -> None:
-        try:
-            report = _decode_report(line)
-        except msgspec.DecodeError:
-            log.warning("the batch runner says what is no report", line=line[:200])
-            return
+    def _hear(self, report: RunnerReport) -> None:
         models = [backlog.model for backlog in self.backlogs]
         self.backlogs = report.backlogs
         if models != [backlog.model for backlog in self.backlogs]:
@@ -166,4 +159,4 @@ class BatchProcess:
 
     def _tell(self, command: RunnerCommand) -> None:
         if self._child is not None:
-            self._child.tell(msgspec.json.encode(command))
+            self._child.tell(command)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, func, select
 
-from tidemill.app.config.platform import Config
+from tidemill.app.config.schema.platform import Config
 from tidemill.clock import from_micros, to_micros
 from tidemill.errors import ConfigError
 from tidemill.ledger.money import parse_amount
@@ -21,7 +21,9 @@ from tidemill.store.keys import create_key
 from tidemill.store.migrate import migrate
 from tidemill.store.prices import set_price
 from tidemill.store.revision import get_setting, set_setting
-from tidemill.store.schema import tenants, transactions, usage_records
+from tidemill.store.tables.money import transactions
+from tidemill.store.tables.tenants import tenants
+from tidemill.store.tables.usage import usage_records
 from tidemill.store.tenants import create_tenant
 
 

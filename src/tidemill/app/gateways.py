@@ -7,14 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import msgspec
 import structlog
 
-from tidemill.app.children import Child, start_child
-from tidemill.app.config.platform import Config
+from tidemill.app.config.schema.platform import Config
 from tidemill.app.datadir import DataDir
 from tidemill.app.jobs import tenant_rules
 from tidemill.app.worker import GatewayCommand, GatewayReport, WorkerSpec
+from tidemill.child_protocol import Child, start_child
 from tidemill.errors import Conflict, Unavailable
 from tidemill.gateway.endpoints.batches import BatchRules
 from tidemill.gateway.endpoints.files import FileRules
@@ -31,11 +30,10 @@ FIRST_STARTS = 3
 """A gateway process that has never listened is given up after so many attempts."""
 
 log = structlog.get_logger()
-_decode_report = msgspec.json.Decoder(GatewayReport).decode
 
 
 class GatewayProcess:
-    """One gateway process, life after life."""
+    """One gateway worker, started again whenever its process ends."""
 
     def __init__(self, index: int, owner: "Gateways") -> None:
         self.index = index
@@ -43,7 +41,7 @@ class GatewayProcess:
         self.load = GatewayReport(say="load")
         """Its requests in flight and those that wait."""
         self.figures = MetricsSnapshot()
-        """What its present life has counted."""
+        """What its present process has counted."""
         self.gauges = ProcessGauges()
         self.worker_id = ""
         self.restarts = 0
@@ -86,7 +84,7 @@ class GatewayProcess:
 
     def tell(self, command: GatewayCommand) -> None:
         if self._child is not None:
-            self._child.tell(msgspec.json.encode(command))
+            self._child.tell(command)
 
     async def stop(self, grace_s: float) -> None:
         """Let its open requests finish for `grace_s` seconds, then end it."""
@@ -108,7 +106,7 @@ class GatewayProcess:
             starts += 1
             self.restarts = starts - 1
             try:
-                code = await self._one_life()
+                code = await self._run_once()
             except OSError as error:  # no process or no log file to be had, for now
                 code = error.errno or 1
             self.listening = False
@@ -134,7 +132,7 @@ class GatewayProcess:
             log.error("a gateway process has died; it is started again", worker=self.index, code=code)
             await asyncio.sleep(RESTART_AFTER_S)
 
-    async def _one_life(self) -> int:
+    async def _run_once(self) -> int:
         spec = self._owner.worker_spec(self.index)
         self.worker_id = spec.worker_id
         name = f"gateway-{self.index}"
@@ -145,12 +143,9 @@ class GatewayProcess:
         if self._owner.stopping:  # meanwhile; `stop` has spoken to the one before
             await child.end()
             return 0
-        child.tell(msgspec.json.encode(spec))
-        while line := await child.line():
-            try:
-                self._hear(_decode_report(line))
-            except msgspec.DecodeError:
-                log.warning("a gateway process says what is no report", worker=self.index, line=line[:200])
+        child.tell(spec)
+        async for report in child.reports(GatewayReport):
+            self._hear(report)
         return await child.wait()
 
     def _hear(self, report: GatewayReport) -> None:
@@ -222,7 +217,7 @@ class Gateways:
         self.processes = [GatewayProcess(index, self) for index in range(workers)]
 
     def worker_spec(self, index: int) -> WorkerSpec:
-        """What a gateway process is told at its start; each life has an id and a meter directory of its own."""
+        """What a gateway process is told at its start; each process has an id and a meter directory of its own."""
         gateway = self._config.gateway
         return WorkerSpec(
             worker_id=f"gw{index}-{secrets.token_hex(6)}",

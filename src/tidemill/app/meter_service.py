@@ -154,11 +154,11 @@ class MeterService:
     def keep_samples(self, samples: list[Sample]) -> None:
         now = datetime.now(UTC)
         with self._store.write() as connection:
-            for replica, life, counters in samples:
+            for replica, incarnation, counters in samples:
                 note_counters(
                     connection,
                     replica=replica,
-                    life=life,
+                    life=incarnation,
                     prompt=counters.prompt,
                     completion=counters.completion,
                     now=now,

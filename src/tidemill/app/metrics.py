@@ -17,7 +17,7 @@ from tidemill.gateway.metrics import MetricsSnapshot, ModelFigures, ProcessGauge
 from tidemill.gateway.routing.models import ModelSpec
 from tidemill.meter.histogram import Histogram
 from tidemill.store.files import UNFINISHED
-from tidemill.store.schema import batches
+from tidemill.store.tables.files import batches
 
 US = 1_000_000
 OF_MODEL = ("model", "tier")

@@ -1,6 +1,6 @@
 """The devices of this machine as the configuration has them: declared in `[nodes.local]`, else found."""
 
-from tidemill.app.config.platform import Config
+from tidemill.app.config.schema.platform import Config
 from tidemill.fleet.backend import Device
 from tidemill.fleet.device_kinds import check_kind, kind_of, memory_of
 from tidemill.fleet.devices import DeclaredDevices, declared, discover

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import msgspec
 
-from tidemill.app.config.fleet import GPU_ENGINES, OWN_ENGINES, FleetConfig
-from tidemill.app.config.models import ModelConfig
-from tidemill.app.config.platform import Config
+from tidemill.app.config.schema.fleet import FleetConfig
+from tidemill.app.config.schema.models import GPU_ENGINES, OWN_ENGINES, ModelConfig
+from tidemill.app.config.schema.platform import Config
 from tidemill.engines.launch import CommandLine, EngineLaunch, MultiNode
 from tidemill.engines.llamacpp_child import LlamaCppLaunch
 from tidemill.engines.registry import CONTROLS, LAUNCHERS, PROGRAMS

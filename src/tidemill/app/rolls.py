@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from tidemill.app.config.platform import Config
+from tidemill.app.config.schema.platform import Config
 from tidemill.app.datadir import DataDir
 from tidemill.app.recipes import weights_of
 from tidemill.errors import BadInput, ConfigError, NotFound

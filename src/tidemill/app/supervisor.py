@@ -11,30 +11,27 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import structlog
-from granian.constants import Interfaces
-from granian.server.embed import Server as ControlServer
 from prometheus_client.metrics_core import Metric
 
 from tidemill import __version__
 from tidemill.app.batches import BatchProcess
 from tidemill.app.bootstrap import FirstTenant, prepare_store
-from tidemill.app.config.platform import Config
+from tidemill.app.config.schema.platform import Config
+from tidemill.app.control_server import ControlServer
 from tidemill.app.datadir import DataDir, Runtime
 from tidemill.app.fleet import Fleet
 from tidemill.app.gateways import Gateways
-from tidemill.app.jobs import job_book, job_files, job_limits
+from tidemill.app.jobs import job_controller, job_files, job_limits
 from tidemill.app.meter_service import MeterService
 from tidemill.app.metrics import BatchBacklog, PlatformMetrics, families, read_trough
+from tidemill.app.platform_state import PlatformState, ServedModelState, model_states, reachable
 from tidemill.app.rolls import PlatformRolls
 from tidemill.app.tide import Tide
-from tidemill.errors import Conflict, TidemillError, Unavailable
+from tidemill.errors import TidemillError, Unavailable
 from tidemill.fleet.history import DemandHistory
 from tidemill.fleet.roll import RollState
 from tidemill.fleet.status import FleetStatus
-from tidemill.ledger.money import Nanos, parse_amount
-from tidemill.ledger.pricing import Price
 from tidemill.meter.reconcile import ReconcileReport
 from tidemill.store.engine import Store, open_store, store_url
 from tidemill.store.job_files import JobFiles
@@ -50,30 +47,6 @@ log = structlog.get_logger()
 ControlApp = Callable[["Supervisor", str], Any]
 """Makes the control plane's ASGI application from the platform and the SHA-256 of the admin token."""
 Progress = Callable[[str], None]
-
-
-class ServedModelState(msgspec.Struct, frozen=True):
-    """A model as the control plane shows it."""
-
-    name: str
-    engine: str
-    state: str
-    replicas_ready: int
-    replicas_total: int
-    endpoint: str | None
-    cost_per_hour: Nanos
-    token_cost: Price | None = None
-
-
-class PlatformState(msgspec.Struct, frozen=True):
-    """How the platform does."""
-
-    version: str
-    state: str
-    started_at: datetime
-    gateway_url: str
-    workers_ready: int
-    workers_total: int
 
 
 class Supervisor:
@@ -129,11 +102,11 @@ class Supervisor:
 
     @property
     def url(self) -> str:
-        return f"http://{_reachable(self.config.host)}:{self.port}/v1"
+        return f"http://{reachable(self.config.host)}:{self.port}/v1"
 
     @property
     def control_url(self) -> str:
-        return f"http://{_reachable(self.config.control_host)}:{self.control_port}"
+        return f"http://{reachable(self.config.control_host)}:{self.control_port}"
 
     async def drain_usage(self) -> None:
         """All that was settled until now is in the store afterwards, as far as it can be loaded."""
@@ -148,22 +121,7 @@ class Supervisor:
         await self._gateways.refresh()
 
     def models(self) -> list[ServedModelState]:
-        states = []
-        for spec in self._fleet.specs():
-            ready = sum(replica.ready for replica in spec.replicas)
-            states.append(
-                ServedModelState(
-                    name=spec.name,
-                    engine=spec.engine,
-                    state="ready" if ready else "starting",
-                    replicas_ready=ready,
-                    replicas_total=len(spec.replicas),
-                    endpoint=next((replica.base_url for replica in spec.replicas if replica.ready), None),
-                    cost_per_hour=parse_amount(self.config.models[spec.name].cost_per_hour),
-                    token_cost=None if spec.cost is None else spec.cost.price,
-                )
-            )
-        return states
+        return model_states(self._fleet.specs(), self.config.models)
 
     def status(self) -> PlatformState:
         processes = self._gateways.processes
@@ -242,7 +200,7 @@ class Supervisor:
         with self.store.read() as connection:
             return read_trough(connection)
 
-    # Its life
+    # Start, stop
 
     async def run(self, ready: Callable[["Supervisor"], None]) -> bool:
         """Start everything, call `ready`, run until a signal, stop in order. True when all open requests finished.
@@ -284,7 +242,7 @@ class Supervisor:
         self._rolling = PlatformRolls(self.config, self.data, self._fleet.replicas)
         self._rolling.restore()
         self._job_files = await asyncio.to_thread(job_files, self.config, self._config_dir, self.data)
-        self.jobs = job_book(self.config, store, self._fleet.backend, self._job_files)
+        self.jobs = job_controller(self.config, store, self._fleet.backend, self._job_files)
         self.jobs.shared = self._fleet.replicas.shared
         self._fleet.replicas.held_elsewhere = lambda: {device for job in self.jobs.views() for device in job.on}
         self._gateways = Gateways(
@@ -321,7 +279,9 @@ class Supervisor:
         self._progress("starting the engines and the gateway")
         await self._fleet.start()
         await self.jobs.open()
-        await self._start_control()
+        app = self._control_app(self, digest_of(self.data.admin_token()))
+        self._control = ControlServer(app, self.config.control_host, self.control_port)
+        await self._control.start()
         self._gateways.heard = self._tide.note_load
         await self._gateways.start()
         self._tide.start()
@@ -351,26 +311,6 @@ class Supervisor:
                 async with asyncio.timeout(0.05):
                     await self._stop.wait()
 
-    async def _start_control(self) -> None:
-        app = self._control_app(self, digest_of(self.data.admin_token()))
-        self._control = ControlServer(
-            app,
-            address=self.config.control_host,
-            port=self.control_port,
-            interface=Interfaces.ASGI,
-            log_enabled=False,
-            websockets=False,
-        )
-        try:
-            await _try_port(self.config.control_host, self.control_port)
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise Conflict(
-                f"Port {self.control_port} cannot be listened on: {reason}.",
-                hint="Another program uses it; choose another with --control-port.",
-            ) from error
-        self._control_task: asyncio.Task[None] = asyncio.create_task(self._control.serve())
-
     async def _shut_down(self) -> bool:
         finished = True
         if hasattr(self, "_gateways"):
@@ -395,11 +335,8 @@ class Supervisor:
             with suppress(TidemillError):
                 await self._metering.sample()
             await self._fleet.stop()
-        if hasattr(self, "_control_task"):
-            self._control.stop()  # type: ignore[no-untyped-call]
-            with suppress(TimeoutError):
-                async with asyncio.timeout(5.0):
-                    await asyncio.gather(self._control_task, return_exceptions=True)
+        if hasattr(self, "_control"):
+            await self._control.stop()
         if hasattr(self, "_metering"):
             await self._metering.close()
         if self._store is not None:
@@ -427,14 +364,3 @@ class Supervisor:
 
     def _gateway_ended(self) -> None:
         """Nothing to do at once: the loader finds the directory of the dead process unlocked and finishes it."""
-
-
-def _reachable(host: str) -> str:
-    return "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
-
-
-async def _try_port(host: str, port: int) -> None:
-    """Raises OSError when the address cannot be listened on."""
-    server = await asyncio.get_running_loop().create_server(asyncio.Protocol, host, port)
-    server.close()
-    await server.wait_closed()

@@ -13,8 +13,8 @@ import msgspec
 import structlog
 
 from tidemill.app.batches import BatchProcess
-from tidemill.app.config.models import ModelConfig
-from tidemill.app.config.platform import Config
+from tidemill.app.config.schema.models import ModelConfig
+from tidemill.app.config.schema.platform import Config
 from tidemill.app.fleet import Fleet, objective_of
 from tidemill.errors import NotFound
 from tidemill.fleet.backend import Node
@@ -28,7 +28,6 @@ from tidemill.fleet.traffic import CapacityMeter, ModelTraffic
 from tidemill.gateway.routing.demand import DemandReport
 from tidemill.store.drains import drain, read_drained, undrain
 from tidemill.store.engine import Store
-from tidemill.tides.rules import RULES
 from tidemill.tides.slack import ReplicaLoad, adapted, filler_slots
 from tidemill.tides.state import BacklogView, Demand, ModelView
 
@@ -73,7 +72,7 @@ class ModelTide:
         return self.recipe.min_replicas != self.recipe.max_replicas
 
     @property
-    def beside(self) -> bool:
+    def colocated(self) -> bool:
         """Lines run in a replica beside each ordinary one."""
         filler = self.config.filler
         return filler == "beside" or (filler is None and self.recipe.engine == "llamacpp")
@@ -109,7 +108,7 @@ class Tide:
         self._drained: dict[str, str] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._adapt_at = 0.0
-        self.controller = FleetController(self, fleet.replicas, jobs, rules=msgspec.structs.replace(RULES, turn=True))
+        self.controller = FleetController(self, fleet.replicas, jobs)
 
     async def open(self) -> None:
         """Read what is remembered. Raises Unavailable."""
@@ -184,7 +183,7 @@ class Tide:
     def backlogs(self) -> Sequence[BacklogView]:
         return self._batches.backlogs
 
-    def beside(self) -> Collection[str]:
+    def colocated_models(self) -> Collection[str]:
         now = time.monotonic()
         work = {each.model: sum(part for part, _ in each.parts) for each in self._batches.backlogs}
         wanted = set()
@@ -192,7 +191,7 @@ class Tide:
             left, running = work.get(name, 0.0), now < model.lines_until
             if left >= BESIDE_WORK or (running and left > 0):
                 model.lines_until = now + BESIDE_LINGER_S
-            if model.beside and now < model.lines_until:
+            if model.colocated and now < model.lines_until:
                 wanted.add(name)
         return wanted
 

@@ -25,6 +25,7 @@ import uvloop
 from sqlalchemy import make_url
 
 from tidemill.app.logs import configure_logs
+from tidemill.child_protocol import Commands, finish_within, report
 from tidemill.errors import Unavailable
 from tidemill.gateway.admission.admission import Admission
 from tidemill.gateway.admission.fair_queue import FairQueues
@@ -123,16 +124,7 @@ class GatewayReport(msgspec.Struct, kw_only=True):
     """For `/metrics`, once a second."""
 
 
-_decode_command = msgspec.json.Decoder(GatewayCommand).decode
-
-
-def tell(report: GatewayReport) -> None:
-    """Write a line to the supervisor. A supervisor that is gone is noticed elsewhere."""
-    with contextlib.suppress(OSError):
-        os.write(1, msgspec.json.encode(report) + b"\n")
-
-
-async def serve(spec: WorkerSpec, commands: asyncio.StreamReader) -> None:
+async def serve(spec: WorkerSpec, commands: Commands) -> None:
     """Run the data plane until the supervisor says stop or is gone."""
     loop = asyncio.get_running_loop()
     store = open_store(make_url(spec.store_url))
@@ -185,13 +177,13 @@ async def serve(spec: WorkerSpec, commands: asyncio.StreamReader) -> None:
     try:
         await server.listen(spec.host, spec.port, reuse_port=spec.reuse_port)
     except OSError as error:
-        tell(GatewayReport(say="failed", message=error.strerror or str(error)))
+        report(GatewayReport(say="failed", message=error.strerror or str(error)))
         return
     # What is alive now lives for ever; the collector need not look at it again, and need not look often.
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
-    tell(GatewayReport(say="listening"))
+    report(GatewayReport(say="listening"))
     stop = asyncio.Event()
     chores = [
         asyncio.create_task(chore)
@@ -215,8 +207,8 @@ async def serve(spec: WorkerSpec, commands: asyncio.StreamReader) -> None:
     await limits.shares.give_back()
     await meter.leasing.return_idle(all_of_it=True)
     meter.log.close()
-    tell(figures_of(meter, routes, queues))
-    tell(GatewayReport(say="stopped", all_finished=finished))
+    report(figures_of(meter, routes, queues))
+    report(GatewayReport(say="stopped", all_finished=finished))
     executor.shutdown(wait=False)
     clerks.shutdown(wait=False)
 
@@ -228,7 +220,7 @@ def _room_for_connections() -> int:
 
 
 async def _obey(
-    commands: asyncio.StreamReader,
+    commands: Commands,
     authenticator: Authenticator,
     routes: ModelRoutes,
     queues: FairQueues,
@@ -239,16 +231,9 @@ async def _obey(
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     stopped = asyncio.create_task(stop.wait())
     while True:
-        line_task = asyncio.create_task(commands.readline())
-        await asyncio.wait([line_task, stopped], return_when=asyncio.FIRST_COMPLETED)
-        if not line_task.done():
-            line_task.cancel()
-            await asyncio.wait([line_task])
+        command = await commands.next(GatewayCommand, until=stopped)
+        if command is None:
             return ORPHAN_GRACE_S
-        line = line_task.result()
-        if not line:
-            return ORPHAN_GRACE_S
-        command = _decode_command(line)
         match command.do:
             case "models":
                 routes.update(command.models)
@@ -256,28 +241,18 @@ async def _obey(
             case "refresh":
                 meter.leasing.refresh()
                 await authenticator.renew()
-                tell(GatewayReport(say="refreshed", ticket=command.ticket))
+                report(GatewayReport(say="refreshed", ticket=command.ticket))
             case "stop":
                 return command.grace_s
 
 
-async def _let_finish(server: HttpServer, commands: asyncio.StreamReader, grace_s: float) -> bool:
+async def _let_finish(server: HttpServer, commands: Commands, grace_s: float) -> bool:
     """Let open requests finish for `grace_s` seconds, or less when the supervisor says stop once more or dies; True
     when all of them did.
     """
     stopping = asyncio.create_task(server.stop(grace_s))
-    while not stopping.done():
-        line_task = asyncio.create_task(commands.readline())
-        await asyncio.wait([line_task, stopping], return_when=asyncio.FIRST_COMPLETED)
-        if not line_task.done():
-            line_task.cancel()
-            break
-        line = line_task.result()
-        command = _decode_command(line) if line else GatewayCommand(do="stop", grace_s=ORPHAN_GRACE_S)
-        if command.do == "stop":
-            await asyncio.wait([stopping], timeout=command.grace_s)
-            stopping.cancel()
-            break
+    await finish_within(stopping, commands, GatewayCommand, orphan_grace_s=ORPHAN_GRACE_S)
+    stopping.cancel()
     return server.working == 0
 
 
@@ -302,10 +277,10 @@ async def _tell_load(routes: ModelRoutes, queues: FairQueues) -> None:
         waiting = routes.activator.waiting
         for name, people in queues.people_waiting().items():
             waiting[name] = waiting.get(name, 0) + people
-        report = GatewayReport(say="load", active=active, waiting=waiting, load=routes.take_load())
-        if report != told:
-            told = report
-            tell(report)
+        load = GatewayReport(say="load", active=active, waiting=waiting, load=routes.take_load())
+        if load != told:
+            told = load
+            report(load)
 
 
 async def _sweep_shelf(response_store: ResponseStore) -> None:
@@ -325,11 +300,11 @@ async def _tell_figures(meter: GatewayMeter, routes: ModelRoutes, queues: FairQu
     told = b""
     while True:
         await asyncio.sleep(FIGURES_EVERY_S)
-        report = figures_of(meter, routes, queues)
-        encoded = msgspec.json.encode(report)
+        figures = figures_of(meter, routes, queues)
+        encoded = msgspec.json.encode(figures)
         if encoded != told and _heard():
             told = encoded
-            tell(report)
+            report(figures)
 
 
 def figures_of(meter: GatewayMeter, routes: ModelRoutes, queues: FairQueues) -> GatewayReport:
@@ -380,12 +355,10 @@ async def _watch_disk(meter: GatewayMeter, stop: asyncio.Event) -> None:
 
 
 async def _main() -> None:
-    loop = asyncio.get_running_loop()
-    commands = asyncio.StreamReader(limit=16 * 1024 * 1024)
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
-    first = await commands.readline()
-    if first:
-        await serve(msgspec.json.decode(first, type=WorkerSpec), commands)
+    commands = await Commands.open()
+    spec = await commands.next(WorkerSpec)
+    if spec is not None:
+        await serve(spec, commands)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from cyclopts import App, CycloptsError, UnknownCommandError
 from tidemill import __version__
 from tidemill.cli.output import complain
 from tidemill.errors import TidemillError
+from tidemill.suggestions import nearest
 
 USAGE_ERROR = 2
 """Exit code of a command that was not understood; 1: it was, and failed."""
@@ -79,11 +80,9 @@ def _wording(error: CycloptsError) -> str:
     if not isinstance(error, UnknownCommandError) or not error.unused_tokens or error.app is None:
         return str(error)
     # Its own wording imports all commands to look for hidden ones.
-    import difflib
-
     name, known = error.unused_tokens[0], [each for each in error.app if not each.startswith("-")]
-    near = difflib.get_close_matches(name, known, n=1)
-    advice = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(sorted(known))}."
+    near = nearest(name, known)
+    advice = f"Did you mean {near}?" if near else f"There are: {', '.join(sorted(known))}."
     return f"There is no command {name!r}. {advice}"
 
 

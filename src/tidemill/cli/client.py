@@ -105,8 +105,8 @@ class AdminClient:
     def limits(self, tenant: str | None) -> Json:
         return self._json("GET", "/limits", {"tenant": tenant})
 
-    def set_limits(self, **wish: Any) -> Json:
-        return self._json("POST", "/limits", body=wish)
+    def set_limits(self, **fields: Any) -> Json:
+        return self._json("POST", "/limits", body=fields)
 
     def remove_limit(self, limit: str) -> Json:
         return self._json("POST", "/limits/remove", body={"limit": limit})
@@ -128,8 +128,8 @@ class AdminClient:
     def job(self, job: str) -> Json:
         return self._json("GET", "/jobs/show", {"job": job})
 
-    def submit_job(self, **wish: Any) -> Json:
-        return self._json("POST", "/jobs", body=wish)
+    def submit_job(self, **fields: Any) -> Json:
+        return self._json("POST", "/jobs", body=fields)
 
     def cancel_job(self, job: str) -> Json:
         return self._json("POST", "/jobs/cancel", body={"job": job})
@@ -171,8 +171,8 @@ class AdminClient:
     def queues(self) -> Json:
         return self._json("GET", "/queues")
 
-    def set_queue(self, **wish: Any) -> Json:
-        return self._json("POST", "/queues", body=wish)
+    def set_queue(self, **fields: Any) -> Json:
+        return self._json("POST", "/queues", body=fields)
 
     def remove_queue(self, queue: str) -> Json:
         return self._json("POST", "/queues/remove", body={"queue": queue})
@@ -180,8 +180,8 @@ class AdminClient:
     def reservations(self, tenant: str | None, *, over: bool) -> Json:
         return self._json("GET", "/reservations", {"tenant": tenant, "over": "true" if over else None})
 
-    def create_reservation(self, **wish: Any) -> Json:
-        return self._json("POST", "/reservations", body=wish)
+    def create_reservation(self, **fields: Any) -> Json:
+        return self._json("POST", "/reservations", body=fields)
 
     def cancel_reservation(self, reservation: str) -> Json:
         return self._json("POST", "/reservations/cancel", body={"reservation": reservation})

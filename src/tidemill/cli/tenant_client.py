@@ -49,8 +49,8 @@ class TenantClient:
             raise BadInput(f"{path} cannot be read: {error.strerror or error}.") from error
 
     def create_batch(self, file_id: str, endpoint: str) -> Json:
-        wish = {"input_file_id": file_id, "endpoint": endpoint, "completion_window": "24h"}
-        body = json.dumps(wish).encode()
+        fields = {"input_file_id": file_id, "endpoint": endpoint, "completion_window": "24h"}
+        body = json.dumps(fields).encode()
         return _object(self._ask("POST", "/batches", body, {"Content-Type": "application/json"}), self.url)
 
     def batch(self, batch_id: str) -> Json:

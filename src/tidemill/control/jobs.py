@@ -14,9 +14,10 @@ from tidemill.ledger.money import format_amount
 from tidemill.store import jobs as job_store
 from tidemill.store.device_meters import meter_rows
 from tidemill.store.job_submission import JobLimits, JobSubmission
-from tidemill.store.job_submission import submit as submit_wish
+from tidemill.store.job_submission import submit as store_job
 from tidemill.store.jobs import UNFINISHED, Attempt, Job, JobState
-from tidemill.store.tenants import Tenant, list_tenants, nearest_hint
+from tidemill.store.tenants import Tenant, list_tenants
+from tidemill.suggestions import did_you_mean
 
 Json = dict[str, Any]
 
@@ -53,7 +54,7 @@ def submit_job(connection: Connection, request: JobRequest, limits: JobLimits, *
     if request.ranks not in (None, "node", "device"):
         raise BadInput(f"ranks: {request.ranks[:20]!r} is not node or device.", param="ranks")
     deadline = None if request.deadline is None else read_expiry("deadline", request.deadline, zone=zone, now=now)
-    wish = JobSubmission(
+    submission = JobSubmission(
         argv=tuple(request.command),
         name=request.name,
         devices=request.devices,
@@ -72,7 +73,7 @@ def submit_job(connection: Connection, request: JobRequest, limits: JobLimits, *
         env=request.env,
         workdir=request.workdir,
     )
-    return job_json(submit_wish(connection, wish, owner, limits, now=now), owner)
+    return job_json(store_job(connection, submission, owner, limits, now=now), owner)
 
 
 def list_jobs(
@@ -196,7 +197,7 @@ def _state(text: str) -> JobState:
         return JobState(text)
     except ValueError as error:
         known = [state.value for state in JobState]
-        hint = nearest_hint(text, known) or f"There are: {', '.join(known)}."
+        hint = did_you_mean(text, known) or f"There are: {', '.join(known)}."
         raise BadInput(f"state: {text[:40]!r} is not a state of jobs.", hint=hint, param="state") from error
 
 

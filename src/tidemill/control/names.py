@@ -11,7 +11,8 @@ from tidemill.errors import BadInput
 from tidemill.ledger.errors import LedgerError
 from tidemill.ledger.money import Nanos, check_currency, parse_amount
 from tidemill.ledger.period import Period, parse_period, zone_named
-from tidemill.store.tenants import Tenant, find_tenant, nearest_hint
+from tidemill.store.tenants import Tenant, find_tenant
+from tidemill.suggestions import did_you_mean
 
 _DURATION = re.compile(r"([0-9]{1,6})\s*(s|m|h|d|w)")
 LONGEST = timedelta(days=36_500)
@@ -103,7 +104,7 @@ def known_model(name: str, models: Collection[str]) -> str:
     """The name of a model that is served. Raises BadInput with the nearest one."""
     name = check_text("model", name, longest=128)
     if name not in models:
-        hint = nearest_hint(name, list(models)) or f"There are: {', '.join(sorted(models)) or 'none'}."
+        hint = did_you_mean(name, list(models)) or f"There are: {', '.join(sorted(models)) or 'none'}."
         raise BadInput(f"There is no model {name!r}.", hint=hint, param="model")
     return name
 

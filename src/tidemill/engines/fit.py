@@ -1,6 +1,6 @@
 """What fits where: the layouts of a model over given nodes, and what each of them leaves for context and concurrency.
 
-Pure: a model, nodes and a wish in; layouts with their arithmetic out.
+Pure: a model, nodes and a request in; layouts with their arithmetic out.
 """
 
 import re
@@ -62,7 +62,7 @@ class Fit(msgspec.Struct, frozen=True, kw_only=True):
     usable: int
     """Bytes of each device."""
     fits: bool
-    """The whole wish fits."""
+    """The whole request fits."""
     replicas: int
     """How many such replicas the group holds."""
     max_context: int
@@ -70,7 +70,7 @@ class Fit(msgspec.Struct, frozen=True, kw_only=True):
     max_sequences: int
     """Sequences of the wished context that a replica holds."""
     estimate: Estimate | None
-    """At the wish, or at `max_sequences` where that is fewer; None where there is nothing to estimate from."""
+    """At the request, or at `max_sequences` where that is fewer; None where there is nothing to estimate from."""
 
     @property
     def estimated_sequences(self) -> int:
@@ -108,7 +108,7 @@ def parse_tokens(text: str) -> int:
 
 
 def precision_for(spec: CatalogueModel, gpu: GpuSpec, wished: WeightPrecision | None) -> WeightPrecision:
-    """The precision that the weights are kept in. Raises BadInput when the device cannot hold the wished one."""
+    """The precision that the weights are kept in. Raises BadInput when the device cannot hold the requested one."""
     if wished is None:
         return spec.native if spec.native in gpu.precisions else "bf16"
     if wished not in gpu.precisions:
@@ -118,16 +118,19 @@ def precision_for(spec: CatalogueModel, gpu: GpuSpec, wished: WeightPrecision | 
     return wished
 
 
-def fits(spec: CatalogueModel, groups: Sequence[NodeGroup], wish: FitRequest) -> list[Fit]:
-    """All layouts on all groups, best first: those that fit the wish, by the tokens a second of the whole group (then
-    by the fewest devices); then the others, by what they hold. Raises BadInput for a wish that the model cannot take.
+def fits(spec: CatalogueModel, groups: Sequence[NodeGroup], request: FitRequest) -> list[Fit]:
+    """All layouts on all groups, best first: those that fit the request, by the tokens a second of the whole group
+    (then by the fewest devices); then the others, by what they hold. Raises BadInput for a request that the model
+    cannot take.
     """
-    if wish.context > spec.max_context:
+    if request.context > spec.max_context:
         raise BadInput(
-            f"{spec.name} takes at most {spec.max_context} tokens, not {wish.context}.",
+            f"{spec.name} takes at most {spec.max_context} tokens, not {request.context}.",
             hint="Longer contexts need a scaled rotary embedding (YaRN), which this does not account for.",
         )
-    return sorted((_fit(spec, group, layout, wish) for group in groups for layout in layouts(spec, group)), key=_rank)
+    return sorted(
+        (_fit(spec, group, layout, request) for group in groups for layout in layouts(spec, group)), key=_rank
+    )
 
 
 def _rank(fit: Fit) -> tuple[bool, float, int, int]:
@@ -168,22 +171,22 @@ def _cuts(spec: CatalogueModel, tp: int) -> bool:
     return spec.mla is not None or spec.kv_heads % tp == 0 or tp % spec.kv_heads == 0
 
 
-def _fit(spec: CatalogueModel, group: NodeGroup, layout: ReplicaLayout, wish: FitRequest) -> Fit:
-    precision = precision_for(spec, group.gpu, wish.precision)
-    usable = int(group.gpu.memory_bytes * wish.memory_share)
+def _fit(spec: CatalogueModel, group: NodeGroup, layout: ReplicaLayout, request: FitRequest) -> Fit:
+    precision = precision_for(spec, group.gpu, request.precision)
+    usable = int(group.gpu.memory_bytes * request.memory_share)
 
     def holds(context: int, sequences: int) -> bool:
-        return need(spec, layout, precision, wish.kv, context=context, sequences=sequences).total <= usable
+        return need(spec, layout, precision, request.kv, context=context, sequences=sequences).total <= usable
 
-    max_sequences = _largest(MAX_SEQUENCES, lambda count: holds(wish.context, count))
-    sequences = min(wish.sequences, max_sequences) if max_sequences else 0
+    max_sequences = _largest(MAX_SEQUENCES, lambda count: holds(request.context, count))
+    sequences = min(request.sequences, max_sequences) if max_sequences else 0
     return Fit(
         group=group,
         layout=layout,
         precision=precision,
-        need=need(spec, layout, precision, wish.kv, context=wish.context, sequences=wish.sequences),
+        need=need(spec, layout, precision, request.kv, context=request.context, sequences=request.sequences),
         usable=usable,
-        fits=max_sequences >= wish.sequences,
+        fits=max_sequences >= request.sequences,
         replicas=_replicas(group, layout),
         max_context=_largest(spec.max_context, lambda context: holds(context, 1)),
         max_sequences=max_sequences,
@@ -192,8 +195,8 @@ def _fit(spec: CatalogueModel, group: NodeGroup, layout: ReplicaLayout, wish: Fi
             layout,
             group.gpu,
             precision,
-            wish.kv,
-            context=wish.context,
+            request.kv,
+            context=request.context,
             sequences=sequences,
             per_node=group.per_node,
         )
@@ -219,7 +222,7 @@ def _largest(bound: int, holds: Callable[[int], bool]) -> int:
 
 
 def shortfall(fit: Fit) -> str:
-    """Why a layout does not hold the wish, in one sentence."""
+    """Why a layout does not hold the request, in one sentence."""
     fixed = fit.need.weights + fit.need.runtime + fit.need.activations
     if fixed > fit.usable:
         return f"weights and runtime alone are {fixed / GIB:.1f} of {fit.usable / GIB:.1f} GiB"

@@ -165,10 +165,10 @@ class LocalBackend:
         self._processes: set[LocalProcess] = set()
         self._kept: set[asyncio.Task[None]] = set()
         self._orphans: dict[int, frozenset[str]] = {}
-        """Commands of an earlier life of this platform whose shims are still ending them, and their devices."""
+        """Commands of an earlier process of this platform whose shims are still ending them, and their devices."""
 
     async def open(self) -> None:
-        """Kill what an earlier life of this platform has left behind without a shim."""
+        """Kill what an earlier process of this platform has left behind without a shim."""
         self._orphans = await asyncio.to_thread(orphans, self._owner)
         shims = frozenset(self._orphans)
         strays = await asyncio.to_thread(sweep, lambda mark: mark.rpartition(":")[0] == self._owner, shims)
@@ -255,7 +255,7 @@ class LocalBackend:
         return name in self._secret or name.startswith("TIDEMILL_")
 
     async def _wait_for_orphans(self, devices: set[str]) -> None:
-        """Until what an earlier life ran on these devices has gone: two on one device would not fit its memory."""
+        """Until what an earlier process ran on these devices has gone: two on one device would not fit its memory."""
         while True:
             self._orphans = {pid: held for pid, held in self._orphans.items() if alive(pid)}
             if not any(held & devices for held in self._orphans.values()):
@@ -264,7 +264,7 @@ class LocalBackend:
 
 
 def orphans(owner: str) -> dict[int, frozenset[str]]:
-    """The shims of an earlier life of this platform, by process id, and the devices that they hold."""
+    """The shims of an earlier process of this platform, by process id, and the devices that they hold."""
     found = {}
     for pid, environment in _environments():
         mark = environment.get(b"TIDEMILL_SHIM", b"").decode(errors="replace")

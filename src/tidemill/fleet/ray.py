@@ -10,16 +10,16 @@ import asyncio
 import contextlib
 import itertools
 import secrets
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import structlog
 
+from tidemill.child_protocol import Child, start_child
 from tidemill.errors import Unavailable
 from tidemill.fleet.backend import CannotStart, Device, Node, Process, ProcessEnd, ProcessSpec
-from tidemill.fleet.ray_messages import RayCommand, RayMessage, RayNode, RayPart, RayStarted, decode_word, encode
+from tidemill.fleet.ray_messages import RayCommand, RayMessage, RayNode, RayPart, RayStarted
 
 OPEN_WITHIN_S = 60.0
 AGAIN_AFTER_S = (1.0, 2.0, 5.0, 15.0)
@@ -100,7 +100,7 @@ class RayBackend:
         """
         self._address = address
         self._log_fd = log_fd
-        self._child: asyncio.subprocess.Process | None = None
+        self._child: Child | None = None
         self._watch: asyncio.Task[None] | None = None
         self._joined = asyncio.Event()
         self._why = "the Ray cluster has not been joined yet"
@@ -192,15 +192,8 @@ class RayBackend:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(2 * CLOSE_GRACE_S):
                 await asyncio.gather(*(process.stop(CLOSE_GRACE_S) for process in list(self._processes.values())))
-        if self._child is not None and self._child.returncode is None:
-            assert self._child.stdin is not None
-            self._child.stdin.close()
-            try:
-                async with asyncio.timeout(CLOSE_GRACE_S):
-                    await self._child.wait()
-            except TimeoutError:
-                self._child.kill()
-                await self._child.wait()
+        if self._child is not None and self._child.alive:
+            await self._child.end(CLOSE_GRACE_S)
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)
@@ -211,7 +204,7 @@ class RayBackend:
         failures = 0
         while not self._closing:
             try:
-                await self._one_life()
+                await self._run_once()
             except OSError as error:
                 self._why = error.strerror or str(error)
             failures = 0 if self._joined.is_set() else failures + 1
@@ -221,21 +214,10 @@ class RayBackend:
             log.warning("the Ray cluster is not joined", address=self._address, reason=self._why)
             await asyncio.sleep(AGAIN_AFTER_S[min(failures, len(AGAIN_AFTER_S) - 1)])
 
-    async def _one_life(self) -> None:
-        self._child = child = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "tidemill.fleet.ray_bridge",
-            self._address,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=self._log_fd(),
-            start_new_session=True,
-            limit=16 * 1024 * 1024,
-        )
-        assert child.stdout is not None
-        while line := await child.stdout.readline():
-            self._hear(decode_word(line))
+    async def _run_once(self) -> None:
+        self._child = child = await start_child("ray", "tidemill.fleet.ray_bridge", [self._address], self._log_fd())
+        async for message in child.reports(RayMessage):
+            self._hear(message)
         await child.wait()
         if self._joined.is_set():
             self._why = "the connection to the Ray cluster was lost"
@@ -279,9 +261,8 @@ class RayBackend:
                         del self._early[next(iter(self._early))]
 
     def _tell(self, command: RayCommand) -> None:
-        if self._child is not None and self._child.stdin is not None:
-            with contextlib.suppress(OSError, RuntimeError):
-                self._child.stdin.write(encode(command) + b"\n")
+        if self._child is not None:
+            self._child.tell(command)
 
     # Nodes
 

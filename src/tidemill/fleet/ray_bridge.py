@@ -15,8 +15,9 @@ import sys
 import time
 from typing import Any
 
+from tidemill.child_protocol import Commands, report
 from tidemill.fleet import ray_runner, shim
-from tidemill.fleet.ray_messages import RayCommand, RayMessage, RayNode, RayPart, RayStarted, decode_command, encode
+from tidemill.fleet.ray_messages import RayCommand, RayMessage, RayNode, RayPart, RayStarted
 
 NAMESPACE = "tidemill"
 CONNECT_WITHIN_S = 30.0
@@ -61,11 +62,10 @@ class Bridge:
         self._ray = ray
         self._runner = ray.remote(ray_runner.RayRunner)
 
-    async def run(self, commands: asyncio.StreamReader) -> None:
+    async def run(self, commands: Commands) -> None:
         """Obey until the platform is gone."""
         looking = asyncio.create_task(self._keep_looking())
-        while line := await commands.readline():
-            command = decode_command(line)
+        while (command := await commands.next(RayCommand)) is not None:
             match command.do:
                 case "start":
                     self._spawn(self._start(command))
@@ -213,8 +213,7 @@ class Bridge:
             actor.tell.remote("kill")
 
     def _say(self, word: RayMessage) -> None:
-        with contextlib.suppress(OSError):
-            os.write(self._out, encode(word) + b"\n")
+        report(word, self._out)
 
 
 def _import(name: str) -> Any:
@@ -237,9 +236,7 @@ def _first_line(error: BaseException) -> str:
 
 
 async def _main(address: str, out: int) -> None:
-    commands = asyncio.StreamReader(limit=16 * 1024 * 1024)
-    loop = asyncio.get_running_loop()
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
+    commands = await Commands.open()
     bridge = Bridge(out)
     if await bridge.connect(address):
         await bridge.run(commands)

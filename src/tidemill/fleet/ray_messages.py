@@ -59,8 +59,3 @@ class RayMessage(msgspec.Struct, frozen=True, kw_only=True):
     """Where the process ran that has ended."""
     code: int | None = None
     at: float = 0.0
-
-
-encode = msgspec.json.Encoder().encode
-decode_command = msgspec.json.Decoder(RayCommand).decode
-decode_word = msgspec.json.Decoder(RayMessage).decode

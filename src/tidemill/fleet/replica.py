@@ -1,4 +1,4 @@
-"""One replica: an engine's process, life after life, from its start to its end, and why it is where it is.
+"""One replica: an engine's processes, one incarnation after the other, and why it is in its phase.
 
 starting -> warming -> ready -> draining -> gone
     ^         ^ '--------'      '-> asleep -> warming, or gone
@@ -34,7 +34,7 @@ SLOW_POLL_S = 0.5
 STOP_GRACE_S = 5.0
 DOZE_S = 120.0
 """What an engine gets to take its weights out of its devices in, seconds, and to put them there again."""
-BESIDE_PATIENCE = 30.0
+COLOCATED_PATIENCE = 30.0
 """One that gets what another leaves may be silent for so many times longer."""
 SETTLE_S = 0.5
 """A replica that drains is idle when it was so for this long after the gateways have heard of it."""
@@ -50,7 +50,7 @@ Post = Callable[[str, bytes, float], Awaitable[bool]]
 
 
 class PhaseChange(msgspec.Struct, frozen=True):
-    """A step in a replica's life."""
+    """One change of a replica's phase."""
 
     at: float
     """Unix time, seconds."""
@@ -80,7 +80,7 @@ class Replica:
         logs: Path,
         note: Callable[["Replica", PhaseChange], None],
         batch_only: bool = False,
-        beside: bool = False,
+        colocated: bool = False,
         version: WeightsVersion | None = None,
     ) -> None:
         self.name = f"{recipe.model}/{index}"
@@ -90,7 +90,7 @@ class Replica:
         self.version = version or recipe.version
         self.devices: tuple[Device, ...] = ()
         self.batch_only = batch_only
-        self.beside = beside
+        self.colocated = colocated
         """It runs in the idle class, on devices that another one holds."""
         self.phase = Phase.STARTING
         self.since = PROCESS_CLOCK.seconds()
@@ -98,11 +98,11 @@ class Replica:
         self.surge = False
         """It takes another one's place soon: until then it holds its devices, and counts for nothing else."""
         self.use = ReplicaLoadSample()
-        self.life = ""
+        self.incarnation = ""
         self.base_url = NOWHERE
         self.starts = 0
         self.failures = 0
-        """Lives in a row that have ended before they were steady."""
+        """Incarnations in a row that have ended before they were steady."""
         self.last_failure = ""
         """Why the last of them has."""
         self.lacks: tuple[str, ...] = ()
@@ -153,7 +153,7 @@ class Replica:
             since=self.since,
             batch_only=self.batch_only,
             version=self.version.name,
-            beside=self.beside,
+            colocated=self.colocated,
             shared=self.recipe.shares,
             dozing=self._dozing is not None and self.phase is Phase.DRAINING,
         )
@@ -171,23 +171,23 @@ class Replica:
         self.phase, self.why = phase, why
         self._note(self, PhaseChange(PROCESS_CLOCK.seconds(), self.name, phase, why))
 
-    def end(self, why: str, *, last_words: "LastWords | None" = None) -> asyncio.Task[None]:
-        """Drain it and then end it; returns at once. See `LastWords`."""
+    def end(self, why: str, *, on_drained: "OnDrained | None" = None) -> asyncio.Task[None]:
+        """Drain it and then end it; returns at once. See `OnDrained`."""
         if self._ending is None:
             served = self.ready or self._dozing is not None or self.phase is Phase.ASLEEP
             if self._dozing is not None:
                 self._dozing.cancel()
             if self.phase is Phase.ASLEEP:
                 self.devices = ()  # others may have them by now
-            self._ending = asyncio.create_task(self._drain_and_end(why, served, last_words))
+            self._ending = asyncio.create_task(self._drain_and_end(why, served, on_drained))
             self.move(Phase.DRAINING, why)
         return self._ending
 
-    def sleep(self, why: str, *, last_words: "LastWords | None" = None) -> None:
+    def sleep(self, why: str, *, on_drained: "OnDrained | None" = None) -> None:
         """Drain it, then have it take its weights out of its devices; one that cannot is ended. Returns at once."""
         if self.ready and self._ending is None:
             self.move(Phase.DRAINING, why)
-            self._dozing = asyncio.create_task(self._doze(why, last_words))
+            self._dozing = asyncio.create_task(self._doze(why, on_drained))
 
     def wake(self, why: str) -> None:
         """Have it put its weights into its devices again; one that cannot is started anew there. Returns at once."""
@@ -195,7 +195,7 @@ class Replica:
             self.move(Phase.WARMING, f"it wakes: {why}")
             self._dozing = asyncio.create_task(self._wake())
 
-    async def _doze(self, why: str, last_words: "LastWords | None") -> None:
+    async def _doze(self, why: str, on_drained: "OnDrained | None") -> None:
         idle = await self._until_idle()
         asleep = idle and await self._post(self.root, self.recipe.control.sleep.encode(), DOZE_S)
         self._dozing = None
@@ -205,7 +205,7 @@ class Replica:
             return
         log.warning("a replica cannot be put to sleep; it is ended", replica=self.name)
         why = f"{why}; it could not be put to sleep"
-        self._ending = asyncio.create_task(self._end(why, last_words, idle=idle))
+        self._ending = asyncio.create_task(self._end(why, on_drained, idle=idle))
         self.move(Phase.DRAINING, why)
 
     async def _wake(self) -> None:
@@ -250,7 +250,7 @@ class Replica:
         if self.phase is not Phase.GONE:
             self.move(Phase.GONE, why)
 
-    # One life after the other
+    # One incarnation after the other
 
     async def _keep_alive(self, after: "asyncio.Task[None] | None") -> None:
         if after is not None:
@@ -272,14 +272,14 @@ class Replica:
             wait = RESTART_AFTER_S[min(self.failures, len(RESTART_AFTER_S) - 1)]
             self.failures += 1
             self.last_failure = why
-            log.warning("engine ended", replica=self.name, life=self.life, reason=why, restart_in_s=wait)
+            log.warning("engine ended", replica=self.name, incarnation=self.incarnation, reason=why, restart_in_s=wait)
             self.move(Phase.STARTING, f"{why}; it is started again in {wait:g} s")
             await asyncio.sleep(wait)
 
     async def _one_life(self) -> str | None:
         """Why it has ended; None when it is gone with its node."""
         self.starts += 1
-        self.life = secrets.token_hex(4)
+        self.incarnation = secrets.token_hex(4)
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:
@@ -327,7 +327,7 @@ class Replica:
             devices=devices if pinned else (),
             node=devices[0].node if devices else "",
             log=self._log if not rank else self._log.with_name(f"{self._log.stem}.{rank}.log"),
-            idle_class=self.beside,
+            idle_class=self.colocated,
             stop_signal=self.recipe.control.drain_signal,
             orphan_grace_s=1.0,  # its requests went through gateways that die as well
         )
@@ -365,9 +365,9 @@ class Replica:
         self.ready_after_s = loop.time() - began
         if self._ending is None:
             self.move(Phase.READY, f"it was ready {self.ready_after_s:.1f} s after its start")
-        log.info("engine ready", replica=self.name, life=self.life, pid=process.pid)
+        log.info("engine ready", replica=self.name, incarnation=self.incarnation, pid=process.pid)
         answered = loop.time()
-        patience_s = self.recipe.health_s * (BESIDE_PATIENCE if self.beside else 1)
+        patience_s = self.recipe.health_s * (COLOCATED_PATIENCE if self.colocated else 1)
         while True:
             await asyncio.sleep(HEALTH_EVERY_S)
             # Not asked while it goes to sleep or wakes: SGLang's health page generates a token, and there it must not.
@@ -380,19 +380,19 @@ class Replica:
 
     # Its end
 
-    async def _drain_and_end(self, why: str, served: bool, last_words: "LastWords | None") -> None:
+    async def _drain_and_end(self, why: str, served: bool, on_drained: "OnDrained | None") -> None:
         if served:
-            await self._end(why, last_words, idle=await self._until_idle())
+            await self._end(why, on_drained, idle=await self._until_idle())
         else:
             await self._end(why, None, idle=True)
 
-    async def _end(self, why: str, last_words: "LastWords | None", *, idle: bool) -> None:
+    async def _end(self, why: str, on_drained: "OnDrained | None", *, idle: bool) -> None:
         if not idle:
             log.warning("a replica is ended with requests in flight", replica=self.name, use=self.use)
             why = f"{why}; requests that had not ended in {self.recipe.drain_s:g} s were cut off"
-        if last_words is not None:
+        if on_drained is not None:
             try:
-                await last_words(self)
+                await on_drained(self)
             except Exception:
                 log.exception("a replica's last figures are lost", replica=self.name)
         await self._stop_process()
@@ -446,5 +446,5 @@ def _how(ended: ProcessEnd) -> str:
     return f"its process was {ended.why}"
 
 
-LastWords = Callable[[Replica], Awaitable[None]]
+OnDrained = Callable[[Replica], Awaitable[None]]
 """Called when a replica is idle, before its end."""

@@ -38,16 +38,16 @@ class ReplicaSet:
         post: Post,
         logs: Path,
         changed: Callable[[], None],
-        last_words: Callable[[Replica], Awaitable[None]] | None = None,
+        on_drained: Callable[[Replica], Awaitable[None]] | None = None,
     ) -> None:
-        """`changed` is called after each step of a replica; `last_words` before a drained one ends."""
+        """`changed` is called after each step of a replica; `on_drained` before a drained one ends."""
         self.backend = backend
         self.recipes = dict(recipes)
         self._get = get
         self._post = post
         self._logs = logs
         self._changed = changed
-        self._last_words = last_words
+        self._on_drained = on_drained
         self._versions: dict[str, WeightsVersion] = {}
         self._replicas: dict[str, Replica] = {}
         self._histories: dict[str, deque[PhaseChange]] = {name: deque(maxlen=HISTORY) for name in recipes}
@@ -135,7 +135,7 @@ class ReplicaSet:
         devices: Sequence[Device | str],
         *,
         batch_only: bool = False,
-        beside: bool = False,
+        colocated: bool = False,
         why: str = "",
         version: WeightsVersion | None = None,
         surge: bool = False,
@@ -143,7 +143,7 @@ class ReplicaSet:
     ) -> str:
         """Start a replica on these devices; gives its name, under which it is in `views` at once.
 
-        `beside`: it shares them with another one, and gets only what that leaves (`Launch.idle_class`). `surge`: see
+        `colocated`: it shares them with another one, and gets only what that leaves (`Launch.idle_class`). `surge`: see
         `Replica.surge`. `after`: what has the devices until then. Raises NotFound for a model or a device that there
         is not.
         """
@@ -151,35 +151,35 @@ class ReplicaSet:
         if recipe is None:
             raise NotFound(f"There is no model {model!r} with an engine of our own.")
         held = [self.device(each) if isinstance(each, str) else each for each in devices]
-        replica = self._add(recipe, batch_only=batch_only, beside=beside, version=version)
+        replica = self._add(recipe, batch_only=batch_only, colocated=colocated, version=version)
         replica.surge = surge
         replica.begin(held, why or "it was asked for", after=after)
         return replica.name
 
     def stop(self, name: str, why: str) -> asyncio.Task[None]:
         """Drain a replica and end it; returns at once, and the task ends with it. Raises NotFound."""
-        return self._replica(name).end(why, last_words=self._last_words)
+        return self._replica(name).end(why, on_drained=self._on_drained)
 
     def sleep(self, name: str, why: str) -> None:
         """Drain a replica and take its weights out of its devices, which are then anybody's; returns at once. Raises
         NotFound."""
-        self._replica(name).sleep(why, last_words=self._last_words)
+        self._replica(name).sleep(why, on_drained=self._on_drained)
 
     def wake(self, name: str, why: str) -> None:
         """Have one that sleeps take its devices again; returns at once. Raises NotFound; Conflict for one that has
         slept through a roll, which is ended."""
         replica = self._replica(name)
         if replica.version != self.version(replica.model):
-            replica.end("it sleeps with weights of another version", last_words=self._last_words)
+            replica.end("it sleeps with weights of another version", on_drained=self._on_drained)
             raise Conflict(f"{name} sleeps with weights of another version; it is ended.")
         replica.wake(why)
 
-    def turn(self, name: str, *, batch_only: bool, why: str) -> None:
+    def set_batch_only(self, name: str, *, batch_only: bool, why: str) -> None:
         """Lend a replica to batches, or take it back for people. Raises NotFound, and Conflict for one of the idle
         class, which is no good for people.
         """
         replica = self._replica(name)
-        if replica.beside and not batch_only:
+        if replica.colocated and not batch_only:
             raise Conflict(f"{name} runs in the idle class; start another for people's requests.")
         replica.batch_only = batch_only
         replica.move(replica.phase, why)
@@ -196,7 +196,12 @@ class ReplicaSet:
         return replica
 
     def _add(
-        self, recipe: Recipe, *, batch_only: bool = False, beside: bool = False, version: WeightsVersion | None = None
+        self,
+        recipe: Recipe,
+        *,
+        batch_only: bool = False,
+        colocated: bool = False,
+        version: WeightsVersion | None = None,
     ) -> Replica:
         taken = {replica.index for replica in self.of(recipe.model)}
         index = next(index for index in range(len(taken) + 1) if index not in taken)
@@ -209,7 +214,7 @@ class ReplicaSet:
             logs=self._logs,
             note=self._noted,
             batch_only=batch_only,
-            beside=beside,
+            colocated=colocated,
             version=version or self.version(recipe.model),
         )
         self._replicas[replica.name] = replica
@@ -258,7 +263,7 @@ class ReplicaSet:
             alive = [
                 each
                 for each in self.of(recipe.model)
-                if each.phase not in (Phase.DRAINING, Phase.ASLEEP) and not (each.batch_only or each.beside)
+                if each.phase not in (Phase.DRAINING, Phase.ASLEEP) and not (each.batch_only or each.colocated)
             ]
             missing = recipe.min_replicas - len(alive)
             alive += [self._add(recipe) for _ in range(missing)]
@@ -271,8 +276,8 @@ class ReplicaSet:
         if recipe.devices is None:
             devices: Sequence[Device] | None = share_of_slots(recipe, replica.index, self._nodes)
         else:
-            beside = {device.node for each in self.of(recipe.model) for device in each.devices}
-            devices = first_fit(recipe, self._nodes, self.held(), apart=beside)
+            used = {device.node for each in self.of(recipe.model) for device in each.devices}
+            devices = first_fit(recipe, self._nodes, self.held(), apart=used)
         if devices:
             replica.begin(devices, "the model always has it" if replica.starts == 0 else "it is placed anew")
             return

@@ -59,7 +59,7 @@ class ShimRefused(Exception):
 
 
 class Shim:
-    """One command's life."""
+    """One command, from its start to its end."""
 
     def __init__(self, order: dict[str, Any], heard: bytes = b"") -> None:
         """`heard` has come behind the order already."""

@@ -100,7 +100,10 @@ def standing(
     notes = {note.device: note for note in last.plan.devices} if last is not None else {}
     views = {view.id: view for view in last.snapshot.devices} if last is not None else {}
     shared = {
-        device.id: each.name for each in replicas if each.recipe.shares and not each.beside for device in each.devices
+        device.id: each.name
+        for each in replicas
+        if each.recipe.shares and not each.colocated
+        for device in each.devices
     }
     devices = []
     for node in nodes:
@@ -162,7 +165,7 @@ def _replica(replica: Replica) -> ReplicaStatus:
         requests=replica.use.people,
         lines=replica.use.filler,
         batch_only=replica.batch_only,
-        beside=replica.beside,
+        beside=replica.colocated,
         since=_instant(replica.since),
         why=replica.why,
     )

@@ -64,7 +64,7 @@ class MetricsSnapshot(msgspec.Struct):
     """The usage log's writes to disk, each with its sync."""
 
     def add(self, other: "MetricsSnapshot") -> None:
-        """Add what another life or process has counted."""
+        """Add what another process has counted."""
         for model, tiers in other.models.items():
             for tier, figures in tiers.items():
                 self.models.setdefault(model, {}).setdefault(tier, ModelFigures()).add(figures)

@@ -3,8 +3,8 @@
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Protocol
 
+from tidemill.http.head_lines import STATUS_LINES
 from tidemill.http.request_body import RequestBody
-from tidemill.http.status_lines import STATUS_LINES
 
 
 class ClientGone(Exception):

@@ -1,26 +1,20 @@
-"""A client's connection: bytes become exchanges. httptools parses; each buffer and wait has a bound.
+"""A client's connection: flow control, deadlines, and the order of its exchanges. `RequestParser` parses.
 
-What an attacker may send is answered with 4xx and the connection closed: what follows on it cannot be trusted.
+What an attacker may send is answered with 4xx and the connection closed: what follows on it cannot be trusted. Each
+buffer and wait has a bound.
 """
 
 import asyncio
 from collections import deque
-from collections.abc import Collection, Coroutine
+from collections.abc import Coroutine
 from typing import Any, NamedTuple, Protocol, cast
-from urllib.parse import unquote_to_bytes
 
 import httptools
 
 from tidemill.http.exchange import Exchange
 from tidemill.http.head_cache import KnownHead
-from tidemill.http.request_body import RequestBody
+from tidemill.http.request_parser import ParserRules, RequestParser
 
-MAX_HEAD_BYTES = 32 * 1024
-"""Request line and headers together."""
-MAX_PIPELINED = 16
-"""Requests that a client may send ahead while its first is worked on."""
-EARLY_BYTES = 16 * 1024
-"""A longer body, or one of unknown length, is not taken before it is known who sends it."""
 WRITE_BUFFER_BYTES = 64 * 1024
 """What waits for a slow reader in this process before the engine has to wait (the kernel holds some more)."""
 HEAD_TIMEOUT_S = 20.0
@@ -40,10 +34,8 @@ MAX_MISSES = 8
 LOOPBACK = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
 NEVER = float("inf")
 
-_OFFER = (b"upgrade", b"connection", b"http2-settings")
 
-
-class ServerState(Protocol):
+class ServerState(ParserRules, Protocol):
     """The server, as its connections know it."""
 
     loop: asyncio.AbstractEventLoop
@@ -54,14 +46,6 @@ class ServerState(Protocol):
     date_lines: bytes
     underway: int
     max_connections: int
-    max_body_bytes: int
-    too_large_message: str
-    crowded_message: str
-    streamed: Collection[tuple[bytes, bytes]]
-
-    def new_request_id(self) -> str: ...
-
-    def lets_in(self, exchange: Exchange) -> bool: ...
 
     def start(self, exchange: Exchange) -> None: ...
 
@@ -86,31 +70,16 @@ class ServerConnection(asyncio.Protocol):
         self.blocked_since = 0.0
         self.deadline = server.now + KEEP_ALIVE_S
         """Server time after which the connection is closed unless something happens; inf while it is worked on."""
-        self._crowded = False
+        self.crowded = False
         self._transport: asyncio.Transport | None = None
-        self._parser = httptools.HttpRequestParser(self)
+        self._parser = RequestParser(self, server)
         self._working: Exchange | None = None
         self._waiting: deque[Exchange] = deque()
         self._unblock: asyncio.Future[None] | None = None
-        # Of the request that is being received:
-        self._receiving: Exchange | None = None
-        self._messages = 0
-        self._between = True
-        """Nothing of a request has come since the last one was whole."""
         self._known: CachedHead | None = None
-        self._latest: Exchange | None = None
         self._misses = 0
-        self._in_head = True
-        self._head_bytes = 0
-        self._fed_in_head = 0
-        self._url = b""
-        self._headers: dict[bytes, bytes] = {}
-        self._body: bytes | bytearray = b""
-        self._body_bytes = 0
-        self._refusal: tuple[int, str] | None = None
-        self._invites = False
-        """Its client is to be told to send the body, when what came before it has been answered."""
         self._deaf = False
+        """Nothing more is taken from its client."""
 
     # asyncio.Protocol
 
@@ -121,7 +90,7 @@ class ServerConnection(asyncio.Protocol):
         server = self.work
         room = server.max_connections - len(server.connections)
         if room <= 0:
-            self._crowded = True
+            self.crowded = True
             self.deadline = server.now + CROWDED_S
             if room <= -MAX_CROWD:
                 self._deaf = True
@@ -133,30 +102,29 @@ class ServerConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._deaf:
             return
-        known = self._known
-        if known is not None and self._between and self._working is None:
+        known, parser = self._known, self._parser
+        if known is not None and parser.between and self._working is None:
             body = known.head.body_of(data)
             if body is not None and len(body) <= self.work.max_body_bytes:
                 self._misses = 0
                 self._received_again(known, body)
                 return
-        between, before = self._between, (self._messages, self._in_head)
+        between, messages, head_goes_on = parser.between, parser.messages, parser.in_head
         try:
-            self._feed(data)
+            parser.feed(data)
         except httptools.HttpParserError:
             if self._deaf:
                 return  # the last answer has said that nothing more is taken
-            self._refuse(*(self._refusal or (400, "What was sent is not an HTTP/1.1 request.")))
+            self._refuse(*(parser.refusal or (400, "What was sent is not an HTTP/1.1 request.")))
             return
-        if between and self._latest is not None and self._messages == before[0] + 1:
-            self._learn(data, self._latest)
-        self._latest = None
-        if self._in_head and before == (self._messages, True):  # all of it belongs to a head that had begun before
-            self._fed_in_head += len(data)
-            if self._fed_in_head > MAX_HEAD_BYTES:
-                self._refuse(431, "The request's headers are too large.")
-        elif self._working is None and not self._between:
-            self.deadline = self.work.now + (HEAD_TIMEOUT_S if self._in_head else BODY_TIMEOUT_S)
+        if parser.latest is not None:
+            if between and parser.messages == messages + 1 and self._misses < MAX_MISSES:
+                self._learn(data, parser.latest)
+            parser.latest = None
+        if head_goes_on and parser.in_head and parser.messages == messages:
+            return  # it must be whole by the deadline that its first byte has set
+        if self._working is None and not parser.between:
+            self.deadline = self.work.now + (HEAD_TIMEOUT_S if parser.in_head else BODY_TIMEOUT_S)
         elif self.deadline != NEVER:
             self._await_body()
 
@@ -191,23 +159,6 @@ class ServerConnection(asyncio.Protocol):
         if working is not None and working.incoming is not None and not working.incoming.complete:
             self.deadline = self.work.now + BODY_TIMEOUT_S
 
-    def _feed(self, data: bytes) -> None:
-        while data:
-            try:
-                self._parser.feed_data(data)
-                return
-            except httptools.HttpParserUpgrade as upgrade:
-                data = data[upgrade.args[0] :]
-            # An offer to change protocols, such as Java's `Upgrade: h2c`, may be ignored (RFC 9110, 7.8). The parser
-            # has stopped behind the head, so that is parsed once more without the offer.
-            method = self._parser.get_method()
-            if method == b"CONNECT":
-                raise httptools.HttpParserError("not a proxy")
-            self._parser = httptools.HttpRequestParser(self)
-            lines = [b"%b %b HTTP/1.1" % (method, self._url)]
-            lines += [b"%b: %b" % header for header in self._headers.items() if header[0] not in _OFFER]
-            data = b"\r\n".join(lines) + b"\r\n\r\n" + data
-
     def eof_received(self) -> bool:
         # Clients of an API do not half-close: an end of input is a client that left (as nginx and hyper take it).
         return False
@@ -227,7 +178,7 @@ class ServerConnection(asyncio.Protocol):
         self.resume_writing()
         # No rings are left behind: the collector comes late to what is as old as a long stream.
         self._working = None
-        del self._parser
+        self._parser.close()
 
     def pause_writing(self) -> None:
         self.blocked = True
@@ -271,8 +222,8 @@ class ServerConnection(asyncio.Protocol):
         elif self._waiting:
             self._begin(self._waiting.popleft())
             self._transport.resume_reading()
-        elif self._invites:
-            self._invites = False
+        elif self._parser.invites:
+            self._parser.invites = False
             self.invite_body()
 
     def abort(self) -> None:
@@ -305,7 +256,17 @@ class ServerConnection(asyncio.Protocol):
             head = KnownHead.of(message, exchange.headers)
             self._known = CachedHead(head, exchange.method, exchange.path, exchange.query) if head is not None else None
 
-    def _received(self, exchange: Exchange) -> None:
+    # What the parser calls
+
+    @property
+    def idle(self) -> bool:
+        return self._working is None
+
+    @property
+    def sent_ahead(self) -> int:
+        return len(self._waiting)
+
+    def received(self, exchange: Exchange) -> None:
         if self._deaf and exchange.refusal is None:
             return
         if self._working is None:
@@ -315,117 +276,19 @@ class ServerConnection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.pause_reading()
 
+    def body_received(self, exchange: Exchange) -> None:
+        if self._working is exchange:
+            self.deadline = NEVER
+
     def _refuse(self, status: int, message: str) -> None:
         """Answer a request that is not taken, and close: what follows on the connection cannot be trusted."""
         self._deaf = True
-        if self._receiving is not None and self._receiving.incoming is not None:  # its handler has it already
-            self._receiving.incoming.fail(message)
+        receiving = self._parser.receiving
+        if receiving is not None and receiving.incoming is not None:  # its handler has it already
+            receiving.incoming.fail(message)
             return
-        exchange = self._receiving or Exchange(self, b"GET", b"", self.work.new_request_id())
+        exchange = receiving or Exchange(self, b"GET", b"", self.work.new_request_id())
         exchange.refusal = (status, message)
         exchange.keep_alive = False
-        self._receiving = None
-        self._received(exchange)
-
-    # httptools callbacks
-
-    def on_message_begin(self) -> None:
-        if len(self._waiting) >= MAX_PIPELINED:
-            self._refusal = (400, f"Send at most {MAX_PIPELINED} requests ahead on a connection.")
-            raise ValueError("too many requests ahead")
-        self._receiving = None
-        self._messages += 1
-        self._between = self._invites = False
-        self._in_head = True
-        self._head_bytes = self._fed_in_head = self._body_bytes = 0
-        self._url = b""
-        self._headers = {}
-        self._body = b""
-
-    def on_url(self, url: bytes) -> None:
-        self._url += url
-        self._count_head(len(url))
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._count_head(len(name) + len(value) + 4)
-        if self._in_head:  # else a trailer, which must not change what the head has said
-            self._headers[name.lower()] = value
-
-    def _count_head(self, size: int) -> None:
-        self._head_bytes += size
-        if self._head_bytes > MAX_HEAD_BYTES:
-            self._refusal = (431, "The request's headers are too large.")
-            raise ValueError("head too large")
-
-    def on_headers_complete(self) -> None:
-        if self._parser.should_upgrade():
-            return
-        self._in_head = False
-        headers = self._headers
-        path, _, query = self._url.partition(b"?")
-        if b"%" in path:
-            path = unquote_to_bytes(path)
-        parser, server = self._parser, self.work
-        exchange = Exchange(
-            self, parser.get_method(), path, server.new_request_id(), headers, parser.should_keep_alive()
-        )
-        if query:
-            exchange.query = query
-        if parser.get_http_version() == "1.0":
-            exchange.chunked = False
-        self._receiving = exchange
-        if self._crowded:
-            self._refusal = (503, server.crowded_message)
-            raise ValueError("too many connections")  # it gets to read why, see `finished`
-        length = int(headers.get(b"content-length", b"0"))
-        streamed = (exchange.method, path) in server.streamed
-        if length > server.max_body_bytes and not streamed:
-            self._too_large()
-        waits = headers.get(b"expect", b"").lower() == b"100-continue"
-        weighty = waits or length > EARLY_BYTES or b"transfer-encoding" in headers
-        if streamed or (weighty and not server.lets_in(exchange)):
-            exchange.incoming = RequestBody(self, waits=waits, limit=None if streamed else server.max_body_bytes)
-            self._received(exchange)
-        elif waits and self._working is None:
-            self.invite_body()
-        else:
-            self._invites = waits
-
-    def on_body(self, body: bytes) -> None:
-        if self._receiving is not None and self._receiving.incoming is not None:
-            self._receiving.incoming.feed(body)
-            return
-        if not self._body:
-            self._body = body
-        else:
-            if isinstance(self._body, bytes):
-                self._body = bytearray(self._body)
-            self._body += body  # a list of pieces would let chunks of one byte take thirty times their room
-        self._body_bytes += len(body)
-        if self._body_bytes > self.work.max_body_bytes:
-            self._too_large()
-
-    def _too_large(self) -> None:
-        self._refusal = (413, self.work.too_large_message)
-        raise ValueError("body too large")
-
-    def on_message_complete(self) -> None:
-        exchange = self._receiving
-        if exchange is None:
-            return  # see `_feed`
-        self._between = True
-        self._invites = False
-        self._receiving = None
-        self._in_head = True
-        self._fed_in_head = 0
-        if exchange.incoming is None:
-            if self._body:
-                exchange.body = bytes(self._body)
-                self._body = b""
-            if self._misses < MAX_MISSES:
-                self._latest = exchange
-            self._received(exchange)
-            return
-        exchange.incoming.end()
-        if self._working is exchange:
-            self.deadline = NEVER
+        self._parser.receiving = None
+        self.received(exchange)

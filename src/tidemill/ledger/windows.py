@@ -21,7 +21,7 @@ WINDOW_S = 60
 AHEAD_S = 30
 """How long a permit may be kept: so long a process that cannot reach the store goes on, and so much later than a
 minute the permits of a process that died are free again."""
-SLICES = 4
+RATE_SLICES = 4
 """A process gets at most this fraction of what is free, unless more is waiting for it."""
 SHORTEST_PACE_S = 0.25
 """The pace is not judged by a shorter time than this."""
@@ -88,7 +88,7 @@ def grant(limit: int, others: Iterable[Booked], report: RateReport, second: int)
     if free < 0:
         granted = max(free, -report.held)
     elif not report.need or report.held + free >= report.least:
-        granted = min(max(report.need, min(report.want, free // SLICES)), free)
+        granted = min(max(report.need, min(report.want, free // RATE_SLICES)), free)
     short = report.least - report.held - granted if report.need else 0
     frees_in = _frees_in([own, *others], short - (free - granted), second) if short > 0 else 0
     return RateGrant(granted, valid, max(free - granted, 0), elsewhere, frees_in)

@@ -30,7 +30,7 @@ from tidemill.meter.records import decode_settled, settle, to_record
 from tidemill.store.balance_leases import leasing_workers, release_worker, return_lease
 from tidemill.store.budgets import charge_budgets
 from tidemill.store.engine import Store
-from tidemill.store.schema import log_positions
+from tidemill.store.tables.usage import log_positions
 from tidemill.store.usage import store_records
 
 BATCH_RECORDS = 2000

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Integer, func, insert, select, update
 from tidemill.clock import from_micros, to_micros
 from tidemill.ledger.usage import RequestStatus
 from tidemill.store.ids import new_id
-from tidemill.store.schema import engine_counters, usage_records
+from tidemill.store.tables.usage import engine_counters, usage_records
 
 
 class ReplicaLine(msgspec.Struct, frozen=True, kw_only=True):

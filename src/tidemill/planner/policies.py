@@ -61,7 +61,7 @@ def reactive(interactive_devices: int, rules: Rules) -> SchedulingPolicy:
 def kueue_like(rules: Rules) -> SchedulingPolicy:
     """One fleet, quota and reclaim: replicas follow the load that is there and preempt, jobs borrow; no forecast, and
     no filler inside."""
-    firm = msgspec.structs.replace(rules, turn=False, batch_inside=0.0)
+    firm = msgspec.structs.replace(rules, lend_replicas=False, batch_inside=0.0)
     return SchedulingPolicy(name="quota and reclaim", decide=lambda snapshot: plan(_as_it_comes(snapshot), firm))
 
 
@@ -116,7 +116,7 @@ def _both(one: Plan, other: Plan) -> Plan:
         stop_replicas=one.stop_replicas + other.stop_replicas,
         start_jobs=one.start_jobs + other.start_jobs,
         preempt_jobs=one.preempt_jobs + other.preempt_jobs,
-        turn_replicas=one.turn_replicas + other.turn_replicas,
+        lend_replicas=one.lend_replicas + other.lend_replicas,
         reserve=one.reserve + other.reserve,
         promises=one.promises + other.promises,
         devices=one.devices + other.devices,

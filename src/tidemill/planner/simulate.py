@@ -197,8 +197,8 @@ class Simulation:
         figures = self.figures
         figures.plans += 1
         self.promises = plan.promises
-        for turn in plan.turn_replicas:
-            self.replicas[turn.replica].batch_only = turn.batch_only
+        for lent in plan.lend_replicas:
+            self.replicas[lent.replica].batch_only = lent.batch_only
         for stop in plan.stop_replicas:
             replica = self.replicas[stop.replica]
             replica.phase, replica.since, replica.next_at = Phase.DRAINING, self.now, self.now + DRAIN_S

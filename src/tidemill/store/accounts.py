@@ -17,7 +17,7 @@ from tidemill.ledger.posting import (
     tenant_account,
 )
 from tidemill.store.bulk import dialect_insert
-from tidemill.store.schema import accounts, entries, transactions
+from tidemill.store.tables.money import accounts, entries, transactions
 
 
 def post(connection: Connection, *posted: Transaction) -> None:

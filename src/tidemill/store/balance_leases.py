@@ -10,7 +10,9 @@ from sqlalchemy import Connection, case, delete, func, insert, select, union, up
 from tidemill.store.accounts import tenant_balance
 from tidemill.store.budgets import release_budgets
 from tidemill.store.limit_leases import release_slots
-from tidemill.store.schema import budget_leases, device_meters, leases, slot_shares
+from tidemill.store.tables.limits import budget_leases, slot_shares
+from tidemill.store.tables.money import leases
+from tidemill.store.tables.usage import device_meters
 
 
 def extend_lease(connection: Connection, *, worker_id: str, tenant_id: str, need: int, slices: int) -> int:

@@ -19,7 +19,8 @@ from sqlalchemy import Connection, Row, Select, func, insert, select, tuple_, up
 from tidemill.clock import from_micros, to_micros
 from tidemill.errors import BadInput, Conflict, NotFound, TidemillError
 from tidemill.store.files import UNFINISHED, File, add_output, find_file
-from tidemill.store.schema import batches, files, tenants
+from tidemill.store.tables.files import batches, files
+from tidemill.store.tables.tenants import tenants
 
 
 class BatchStatus(StrEnum):

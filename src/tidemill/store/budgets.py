@@ -21,7 +21,9 @@ from tidemill.store.bulk import dialect_insert
 from tidemill.store.engine import store_time
 from tidemill.store.limits import limit_of
 from tidemill.store.revision import bump_revision
-from tidemill.store.schema import budget_leases, budgets, keys, limits, usage_records
+from tidemill.store.tables.limits import budget_leases, budgets, limits
+from tidemill.store.tables.tenants import keys
+from tidemill.store.tables.usage import usage_records
 
 log = structlog.get_logger()
 

@@ -13,7 +13,8 @@ from sqlalchemy import Connection, delete, func, insert, select
 from tidemill.clock import to_micros
 from tidemill.ledger.usage import LINE_PREFIX
 from tidemill.store.bulk import dialect_insert
-from tidemill.store.schema import demand_bins, model_measures, usage_records
+from tidemill.store.tables.fleet import demand_bins, model_measures
+from tidemill.store.tables.usage import usage_records
 
 BIN_S = 300
 """The length of a bin, seconds."""

@@ -21,7 +21,8 @@ from tidemill.store.balance_leases import leased
 from tidemill.store.bulk import dialect_insert
 from tidemill.store.ids import new_id
 from tidemill.store.reservations import ReservationState
-from tidemill.store.schema import device_meters, device_usage, reservations
+from tidemill.store.tables.jobs import reservations
+from tidemill.store.tables.usage import device_meters, device_usage
 
 
 class InsufficientBalance(TidemillError):
@@ -56,10 +57,10 @@ class MeterReading(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def begin_meters(
-    connection: Connection, *, tenant_id: str, currency: str, wishes: Sequence[MeterStart], now: datetime
+    connection: Connection, *, tenant_id: str, currency: str, starts: Sequence[MeterStart], now: datetime
 ) -> list[DeviceMeter]:
     """Begin meters, all or none. Raises InsufficientBalance."""
-    holds = [hold_for(wish.price.hour, wish.devices, wish.hold_s) for wish in wishes]
+    holds = [hold_for(start.price.hour, start.devices, start.hold_s) for start in starts]
     free = tenant_balance(connection, tenant_id, lock=True) - leased(connection, tenant_id)
     if sum(holds) > free and sum(holds) > 0:
         raise InsufficientBalance(
@@ -68,22 +69,22 @@ def begin_meters(
             hint="Top it up.",
         )
     begun = []
-    for wish, hold in zip(wishes, holds, strict=True):
+    for start, hold in zip(starts, holds, strict=True):
         meter = DeviceMeter(
             meter_id=new_id("mtr"),
             tenant_id=tenant_id,
             currency=currency,
-            kind=wish.price.kind,
-            tier=wish.tier,
-            price_id=wish.price.price_id,
-            hour=wish.price.hour,
-            devices=wish.devices,
+            kind=start.price.kind,
+            tier=start.tier,
+            price_id=start.price.price_id,
+            hour=start.price.hour,
+            devices=start.devices,
             started_at=from_micros(to_micros(now)),
             billed_until=from_micros(to_micros(now)),
             hold=hold,
-            job_id=wish.job_id,
-            attempt=wish.attempt,
-            reservation_id=wish.reservation_id,
+            job_id=start.job_id,
+            attempt=start.attempt,
+            reservation_id=start.reservation_id,
         )
         values = msgspec.structs.asdict(meter) | {
             "tier": meter.tier.value,
@@ -111,7 +112,7 @@ def start_meters(connection: Connection, *, job_id: str, attempt: int, at: datet
 
 
 def read_meters(
-    connection: Connection, tenant_id: str, wishes: Sequence[MeterReading], *, zone: str
+    connection: Connection, tenant_id: str, readings: Sequence[MeterReading], *, zone: str
 ) -> dict[str, bool]:
     """Read meters of one tenant and charge for what has passed, in one ledger transaction for each billing month.
 
@@ -121,23 +122,23 @@ def read_meters(
     free = tenant_balance(connection, tenant_id, lock=True) - leased(connection, tenant_id)
     charges: dict[tuple[str, str], list[Any]] = {}
     covered = {}
-    for wish in sorted(wishes, key=lambda each: each.meter_id):
+    for reading in sorted(readings, key=lambda each: each.meter_id):
         query = select(device_meters).where(
-            device_meters.c.meter_id == wish.meter_id, device_meters.c.tenant_id == tenant_id
+            device_meters.c.meter_id == reading.meter_id, device_meters.c.tenant_id == tenant_id
         )
         row = connection.execute(query.with_for_update()).first()
         if row is None or row.ended_at is not None:
             continue
         meter = _meter(row)
-        slices = read(meter, wish.until, zone=zone, available=meter.hold + max(free, 0))
+        slices = read(meter, reading.until, zone=zone, available=meter.hold + max(free, 0))
         charged = sum(each.amount for each in slices)
         left = max(meter.hold - charged, 0)
         free -= max(charged - meter.hold, 0)
-        wanted = 0 if wish.final else hold_for(meter.hour, meter.devices, wish.hold_s)
+        wanted = 0 if reading.final else hold_for(meter.hour, meter.devices, reading.hold_s)
         hold = min(wanted, left + max(free, 0))
         free -= hold - left
         covered[meter.meter_id] = hold >= wanted
-        until = max(wish.until, meter.billed_until)
+        until = max(reading.until, meter.billed_until)
         for each in slices:
             _count(connection, meter, each.month, each.device_us, each.amount, each.uncollected)
             if each.amount:
@@ -152,7 +153,7 @@ def read_meters(
                 billed_until=to_micros(until),
                 hold=hold,
                 uncollected=meter.uncollected + sum(each.uncollected for each in slices),
-                ended_at=to_micros(until) if wish.final else None,
+                ended_at=to_micros(until) if reading.final else None,
             )
         )
     post(

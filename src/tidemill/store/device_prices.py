@@ -10,7 +10,7 @@ from tidemill.clock import from_micros, to_micros
 from tidemill.ledger.devices import DevicePrice, DeviceTier
 from tidemill.ledger.money import Nanos
 from tidemill.store.ids import new_id
-from tidemill.store.schema import device_prices
+from tidemill.store.tables.money import device_prices
 
 
 def set_device_price(

@@ -6,7 +6,7 @@ from sqlalchemy import Connection, delete, select
 
 from tidemill.clock import to_micros
 from tidemill.store.bulk import dialect_insert
-from tidemill.store.schema import drained
+from tidemill.store.tables.fleet import drained
 
 
 def read_drained(connection: Connection) -> dict[str, str]:

@@ -10,7 +10,8 @@ from sqlalchemy import Connection, Row, delete, exists, func, insert, or_, selec
 from tidemill.clock import from_micros, to_micros
 from tidemill.errors import Conflict, NotFound, TidemillError
 from tidemill.store.bulk import dialect_insert
-from tidemill.store.schema import batches, files, tenants
+from tidemill.store.tables.files import batches, files
+from tidemill.store.tables.tenants import tenants
 
 UNFINISHED = ("validating", "in_progress", "finalizing", "cancelling")
 """The states of a batch that still needs its input file."""

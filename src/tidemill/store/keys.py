@@ -12,7 +12,7 @@ from tidemill.clock import from_micros, to_micros
 from tidemill.errors import Conflict, NotFound
 from tidemill.store.ids import new_id
 from tidemill.store.revision import bump_revision
-from tidemill.store.schema import keys
+from tidemill.store.tables.tenants import keys
 from tidemill.store.tenants import check_name
 
 KEY_PREFIX = "sk-tm-"

@@ -14,7 +14,7 @@ from tidemill.ledger import slots, windows
 from tidemill.ledger.slots import SlotGrant, SlotReport
 from tidemill.ledger.windows import RateGrant, RateReport
 from tidemill.store.engine import store_time
-from tidemill.store.schema import limits, rate_shares, slot_shares
+from tidemill.store.tables.limits import limits, rate_shares, slot_shares
 
 _decode_booked = msgspec.json.Decoder(dict[int, int]).decode
 

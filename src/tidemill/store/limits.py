@@ -11,8 +11,8 @@ from tidemill.errors import NotFound
 from tidemill.ledger.limits import Limit, LimitKind, Per
 from tidemill.store.ids import new_id
 from tidemill.store.revision import bump_revision
-from tidemill.store.schema import budget_leases, budgets, limits, rate_shares, slot_shares
-from tidemill.store.tenants import nearest_hint
+from tidemill.store.tables.limits import budget_leases, budgets, limits, rate_shares, slot_shares
+from tidemill.suggestions import did_you_mean
 
 
 def set_limit(connection: Connection, wanted: Limit, *, now: datetime) -> Limit:
@@ -65,7 +65,7 @@ def find_limit(connection: Connection, limit_id: str) -> Limit:
     row = connection.execute(select(limits).where(limits.c.limit_id == limit_id)).first()
     if row is None:
         known = [str(found) for found in connection.execute(select(limits.c.limit_id)).scalars()]
-        hint = nearest_hint(limit_id, known) or "`tidemill limit list` shows them."
+        hint = did_you_mean(limit_id, known) or "`tidemill limit list` shows them."
         raise NotFound(f"There is no limit {limit_id!r}.", hint=hint, param="limit")
     return limit_of(row)
 

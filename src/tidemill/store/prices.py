@@ -8,7 +8,7 @@ from tidemill.clock import from_micros, to_micros
 from tidemill.ledger.pricing import Price, PriceTier, PriceVersion
 from tidemill.store.ids import new_id
 from tidemill.store.revision import bump_revision
-from tidemill.store.schema import prices
+from tidemill.store.tables.money import prices
 
 
 def set_price(

@@ -14,8 +14,8 @@ from sqlalchemy import Connection, Row, case, insert, select, update
 
 from tidemill.clock import from_micros, to_micros
 from tidemill.errors import Conflict, NotFound
-from tidemill.store.schema import reservations
-from tidemill.store.tenants import nearest_hint
+from tidemill.store.tables.jobs import reservations
+from tidemill.suggestions import did_you_mean
 
 
 class ReservationState(StrEnum):
@@ -65,7 +65,7 @@ def find_reservation(connection: Connection, reservation_id: str, *, lock: bool 
     row = connection.execute(query.with_for_update() if lock else query).first()
     if row is None:
         known = [str(each) for each in connection.execute(select(reservations.c.reservation_id)).scalars()]
-        hint = nearest_hint(reservation_id, known)
+        hint = did_you_mean(reservation_id, known)
         raise NotFound(f"There is no reservation {reservation_id[:80]!r}.", hint=hint, param="reservation")
     return _reservation(row)
 

@@ -7,7 +7,7 @@ import msgspec
 from sqlalchemy import Connection, Row, delete, func, select
 
 from tidemill.store.bulk import dialect_insert
-from tidemill.store.schema import responses
+from tidemill.store.tables.files import responses
 
 KEPT_S = 30 * 86_400
 """As long as OpenAI keeps them; an operator may choose another time."""

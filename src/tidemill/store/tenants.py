@@ -10,7 +10,8 @@ from tidemill.errors import BadInput, Conflict, NotFound
 from tidemill.ledger.money import check_currency
 from tidemill.store.ids import new_id
 from tidemill.store.revision import bump_revision
-from tidemill.store.schema import tenants
+from tidemill.store.tables.tenants import tenants
+from tidemill.suggestions import did_you_mean
 
 MAX_NAME = 128
 MAX_WEIGHT = 1000
@@ -62,7 +63,7 @@ def find_tenant(connection: Connection, name: str) -> Tenant:
     row = connection.execute(select(tenants).where((tenants.c.name == name) | (tenants.c.tenant_id == name))).first()
     if row is None:
         names = [str(found) for found in connection.execute(select(tenants.c.name)).scalars()]
-        raise NotFound(f"There is no tenant {name!r}.", hint=nearest_hint(name, names), param="tenant")
+        raise NotFound(f"There is no tenant {name!r}.", hint=did_you_mean(name, names), param="tenant")
     return _tenant(row)
 
 
@@ -72,14 +73,6 @@ def set_weight(connection: Connection, *, tenant_id: str, weight: int) -> None:
         raise BadInput(f"weight is from 1 to {MAX_WEIGHT}, got {weight}.", param="weight")
     connection.execute(update(tenants).where(tenants.c.tenant_id == tenant_id).values(weight=weight))
     bump_revision(connection)
-
-
-def nearest_hint(name: str, names: list[str]) -> str:
-    """ "Did you mean ...?" for the nearest of `names`, or what to do when none is near."""
-    import difflib  # a slow import that only errors need
-
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"Did you mean {near[0]!r}?" if near else ""
 
 
 def _tenant(row: Row[tuple[object, ...]]) -> Tenant:

@@ -18,7 +18,7 @@ from tidemill.store.accounts import post
 from tidemill.store.bulk import insert_rows
 from tidemill.store.device_meters import device_sums
 from tidemill.store.ids import new_id
-from tidemill.store.schema import usage_records
+from tidemill.store.tables.usage import usage_records
 
 IN_CHUNK = 500
 """How many ids one IN (...) carries; SQLite's limit is far higher, PostgreSQL's planner likes it short."""

@@ -29,13 +29,13 @@ def order(lines: Sequence[BatchLineView], now: float, rate: float, margin: float
         return []
     total_s = sum(line.work for line in lines) / max(rate, 1e-9)
     free_from = now + total_s / margin
-    pressing = [index for index, line in enumerate(lines) if line.deadline < free_from]
+    urgent = [index for index, line in enumerate(lines) if line.deadline < free_from]
     others = [index for index, line in enumerate(lines) if line.deadline >= free_from]
-    pressing.sort(key=lambda index: (lines[index].deadline, lines[index].prefix, index))
+    urgent.sort(key=lambda index: (lines[index].deadline, lines[index].prefix, index))
     first: dict[Hashable, tuple[float, int]] = {}
     for index in others:
         line = lines[index]
         group: Hashable = line.prefix or index
         first[group] = min(first.get(group, (line.deadline, index)), (line.deadline, index))
     others.sort(key=lambda index: (first[lines[index].prefix or index], lines[index].deadline, index))
-    return pressing + others
+    return urgent + others

@@ -115,12 +115,12 @@ def batch_need(backlog: BacklogView, now: float, startup_s: float, rules: Rules)
     """The work of a model's batches, and the rate at which their deadlines hold (earliest deadline first: for each
     deadline, all that is due by then has to be done in the part of the time that is meant for it)."""
     total, rate = 0.0, 0.0
-    pressing: float | None = None
+    urgent: float | None = None
     for work, deadline in sorted(backlog.parts, key=lambda part: part[1]):
         total += work
         left_s = max((deadline - now) * rules.batch_margin - startup_s, 1.0)
         if deadline > now and total / left_s > rate:  # what has expired asks for nothing
-            rate, pressing = total / left_s, deadline
+            rate, urgent = total / left_s, deadline
         elif deadline <= now:
             total -= work
-    return DesiredBatchReplicas(total, rate, pressing)
+    return DesiredBatchReplicas(total, rate, urgent)

@@ -1,67 +1,32 @@
 """Who holds which device while a plan is being made, and what can be had: free now, coming free, or from somebody
-who has to give way."""
+who may be preempted."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
-import msgspec
-
-from tidemill.tides.state import DevicePromise, DeviceView, FleetSnapshot, JobPhase, JobView, Phase, ReplicaView
+from tidemill.tides.preemption import PreemptionCandidate
+from tidemill.tides.state import DevicePromise, DeviceView, FleetSnapshot, JobPhase, JobView, Phase
 
 ORDINARY = ""
 """The zone of devices that belong to no reservation; the others are named by theirs."""
 
 
-class PreemptionTier:
-    """Who gives way first. Within a tier, those of lower priority and those that lose least."""
-
-    LENT = 0
-    """Replicas lent to batches that will be done in time without them."""
-    SURPLUS = 1
-    """Replicas that their model does not need now."""
-    JOB = 2
-    NEEDED_BATCH = 3
-    """Replicas that batches need for their deadlines."""
-    URGENT_JOB = 4
-    """Jobs whose deadline presses."""
-    ABOVE_MINIMUM = 5
-    """Replicas that their model needs, beyond its minimum."""
-
-
-class PreemptionCandidate(msgspec.Struct, frozen=True, gc=False):
-    """What can give way as a whole: a job or a replica."""
-
-    name: str
-    """`job ID`, `replica ID`."""
-    devices: tuple[str, ...]
-    tier: int
-    priority: int
-    loss_s: float
-    """Device-seconds of work that are lost or idle if it gives way."""
-    job: JobView | None = None
-    replica: ReplicaView | None = None
-
-    @property
-    def rank(self) -> tuple[int, int, float, str]:
-        return (self.tier, self.priority, self.loss_s / len(self.devices), self.name)
-
-
 class DevicePool:
     """Devices that can be had, by kind and node."""
 
-    __slots__ = ("_board", "kinds")
+    __slots__ = ("_occupancy", "kinds")
 
-    def __init__(self, board: "Occupancy") -> None:
-        self._board = board
+    def __init__(self, occupancy: "Occupancy") -> None:
+        self._occupancy = occupancy
         self.kinds: dict[str, dict[str, dict[str, None]]] = {}
 
     def add(self, device: str) -> None:
-        view = self._board.device[device]
+        view = self._occupancy.device[device]
         self.kinds.setdefault(view.kind, {}).setdefault(view.node, {})[device] = None
 
     def discard(self, device: str) -> bool:
         """False when it was not in it."""
-        view = self._board.device[device]
+        view = self._occupancy.device[device]
         nodes = self.kinds.get(view.kind)
         on_node = nodes.get(view.node) if nodes else None
         if nodes is None or on_node is None or device not in on_node:
@@ -111,10 +76,10 @@ class Occupancy:
         """`job ID` or `replica ID` of each device that somebody has."""
         self.promised: dict[str, str] = {}
         """What this plan keeps each device for."""
-        self.units: dict[str, PreemptionCandidate] = {}
-        self._units_on: dict[str, dict[str, PreemptionCandidate]] = defaultdict(dict)
+        self.candidates: dict[str, PreemptionCandidate] = {}
+        self._candidates_on: dict[str, dict[str, PreemptionCandidate]] = defaultdict(dict)
         self.gone: set[str] = set()
-        """Units that give way in this plan."""
+        """Jobs and replicas that this plan preempts or stops."""
         self.promises_to: dict[str, list[str]] = {}
         """What the last plan has promised to work that has not had its turn yet."""
         self._take_stock(snapshot, soon_s)
@@ -184,19 +149,19 @@ class Occupancy:
         for work in list(self.promises_to):
             self.release(work)
 
-    def offer(self, unit: PreemptionCandidate) -> None:
-        """This job or replica can be made to give way."""
-        if unit.name in self.units:
+    def offer(self, candidate: PreemptionCandidate) -> None:
+        """This job or replica may be preempted."""
+        if candidate.name in self.candidates:
             return
-        self.units[unit.name] = unit
-        for node in {self.device[device].node: None for device in unit.devices if device in self.device}:
-            self._units_on[node][unit.name] = unit
+        self.candidates[candidate.name] = candidate
+        for node in {self.device[device].node: None for device in candidate.devices if device in self.device}:
+            self._candidates_on[node][candidate.name] = candidate
 
     def withdraw(self, name: str) -> None:
-        self.units.pop(name, None)
+        self.candidates.pop(name, None)
 
-    def units_on(self, node: str) -> list[PreemptionCandidate]:
-        return [unit for name, unit in self._units_on.get(node, {}).items() if name in self.units]
+    def candidates_on(self, node: str) -> list[PreemptionCandidate]:
+        return [each for name, each in self._candidates_on.get(node, {}).items() if name in self.candidates]
 
     def vacate(self, name: str, devices: Iterable[str]) -> None:
         """Somebody was told to go: its devices are coming free."""
@@ -231,7 +196,7 @@ class Occupancy:
             (self.coming if device in self.holder else self.free)[zone].add(device)
 
     def hold(self, devices: Iterable[str]) -> None:
-        """They are kept for a gang that waits; who may be made to give way by it may have them until then."""
+        """They are kept for a gang that waits; whom it may preempt may have them until then."""
         for device in devices:
             zone = self.zone[device]
             self.promised.pop(device, None)

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
-from tidemill.tides.occupancy import Occupancy, PreemptionCandidate, PreemptionTier
+from tidemill.tides.occupancy import Occupancy
 from tidemill.tides.placement import Placement
-from tidemill.tides.quota import QueueQuotas, presses
+from tidemill.tides.preemption import PreemptionCandidate
+from tidemill.tides.quota import QueueQuotas
 from tidemill.tides.rules import Rules
 from tidemill.tides.state import (
     AssignReservation,
@@ -21,13 +22,13 @@ from tidemill.tides.state import (
 
 
 class PlanBuilder:
-    """What has been decided so far, and the board that it was decided on."""
+    """What has been decided so far, and the occupancy that it was decided on."""
 
     def __init__(self, snapshot: FleetSnapshot, rules: Rules) -> None:
         self.snapshot = snapshot
         self.now = snapshot.now
         self.rules = rules
-        self.board = Occupancy(snapshot, rules.soon_s)
+        self.occupancy = Occupancy(snapshot, rules.soon_s)
         self.running = [job for job in snapshot.jobs if job.phase is not JobPhase.QUEUED]
         self.begun: list[JobView] = []
         """Jobs that this plan starts, as they will be then."""
@@ -38,7 +39,7 @@ class PlanBuilder:
         self.stop_replicas: list[StopReplica] = []
         self.start_jobs: list[StartJob] = []
         self.preempt_jobs: list[PreemptJob] = []
-        self.turn_replicas: dict[str, LendReplica] = {}
+        self.lend_replicas: dict[str, LendReplica] = {}
         self.reserve: list[AssignReservation] = []
         self.waiting: list[WaitNote] = []
         self.searches = 0
@@ -47,44 +48,31 @@ class PlanBuilder:
         """It runs on what its tenant has reserved, and that is in force."""
         return job.reservation is not None and job.reservation in self.reserved
 
-    def unit_of(self, job: JobView) -> PreemptionCandidate:
-        """A running job, as somebody who may have to give way."""
-        pressing = presses(job, self.now, self.rules)
-        lost = job.unsaved_s + self.rules.restart_s
-        return PreemptionCandidate(
-            f"job {job.id}",
-            job.on,
-            PreemptionTier.URGENT_JOB if pressing else PreemptionTier.JOB,
-            job.priority,
-            lost * len(job.on),
-            job=job,
-        )
-
-    def give(self, grant: Placement, work: str, why: str) -> bool:
-        """Make those go that give way to a claim. True when it can start now; else its devices are promised."""
-        for unit in grant.victims:
-            self._tell(unit, why)
-        if not grant.ready:
-            self.promise(grant.devices, work)
-        return grant.ready
+    def give(self, placement: Placement, work: str, why: str) -> bool:
+        """Preempt those that a placement needs gone. True when it can start now; else its devices are promised."""
+        for candidate in placement.victims:
+            self._tell(candidate, why)
+        if not placement.ready:
+            self.promise(placement.devices, work)
+        return placement.ready
 
     def promise(self, devices: Sequence[str], work: str) -> None:
         for device in devices:
-            self.board.promised[device] = work
+            self.occupancy.promised[device] = work
 
-    def evict(self, unit: PreemptionCandidate, why: str) -> None:
-        """Make a job or a replica go."""
-        self.board.vacate(unit.name, unit.devices)
-        self._tell(unit, why)
+    def evict(self, candidate: PreemptionCandidate, why: str) -> None:
+        """Preempt a job, or stop a replica."""
+        self.occupancy.vacate(candidate.name, candidate.devices)
+        self._tell(candidate, why)
 
-    def _tell(self, unit: PreemptionCandidate, why: str) -> None:
-        if unit.job is not None:
-            self.preempt_jobs.append(PreemptJob(unit.job.id, why))
-            if not self.on_reservation(unit.job):
-                self.queues.remove(unit.job, len(unit.job.on))
-        if unit.replica is not None:
-            self.turn_replicas.pop(unit.replica.id, None)
-            self.stop_replicas.append(StopReplica(unit.replica.id, why))
+    def _tell(self, candidate: PreemptionCandidate, why: str) -> None:
+        if candidate.job is not None:
+            self.preempt_jobs.append(PreemptJob(candidate.job.id, why))
+            if not self.on_reservation(candidate.job):
+                self.queues.remove(candidate.job, len(candidate.job.on))
+        if candidate.replica is not None:
+            self.lend_replicas.pop(candidate.replica.id, None)
+            self.stop_replicas.append(StopReplica(candidate.replica.id, why))
 
     def wait(self, work: str, why: str) -> None:
         self.waiting.append(WaitNote(work, why))

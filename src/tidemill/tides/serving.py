@@ -1,17 +1,18 @@
-"""Replicas for interactive requests: they come first."""
+"""Replicas for interactive requests, which come first."""
 
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from tidemill.tides.desired_replicas import SERVING, DesiredBatchReplicas, DesiredReplicas, batch_need, replicas_needed
-from tidemill.tides.occupancy import ORDINARY, PreemptionCandidate, PreemptionTier
+from tidemill.tides.occupancy import ORDINARY
 from tidemill.tides.placement import PlacementRequest
 from tidemill.tides.plan_builder import PlanBuilder
+from tidemill.tides.preemption import PreemptionTier, preemptible_by_model, replica_candidate
 from tidemill.tides.sleepers import Sleepers
 from tidemill.tides.state import LendReplica, ModelView, Phase, ReplicaView, StartReplica, StopReplica
 
-_LIFE = {Phase.STARTING: 0, Phase.WARMING: 1, Phase.READY: 2}
+_PHASE_ORDER = {Phase.STARTING: 0, Phase.WARMING: 1, Phase.READY: 2}
 LINE_S = 10.0
 """What a line of a batch that has to be sent again is taken to have cost."""
 
@@ -19,8 +20,8 @@ LINE_S = 10.0
 class Serving:
     """The replicas of the models, sorted by what they are for, and what the models need."""
 
-    def __init__(self, draft: PlanBuilder) -> None:
-        self.mine: dict[str, list[ReplicaView]] = defaultdict(list)
+    def __init__(self, builder: PlanBuilder) -> None:
+        self.interactive: dict[str, list[ReplicaView]] = defaultdict(list)
         """For interactive requests, by model."""
         self.lent: dict[str, list[ReplicaView]] = defaultdict(list)
         """For batches, by model; the best first."""
@@ -28,13 +29,13 @@ class Serving:
         """On a device that is lost or was taken out."""
         self.unknown: list[ReplicaView] = []
         """Of a model that is no longer served."""
-        board, models = draft.board, {model.name for model in draft.snapshot.models}
-        for replica in draft.snapshot.replicas:
+        occupancy, models = builder.occupancy, {model.name for model in builder.snapshot.models}
+        for replica in builder.snapshot.replicas:
             if replica.phase not in SERVING:
                 continue
-            views = [board.device.get(device) for device in replica.devices]
+            views = [occupancy.device.get(device) for device in replica.devices]
             if replica.batch_only and any(
-                board.holder.get(device) != f"replica {replica.id}" for device in replica.devices
+                occupancy.holder.get(device) != f"replica {replica.id}" for device in replica.devices
             ):
                 continue  # beside another one, on what that leaves of its devices
             if any(view is None or not view.up for view in views):
@@ -44,124 +45,131 @@ class Serving:
             elif replica.batch_only:
                 self.lent[replica.model].append(replica)
             else:
-                self.mine[replica.model].append(replica)
+                self.interactive[replica.model].append(replica)
         for lent in self.lent.values():
-            lent.sort(key=lambda each: (-_LIFE[each.phase], each.filler, each.id))
+            lent.sort(key=lambda each: (-_PHASE_ORDER[each.phase], each.filler, each.id))
         self.needs: dict[str, DesiredReplicas] = {
-            model.name: replicas_needed(model, self.mine[model.name], draft.now, draft.rules)
-            for model in draft.snapshot.models
+            model.name: replicas_needed(model, self.interactive[model.name], builder.now, builder.rules)
+            for model in builder.snapshot.models
         }
-        backlogs = {backlog.model: backlog for backlog in draft.snapshot.backlogs}
+        backlogs = {backlog.model: backlog for backlog in builder.snapshot.backlogs}
         self.batches: dict[str, DesiredBatchReplicas] = {
-            model.name: batch_need(backlogs[model.name], draft.now, model.startup_s, draft.rules)
-            for model in draft.snapshot.models
+            model.name: batch_need(backlogs[model.name], builder.now, model.startup_s, builder.rules)
+            for model in builder.snapshot.models
             if model.name in backlogs
         }
 
-    def batch_replicas(self, draft: PlanBuilder, model: ModelView, times: float = 1.0) -> int:
+    def batch_replicas(self, builder: PlanBuilder, model: ModelView, times: float = 1.0) -> int:
         """Replicas that the deadlines of a model's batches need beside what fits into the interactive ones, at so many
         times the rate that they ask for."""
         need = self.batches.get(model.name)
         if need is None or need.rate <= 0:
             return 0
         if model.capacity <= 0:
-            return 0 if self.mine[model.name] else 1
-        ready = sum(1 for replica in self.mine[model.name] if replica.phase is Phase.READY)
+            return 0 if self.interactive[model.name] else 1
+        ready = sum(1 for replica in self.interactive[model.name] if replica.phase is Phase.READY)
         idle = max(ready * model.capacity - max(model.now, model.demand.expected), 0.0)
-        beside = need.rate * times - idle * draft.rules.batch_inside
+        missing = need.rate * times - idle * builder.rules.batch_inside
         # Rounded, not up: what half a replica would do in time can wait a while yet.
-        return max(math.ceil(beside / (model.capacity * draft.rules.batch_gain) - 0.5), 0)
+        return max(math.ceil(missing / (model.capacity * builder.rules.batch_gain) - 0.5), 0)
 
 
-def offer_replicas(draft: PlanBuilder, serving: Serving) -> None:
-    """Say which replicas could give way, and at what loss."""
-    for model in draft.snapshot.models:
-        needed = serving.batch_replicas(draft, model, draft.rules.batch_keep)
+def offer_replicas(builder: PlanBuilder, serving: Serving) -> None:
+    """Say which replicas may be preempted, and at what loss."""
+    for model in builder.snapshot.models:
+        needed = serving.batch_replicas(builder, model, builder.rules.batch_keep)
         for rank, replica in enumerate(serving.lent[model.name]):
             tier = PreemptionTier.NEEDED_BATCH if rank < needed else PreemptionTier.LENT
-            draft.board.offer(_unit(replica, tier, model.priority, replica.filler * LINE_S))
-        _offer_mine(draft, serving, model)
+            builder.occupancy.offer(replica_candidate(replica, tier, model.priority, replica.filler * LINE_S))
+        _offer_interactive(builder, serving, model)
 
 
-def _offer_mine(draft: PlanBuilder, serving: Serving, model: ModelView) -> None:
-    """Those for people that could give way: what is not needed, and what is beyond the minimum."""
-    need, board = serving.needs[model.name], draft.board
-    ordered = in_order_of_leaving(draft, _staying(draft, serving.mine[model.name]), model)
+def _offer_interactive(builder: PlanBuilder, serving: Serving, model: ModelView) -> None:
+    """Those for people that may be preempted: what is not needed, and what is beyond the minimum."""
+    need, occupancy = serving.needs[model.name], builder.occupancy
+    ordered = in_order_of_leaving(builder, _staying(builder, serving.interactive[model.name]), model)
     for rank, replica in enumerate(ordered):
-        board.withdraw(f"replica {replica.id}")
+        occupancy.withdraw(f"replica {replica.id}")
         left = len(ordered) - rank - 1
         if left >= need.count:
-            board.offer(_unit(replica, PreemptionTier.SURPLUS, model.priority, model.startup_s))
+            occupancy.offer(replica_candidate(replica, PreemptionTier.SURPLUS, model.priority, model.startup_s))
         elif left >= model.min_replicas:
-            board.offer(_unit(replica, PreemptionTier.ABOVE_MINIMUM, model.priority, 10 * model.startup_s))
+            occupancy.offer(
+                replica_candidate(replica, PreemptionTier.ABOVE_MINIMUM, model.priority, 10 * model.startup_s)
+            )
 
 
-def _staying(draft: PlanBuilder, replicas: Iterable[ReplicaView]) -> list[ReplicaView]:
+def _staying(builder: PlanBuilder, replicas: Iterable[ReplicaView]) -> list[ReplicaView]:
     """Those that this plan has not told to go."""
-    return [each for each in replicas if f"replica {each.id}" not in draft.board.gone]
+    return [each for each in replicas if f"replica {each.id}" not in builder.occupancy.gone]
 
 
-def _unit(replica: ReplicaView, tier: int, priority: int, loss_s: float) -> PreemptionCandidate:
-    return PreemptionCandidate(f"replica {replica.id}", replica.devices, tier, priority, loss_s, replica=replica)
-
-
-def in_order_of_leaving(draft: PlanBuilder, replicas: Sequence[ReplicaView], model: ModelView) -> list[ReplicaView]:
+def in_order_of_leaving(builder: PlanBuilder, replicas: Sequence[ReplicaView], model: ModelView) -> list[ReplicaView]:
     """Those that are not ready yet, then the least busy, the youngest; last of all a minimum of them that is on as many
     nodes as it can be."""
-    ordered = sorted(replicas, key=lambda each: (_LIFE[each.phase], each.in_flight + each.filler, -each.since, each.id))
+    ordered = sorted(
+        replicas, key=lambda each: (_PHASE_ORDER[each.phase], each.in_flight + each.filler, -each.since, each.id)
+    )
     last: list[ReplicaView] = []
     nodes: set[str] = set()
     for replica in reversed(ordered):
-        here = _nodes_of(draft, replica.devices)
+        here = _nodes_of(builder, replica.devices)
         if len(last) < model.min_replicas and replica.phase is Phase.READY and not here & nodes:
             last.append(replica)
             nodes |= here
     return [each for each in ordered if each not in last] + last[::-1]
 
 
-def _nodes_of(draft: PlanBuilder, devices: Iterable[str]) -> frozenset[str]:
-    views = (draft.board.device.get(device) for device in devices)
+def _nodes_of(builder: PlanBuilder, devices: Iterable[str]) -> frozenset[str]:
+    views = (builder.occupancy.device.get(device) for device in devices)
     return frozenset(view.node for view in views if view is not None)
 
 
-def give_up(draft: PlanBuilder, serving: Serving) -> None:
+def scale_down(builder: PlanBuilder, serving: Serving) -> None:
     """Stop the replicas that nobody needs, or lend them to batches that have work for them; take those back that people
     need again."""
     for replica in serving.unknown:
-        draft.evict(_unit(replica, PreemptionTier.SURPLUS, 0, 0.0), f"{replica.model} is no longer served")
-    for model in draft.snapshot.models:
-        need, mine = serving.needs[model.name], serving.mine[model.name]
+        builder.evict(
+            replica_candidate(replica, PreemptionTier.SURPLUS, 0, 0.0), f"{replica.model} is no longer served"
+        )
+    for model in builder.snapshot.models:
+        need, interactive = serving.needs[model.name], serving.interactive[model.name]
         batch = serving.batches.get(model.name, DesiredBatchReplicas())
-        here = _staying(draft, mine)
-        for replica in in_order_of_leaving(draft, here, model)[: max(len(here) - need.keep, 0)]:
-            mine.remove(replica)
-            if draft.rules.turn and batch.work > 0 and replica.phase is Phase.READY:
+        here = _staying(builder, interactive)
+        for replica in in_order_of_leaving(builder, here, model)[: max(len(here) - need.keep, 0)]:
+            interactive.remove(replica)
+            if builder.rules.lend_replicas and batch.work > 0 and replica.phase is Phase.READY:
                 why = f"lent to batches of {model.name}; {need.count} replicas are enough: {need.why}"
-                draft.turn_replicas[replica.id] = LendReplica(replica.id, True, why)
+                builder.lend_replicas[replica.id] = LendReplica(replica.id, True, why)
                 serving.lent[model.name].append(replica)
-                draft.board.withdraw(f"replica {replica.id}")
-                draft.board.offer(_unit(replica, PreemptionTier.LENT, model.priority, replica.filler * LINE_S))
+                builder.occupancy.withdraw(f"replica {replica.id}")
+                builder.occupancy.offer(
+                    replica_candidate(replica, PreemptionTier.LENT, model.priority, replica.filler * LINE_S)
+                )
             else:
                 why = f"{need.count} of {len(here)} replicas are enough: {need.why}"
-                draft.evict(_unit(replica, PreemptionTier.SURPLUS, 0, 0.0), why)
-        _take_back(draft, serving, model)
-        for replica in _staying(draft, serving.lent[model.name]):
+                builder.evict(replica_candidate(replica, PreemptionTier.SURPLUS, 0, 0.0), why)
+        _take_back(builder, serving, model)
+        for replica in _staying(builder, serving.lent[model.name]):
             if batch.work <= 0 and replica.filler == 0:
                 serving.lent[model.name].remove(replica)
-                draft.evict(
-                    _unit(replica, PreemptionTier.LENT, 0, 0.0), f"no lines of batches for {model.name} are left"
+                builder.evict(
+                    replica_candidate(replica, PreemptionTier.LENT, 0, 0.0),
+                    f"no lines of batches for {model.name} are left",
                 )
 
 
-def serve_people(draft: PlanBuilder, serving: Serving, sleepers: Sleepers) -> None:
-    """Start replicas where a model has too few; make others give way for them."""
+def scale_up(builder: PlanBuilder, serving: Serving, sleepers: Sleepers) -> None:
+    """Start replicas where a model has too few; preempt others for them."""
     claims: list[tuple[tuple[bool, int, bool, float, str, int], ModelView]] = []
     on: dict[str, frozenset[str]] = {}
     """The nodes that the replicas of a model are on, or will be."""
-    for model in draft.snapshot.models:
+    for model in builder.snapshot.models:
         need = serving.needs[model.name]
-        have = len(_staying(draft, serving.mine[model.name]))
-        on[model.name] = _nodes_of(draft, (device for each in serving.mine[model.name] for device in each.devices))
+        have = len(_staying(builder, serving.interactive[model.name]))
+        on[model.name] = _nodes_of(
+            builder, (device for each in serving.interactive[model.name] for device in each.devices)
+        )
         for rank in range(have, need.count):
             order = (
                 rank >= model.min_replicas,
@@ -180,82 +188,83 @@ def serve_people(draft: PlanBuilder, serving: Serving, sleepers: Sleepers) -> No
             refused[model.name] += 1
             continue
         below_minimum = not order[0]
-
-        def may(unit: PreemptionCandidate, below_minimum: bool = below_minimum, model: ModelView = model) -> bool:
-            if unit.replica is not None and unit.replica.model == model.name:
-                return unit.tier in (PreemptionTier.LENT, PreemptionTier.NEEDED_BATCH)
-            return unit.tier != PreemptionTier.ABOVE_MINIMUM or below_minimum
-
         work, need = f"model {model.name}", serving.needs[model.name]
         # One node's loss shall not take all of a minimum; what is beyond it is packed, so that gangs find whole nodes.
         apart = on[model.name] if below_minimum else frozenset()
-        claim = PlacementRequest(work, model.devices, model.kinds, spans=model.spans, apart=apart, may=may)
-        grant = sleepers.place(claim, model.name)
-        if grant is None:
+        request = PlacementRequest(
+            work,
+            model.devices,
+            model.kinds,
+            spans=model.spans,
+            apart=apart,
+            may_preempt=preemptible_by_model(model, below_minimum=below_minimum),
+        )
+        placement = sleepers.place(request, model.name)
+        if placement is None:
             refused[model.name] += 1
             continue
-        on[model.name] |= _nodes_of(draft, grant.devices)
-        if draft.give(grant, work, f"{model.name} needs {need.count} replicas: {need.why}"):
-            wake = sleepers.on(model.name, grant.devices)
-            draft.start_replicas.append(StartReplica(model.name, grant.devices, need.why, wake=wake))
+        on[model.name] |= _nodes_of(builder, placement.devices)
+        if builder.give(placement, work, f"{model.name} needs {need.count} replicas: {need.why}"):
+            wake = sleepers.on(model.name, placement.devices)
+            builder.start_replicas.append(StartReplica(model.name, placement.devices, need.why, wake=wake))
             started[model.name] += 1
         else:
             late[model.name] += 1
-    _say_who_waits(draft, serving, refused, late)
-    _let_broken_go(draft, serving)
+    _say_who_waits(builder, serving, refused, late)
+    _let_broken_go(builder, serving)
 
 
-def _take_back(draft: PlanBuilder, serving: Serving, model: ModelView) -> None:
+def _take_back(builder: PlanBuilder, serving: Serving, model: ModelView) -> None:
     """Replicas lent to batches are taken back where people lack some, which takes no time: for the minimum those on
     other nodes rather than those beside the ones that people have."""
-    need, here = serving.needs[model.name], _staying(draft, serving.mine[model.name])
+    need, here = serving.needs[model.name], _staying(builder, serving.interactive[model.name])
     missing = need.count - len(here)
-    if not draft.rules.turn or missing <= 0:
+    if not builder.rules.lend_replicas or missing <= 0:
         return
     usable = [
         each
-        for each in _staying(draft, serving.lent[model.name])
-        if all(draft.board.zone[device] == ORDINARY for device in each.devices)  # a tenant lends to batches only
+        for each in _staying(builder, serving.lent[model.name])
+        if all(builder.occupancy.zone[device] == ORDINARY for device in each.devices)  # a tenant lends to batches only
     ]
-    nodes = _nodes_of(draft, (device for each in here for device in each.devices))
+    nodes = _nodes_of(builder, (device for each in here for device in each.devices))
     taken = min(len(usable), missing)
     for rank in range(len(here), len(here) + taken):
-        beside = [bool(nodes & _nodes_of(draft, each.devices)) for each in usable]
-        replica = usable.pop(beside.index(False) if rank < model.min_replicas and False in beside else 0)
-        nodes |= _nodes_of(draft, replica.devices)
+        shares = [bool(nodes & _nodes_of(builder, each.devices)) for each in usable]
+        replica = usable.pop(shares.index(False) if rank < model.min_replicas and False in shares else 0)
+        nodes |= _nodes_of(builder, replica.devices)
         serving.lent[model.name].remove(replica)
-        serving.mine[model.name].append(replica)
-        if draft.turn_replicas.pop(replica.id, None) is None:
-            draft.turn_replicas[replica.id] = LendReplica(replica.id, False, need.why)
-    _offer_mine(draft, serving, model)
+        serving.interactive[model.name].append(replica)
+        if builder.lend_replicas.pop(replica.id, None) is None:
+            builder.lend_replicas[replica.id] = LendReplica(replica.id, False, need.why)
+    _offer_interactive(builder, serving, model)
 
 
-def _say_who_waits(draft: PlanBuilder, serving: Serving, refused: Mapping[str, int], late: Mapping[str, int]) -> None:
-    for model in draft.snapshot.models:
+def _say_who_waits(builder: PlanBuilder, serving: Serving, refused: Mapping[str, int], late: Mapping[str, int]) -> None:
+    for model in builder.snapshot.models:
         need = serving.needs[model.name]
         kinds = " or ".join(model.kinds) or "any kind"
         where = "one node, or equal parts of several," if model.spans else "one node"
         size = "1 device" if model.devices == 1 else f"{model.devices} devices of {where}"
         if refused[model.name]:
-            draft.wait(
+            builder.wait(
                 f"model {model.name}",
                 f"{refused[model.name]} more replicas of {size} each ({kinds}), to have {need.count}: {need.why}; "
-                "nothing is free and nothing that holds such devices may be made to give way",
+                "nothing is free, and nobody that holds such devices may be preempted",
             )
         if late[model.name]:
-            draft.wait(
+            builder.wait(
                 f"model {model.name}",
                 f"devices that are being given back, for {late[model.name]} more replicas, to have {need.count}: "
                 f"{need.why}",
             )
 
 
-def _let_broken_go(draft: PlanBuilder, serving: Serving) -> None:
+def _let_broken_go(builder: PlanBuilder, serving: Serving) -> None:
     """A replica on a device that was taken out serves until there are others."""
     for replica in serving.broken:
         need = serving.needs.get(replica.model)
-        ready = sum(1 for each in serving.mine[replica.model] if each.phase is Phase.READY)
+        ready = sum(1 for each in serving.interactive[replica.model] if each.phase is Phase.READY)
         if need is None or replica.batch_only or ready >= need.count:
-            draft.stop_replicas.append(
+            builder.stop_replicas.append(
                 StopReplica(replica.id, "a device that it is on was taken out or lost, and others serve")
             )

@@ -6,49 +6,49 @@ can be had.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import msgspec
 
-from tidemill.tides.occupancy import PreemptionCandidate
 from tidemill.tides.placement import Placement, PlacementRequest, place
 from tidemill.tides.plan_builder import PlanBuilder
+from tidemill.tides.preemption import PreemptionCandidate, PreemptionRule
 from tidemill.tides.state import Phase, ReplicaView, StopReplica
 
 
 class Sleepers:
     """Those that sleep, by model, and which of them this plan wakes."""
 
-    def __init__(self, draft: PlanBuilder) -> None:
-        self._draft = draft
+    def __init__(self, builder: PlanBuilder) -> None:
+        self._builder = builder
         self._by_model: dict[str, list[ReplicaView]] = defaultdict(list)
-        for replica in draft.snapshot.replicas:
+        for replica in builder.snapshot.replicas:
             if replica.phase is Phase.ASLEEP:
                 self._by_model[replica.model].append(replica)
         self._woken: set[str] = set()
 
-    def place(self, claim: PlacementRequest, model: str) -> Placement | None:
-        """Devices for a replica of the model: free ones, else such as are coming, else of somebody who gives way, the
-        least important first; each time a sleeper's own rather than others."""
-        board = self._draft.board
+    def place(self, request: PlacementRequest, model: str) -> Placement | None:
+        """Devices for a replica of the model: free ones, else such as are coming, else of somebody who is preempted,
+        the least important first; each time a sleeper's own rather than others."""
+        occupancy = self._builder.occupancy
         homes = [frozenset(each.devices) for each in self._by_model[model] if each.id not in self._woken]
         if not homes:
-            return place(board, claim)
-        for each in self._tries(claim):
+            return place(occupancy, request)
+        for each in self._tries(request):
             for home in (*homes, None):
-                grant = place(board, msgspec.structs.replace(each, only=home))
-                if grant is not None:
-                    return grant
+                placement = place(occupancy, msgspec.structs.replace(each, only=home))
+                if placement is not None:
+                    return placement
         return None
 
-    def _tries(self, claim: PlacementRequest) -> Iterator[PlacementRequest]:
-        may = claim.may
-        yield msgspec.structs.replace(claim, may=None, now=True)
-        yield msgspec.structs.replace(claim, may=None)
-        if may is not None:
-            for most in sorted({unit.tier for unit in self._draft.board.units.values()}):
-                yield msgspec.structs.replace(claim, may=partial(_up_to, most, may))
+    def _tries(self, request: PlacementRequest) -> Iterator[PlacementRequest]:
+        may_preempt = request.may_preempt
+        yield msgspec.structs.replace(request, may_preempt=None, now=True)
+        yield msgspec.structs.replace(request, may_preempt=None)
+        if may_preempt is not None:
+            for most in sorted({candidate.tier for candidate in self._builder.occupancy.candidates.values()}):
+                yield msgspec.structs.replace(request, may_preempt=partial(_up_to, most, may_preempt))
 
     def on(self, model: str, devices: tuple[str, ...]) -> str | None:
         """The sleeper of the model whose devices these are; it is woken with that."""
@@ -59,10 +59,10 @@ class Sleepers:
         return None
 
     def settle(self) -> None:
-        """At the end of a plan: who gives way may sleep rather than end, as many of a model as it says; and sleepers
+        """At the end of a plan: who is preempted may sleep rather than end, as many of a model as it says; and sleepers
         that cannot be woken any more end."""
-        draft = self._draft
-        limit = {model.name: model.sleepers for model in draft.snapshot.models}
+        builder = self._builder
+        limit = {model.name: model.sleepers for model in builder.snapshot.models}
         asleep: Counter[str] = Counter()
         homes: dict[str, set[str]] = defaultdict(set)
         for name, sleepers in self._by_model.items():
@@ -72,16 +72,16 @@ class Sleepers:
                 gone = [device for device in each.devices if not self._up(device)]
                 if gone or asleep[name] >= limit.get(name, 0):
                     why = f"{gone[0]} is lost or was taken out" if gone else "no more of its model may sleep"
-                    draft.stop_replicas.append(StopReplica(each.id, why))
+                    builder.stop_replicas.append(StopReplica(each.id, why))
                 else:
                     asleep[name] += 1
                     homes[name] |= set(each.devices)
-        for replica in draft.snapshot.replicas:
+        for replica in builder.snapshot.replicas:
             if replica.dozing:
                 asleep[replica.model] += 1
                 homes[replica.model] |= set(replica.devices)
-        views = {replica.id: replica for replica in draft.snapshot.replicas}
-        for index, stop in enumerate(draft.stop_replicas):
+        views = {replica.id: replica for replica in builder.snapshot.replicas}
+        for index, stop in enumerate(builder.stop_replicas):
             view = views[stop.replica]
             if view.phase is not Phase.READY or asleep[view.model] >= limit.get(view.model, 0):
                 continue
@@ -89,9 +89,9 @@ class Sleepers:
                 continue
             asleep[view.model] += 1
             homes[view.model] |= set(view.devices)
-            draft.stop_replicas[index] = msgspec.structs.replace(stop, sleep=True)
+            builder.stop_replicas[index] = msgspec.structs.replace(stop, sleep=True)
 
-    def beside(self, device: str) -> list[str]:
+    def at(self, device: str) -> list[str]:
         """Who sleeps at a device."""
         return [
             each.id
@@ -101,9 +101,9 @@ class Sleepers:
         ]
 
     def _up(self, device: str) -> bool:
-        view = self._draft.board.device.get(device)
+        view = self._builder.occupancy.device.get(device)
         return view is not None and view.up
 
 
-def _up_to(most: int, may: Callable[[PreemptionCandidate], bool], unit: PreemptionCandidate) -> bool:
-    return unit.tier <= most and may(unit)
+def _up_to(most: int, may_preempt: PreemptionRule, candidate: PreemptionCandidate) -> bool:
+    return candidate.tier <= most and may_preempt(candidate)

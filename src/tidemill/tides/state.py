@@ -35,7 +35,7 @@ class DeviceView(msgspec.Struct, frozen=True):
 
 
 class Phase(StrEnum):
-    """Where a replica is in its life."""
+    """Where a replica is in its lifecycle."""
 
     STARTING = "starting"
     """Its process is being started."""
@@ -65,8 +65,8 @@ class ReplicaView(msgspec.Struct, frozen=True):
     batch_only: bool = False
     """Lent to batches: no interactive request goes there."""
     version: str = ""
-    beside: bool = False
-    """It is lent, and shares the devices of another one, whose they are: it gets what that leaves."""
+    colocated: bool = False
+    """It is lent, and shares the devices of another replica, which has precedence: it gets what that leaves."""
     dozing: bool = False
     """It drains in order to sleep."""
     shared: bool = False
@@ -123,7 +123,7 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class JobPhase(StrEnum):
-    """What the tide needs to know of a job's life."""
+    """Where a job is in its lifecycle, as far as a plan needs it."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -294,8 +294,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     stop_replicas: tuple[StopReplica, ...] = ()
     start_jobs: tuple[StartJob, ...] = ()
     preempt_jobs: tuple[PreemptJob, ...] = ()
-    turn_replicas: tuple[LendReplica, ...] = ()
-    """Only with `Rules.turn`."""
+    lend_replicas: tuple[LendReplica, ...] = ()
+    """Only with `Rules.lend_replicas`."""
     reserve: tuple[AssignReservation, ...] = ()
     promises: tuple[DevicePromise, ...] = ()
     """To be handed back with the next snapshot."""

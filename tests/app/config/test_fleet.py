@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tidemill.app.config.platform import Config, load_config
+from tidemill.app.config.load import load_config
+from tidemill.app.config.schema.platform import Config
 from tidemill.app.datadir import DataDir
 from tidemill.app.fleet import Fleet, max_concurrent
 from tidemill.app.nodes import find_devices
@@ -147,10 +148,10 @@ def test_devices_are_declared_or_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (LOCAL + "devices = 0\n", ["models.l.devices: 0", "from 1"]),
+        (LOCAL + "devices = 0\n", ["models.l.devices must be from 1 to 4096, not 0"]),
         (LOCAL + "min_replicas = -1\n", ["models.l.min_replicas", "from 0 to 64"]),
-        (LOCAL + "min_replicas = 3\nmax_replicas = 2\n", ["models.l.max_replicas: 2", "from 3"]),
-        (LOCAL + "min_replicas = 0\nmax_replicas = 0\n", ["models.l.max_replicas: 0", "from 1"]),
+        (LOCAL + "min_replicas = 3\nmax_replicas = 2\n", ["models.l.max_replicas must be from 3 to 64, not 2"]),
+        (LOCAL + "min_replicas = 0\nmax_replicas = 0\n", ["models.l.max_replicas must be from 1 to 64, not 0"]),
         (LOCAL + "sleepers = 1\n", ["models.l.sleepers", "vllm and sglang"]),
         (VLLM + "sleepers = -1\n", ["models.v.sleepers", "from 0"]),
         (VLLM + 'sleepers = 1\n[fleet]\nbackend = "ray"\n', ["models.v.sleepers", "Ray keeps the devices"]),
@@ -163,19 +164,22 @@ def test_devices_are_declared_or_found(tmp_path: Path) -> None:
         (LOCAL + "[models.l.objective]\nttft_seconds = 0\n", ["models.l.objective.ttft_seconds"]),
         (LOCAL + "[models.l.objective]\npercentile = 95\n", ["models.l.objective.percentile", "0.95"]),
         (LOCAL + "[models.l.launch]\ntp = 2\n", ["models.l.launch", "vllm and sglang"]),
-        (UPSTREAM + "devices = 1\n", ["models.x.devices", "openai is somebody else's"]),
+        (UPSTREAM + "devices = 1\n", ["models.x.devices", 'not supported with engine = "openai"']),
         (UPSTREAM + "min_replicas = 0\n", ["models.x.min_replicas"]),
-        (VLLM + 'base_url = "http://x"\n', ["models.v.base_url", "vllm runs here"]),
-        (VLLM + "devices = 3\n[models.v.launch]\ntp = 2\n", ["models.v.devices: 3", "tp x pp x dp is 2"]),
-        (VLLM + "[models.v.launch]\ntp = 0\n", ["models.v.launch.tp: 0"]),
+        (VLLM + 'base_url = "http://x"\n', ["models.v.base_url", 'not supported with engine = "vllm"']),
+        (VLLM + "devices = 3\n[models.v.launch]\ntp = 2\n", ["models.v.devices is 3", "tp x pp x dp is 2"]),
+        (VLLM + "[models.v.launch]\ntp = 0\n", ["models.v.launch.tp must be from 1"]),
         (VLLM + "[models.v.launch]\nmemory_share = 1.5\n", ["models.v.launch.memory_share"]),
         (VLLM + "[models.v.launch]\ntpp = 2\n", ["unknown key models.v.launch.tpp", "models.v.launch.tp?"]),
         (VLLM + '[models.v.launch]\ndtype = "float8"\n', ["models.v.launch.dtype", "auto, bfloat16, float16"]),
-        ("[fleet]\nhealth_seconds = 1\n", ["fleet.health_seconds: 1", "from 2"]),
+        ("[fleet]\nhealth_seconds = 1\n", ["fleet.health_seconds must be from 2 to 3600, not 1"]),
         ("[fleet]\nhealth = 1\n", ["unknown key fleet.health"]),
         ("[nodes.local]\ndevice = []\n", ["unknown key nodes.local.device", "nodes.local.devices?"]),
         ('[nodes.local]\ndevices = [{ kind = "cpu", counts = 1 }]\n', ["nodes.local.devices.counts"]),
-        ('[nodes.local]\ndevices = [{ kind = "cpu", count = 0 }]\n', ["nodes.local.devices", "count of 0"]),
+        (
+            '[nodes.local]\ndevices = [{ kind = "cpu", count = 0 }]\n',
+            ["nodes.local.devices.count must be from 1"],
+        ),
     ],
 )
 def test_what_is_refused(tmp_path: Path, text: str, words: list[str]) -> None:

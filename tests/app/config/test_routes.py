@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tidemill.app.config.models import ModelConfig
-from tidemill.app.config.platform import Config, load_config
+from tidemill.app.config.load import load_config
+from tidemill.app.config.schema.models import ModelConfig
+from tidemill.app.config.schema.platform import Config
 from tidemill.app.datadir import DataDir
 from tidemill.app.fleet import Fleet
 from tidemill.errors import ConfigError
@@ -61,13 +62,13 @@ def test_a_cost_of_nothing_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (X + "hedge_seconds = 1\n", ["models.x.hedge_seconds", "bills both", 'on_disconnect = "abort"']),
+        (X + "hedge_seconds = 1\n", ["models.x.hedge_seconds", "would bill both", 'on_disconnect = "abort"']),
         (LOCAL + "hedge_seconds = 0\n", ["models.l.hedge_seconds", "0.01 to 3600"]),
-        (LOCAL + "replicas = 0\n", ["models.l.replicas: 0", "from 1 to 64"]),
-        (LOCAL + "replicas = 65\n", ["models.l.replicas: 65"]),
+        (LOCAL + "replicas = 0\n", ["models.l.replicas must be from 1 to 64, not 0"]),
+        (LOCAL + "replicas = 65\n", ["models.l.replicas must be from 1 to 64, not 65"]),
         (LOCAL + 'replicas = "two"\n', ["models.l.replicas", "integer"]),
         (LOCAL + "replica = 2\n", ["unknown key models.l.replica", "models.l.replicas?"]),
-        (LOCAL + 'base_urls = ["http://x/v1"]\n', ["models.l.base_urls", "has no address"]),
+        (LOCAL + 'base_urls = ["http://x/v1"]\n', ["models.l.base_urls", "which Tidemill runs itself"]),
         (LOCAL + '[models.l.cost]\ninput = "1"\noutput = "1"\n', ["models.l.cost", "cost_per_hour"]),
         (X + "replicas = 2\n", ["models.x.replicas", "base_urls = ["]),
         (X + 'base_urls = ["http://y/v1"]\n', ["models.x", "both base_url and base_urls"]),
@@ -80,25 +81,25 @@ def test_a_cost_of_nothing_is_none(tmp_path: Path) -> None:
         ),
         ('[models.x]\nengine = "openai"\nbase_urls = "http://y/v1"\n', ["models.x.base_urls", "a list"]),
         (X + "probe_seconds = 0.1\n", ["models.x.probe_seconds", "from 1 to 3600"]),
-        (X + 'aliases = ["a b"]\n', ["models.x.aliases", "'a b' is not a model name"]),
-        (X + 'aliases = ["a", "a"]\n', ["models.x.aliases", "'a' is there twice"]),
-        (X + 'aliases = ["x"]\n', ["models.x.aliases", "'x' is a model of its own"]),
-        (X + 'aliases = ["a"]\n' + Y + 'aliases = ["a"]\n', ["models.y.aliases", "alias of 'x' already"]),
-        (X + 'aliases = ["a"]\n[prices.a]\ninput = "1"\noutput = "1"\n', ["prices.a", "alias", "that of 'x'"]),
+        (X + 'aliases = ["a b"]\n', ["models.x.aliases", "'a b' is not a valid model name"]),
+        (X + 'aliases = ["a", "a"]\n', ["models.x.aliases", "'a' is listed twice"]),
+        (X + 'aliases = ["x"]\n', ["models.x.aliases", "'x' is already the name of a model"]),
+        (X + 'aliases = ["a"]\n' + Y + 'aliases = ["a"]\n', ["models.y.aliases", "already an alias of 'x'"]),
+        (X + 'aliases = ["a"]\n[prices.a]\ninput = "1"\noutput = "1"\n', ["prices.a", "alias", "price of 'x'"]),
         (X + 'fallbacks = ["z"]\n', ["models.x.fallbacks", "no model 'z'"]),
         (X + 'fallbacks = ["yy"]\n' + OWN_Y, ["models.x.fallbacks", "Did you mean 'y'?"]),
-        (X + 'fallbacks = ["x"]\n', ["models.x.fallbacks", "names itself"]),
+        (X + 'fallbacks = ["x"]\n', ["models.x.fallbacks", "cannot name itself"]),
         (X + 'fallbacks = ["y", "y"]\n' + OWN_Y, ["models.x.fallbacks", "twice"]),
-        (X + 'fallbacks = ["y"]\n' + Y, ["models.x.fallbacks", "what 'y' costs is not known", "[models.y.cost]"]),
-        (X + "overflow = true\n", ["models.x.overflow", "nothing to flow over to"]),
+        (X + 'fallbacks = ["y"]\n' + Y, ["models.x.fallbacks", "the cost of 'y' is not known", "[models.y.cost]"]),
+        (X + "overflow = true\n", ["models.x.overflow", "needs models to send requests to"]),
         (X + "[models.x.split]\nz = 10\n", ["models.x.split", "no model 'z'"]),
         (X + "[models.x.split]\ny = 0\n" + OWN_Y, ["models.x.split.y", "percentage"]),
         (X + "[models.x.split]\ny = 101\n" + OWN_Y, ["models.x.split.y", "percentage"]),
         (X + '[models.x.split]\ny = "10"\n' + OWN_Y, ["models.x.split"]),
-        (X + "[models.x.split]\ny = 10\n" + Y, ["models.x.split", "what 'y' costs is not known"]),
+        (X + "[models.x.split]\ny = 10\n" + Y, ["models.x.split", "the cost of 'y' is not known"]),
         (
             X + "[models.x.split]\ny = 10\n" + OWN_Y + "[models.y.split]\nx = 5\n",
-            ["models.x.split", "'y' is split itself"],
+            ["models.x.split", "'y' has a split of its own"],
         ),
         (
             X + '[models.x.split]\ny = 60\nz = 60\n[models.z]\nengine = "openai"\nbase_url = "http://z"\n'
@@ -113,11 +114,11 @@ def test_a_cost_of_nothing_is_none(tmp_path: Path) -> None:
         (Y + 'cost = "1"\n', ["models.y.cost"]),
         (
             Y + Y_COST + '[prices.y]\ninput = "1"\noutput = "1.99"\n',
-            ["prices.y", "below what the model costs", "allow_loss = true"],
+            ["prices.y", "is below the cost in [models.y.cost]", "allow_loss = true"],
         ),
         (
             Y + Y_COST + '[prices.y]\ninput = "5"\ncached_input = "0.5"\noutput = "9"\n',
-            ["prices.y", "Each of input, cached_input and output"],
+            ["prices.y", "Each of input, cached_input and output must cover"],
         ),
     ],
 )

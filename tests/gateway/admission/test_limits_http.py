@@ -16,7 +16,7 @@ from tests.support.wire import get, post
 from tidemill.gateway.auth.key_policy import networks_of
 from tidemill.ledger.limits import Per
 from tidemill.store.keys import KeyPolicy, create_key
-from tidemill.store.schema import budgets
+from tidemill.store.tables.limits import budgets
 
 LIMIT, REMAINING, RESET = (f"x-ratelimit-{what}" for what in ("limit", "remaining", "reset"))
 

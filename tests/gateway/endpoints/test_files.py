@@ -18,7 +18,7 @@ from tidemill.gateway.endpoints.files import UPLOADS_PER_TENANT
 from tidemill.store.blobs import PendingBlob
 from tidemill.store.files import delete_expired
 from tidemill.store.keys import create_key
-from tidemill.store.schema import files
+from tidemill.store.tables.files import files
 from tidemill.store.tenants import create_tenant
 
 

@@ -33,9 +33,9 @@ from tests.support.upstream import (
 from tests.support.wire import get, post
 from tidemill.errors import Unavailable
 from tidemill.gateway.protocols.responses import store as responses_shelf
-from tidemill.store import schema
 from tidemill.store.keys import create_key
 from tidemill.store.revision import bump_revision
+from tidemill.store.tables.files import responses as responses_table
 from tidemill.store.tenants import create_tenant
 
 ASK: dict[str, Any] = {"model": "mock", "input": "one two three"}
@@ -294,7 +294,7 @@ async def test_a_response_that_is_too_old_is_gone(start: Start) -> None:
     if plane.response_store._writing is not None:
         await plane.response_store._writing
     with plane.store.write() as connection:
-        connection.execute(update(schema.responses).values(expires_at=time.time_ns() // 1000))
+        connection.execute(update(responses_table).values(expires_at=time.time_ns() // 1000))
     with pytest.raises(openai.NotFoundError):
         await client.responses.retrieve(kept.id)
 

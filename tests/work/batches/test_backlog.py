@@ -23,7 +23,7 @@ async def test_the_work_that_is_left_falls_as_lines_are_done(mill: Mill) -> None
     first = mill.submit([line(f"a{number}") for number in range(20)], expires_in_s=600)
     later = mill.submit([line("b0")])
     async with mill.run(plane) as running:
-        await running.until(lambda: len(running.runner._hands) == 2)
+        await running.until(lambda: len(running.runner._active) == 2)
         (backlog,) = running.runner.backlogs()
         assert backlog.model == "mock"
         (work, deadline), (_, last) = backlog.parts

@@ -78,7 +78,7 @@ async def test_the_most_urgent_batch_goes_first(mill: Mill) -> None:
     async with mill.run(fine) as running:
         await running.started(late)
         await running.started(urgent)
-        await running.until(lambda: len(running.runner._hands) == 2)
+        await running.until(lambda: len(running.runner._active) == 2)
         mill.slack.waiting = {}
         await running.ended(late)
     assert [call.request_id.rpartition("_")[0] for call in running.calls] == [urgent] * 5 + [late] * 5
@@ -273,7 +273,7 @@ async def test_a_line_that_never_ends_does_not_keep_a_batch_from_its_end(
     async with mill.run(never) as running:
         await running.until(lambda: len(running.calls) == 2)
         mill.expire(batch_id)
-        mill_batch = running.runner._hands[batch_id]
+        mill_batch = running.runner._active[batch_id]
         mill_batch.batch = mill.batch(batch_id)
         batch = await running.ended(batch_id)
     assert batch.status is BatchStatus.EXPIRED and batch.counts.failed == 2
@@ -307,9 +307,9 @@ async def test_a_stop_records_what_still_ends_and_another_runner_goes_on(mill: M
 
 async def test_a_torn_result_is_run_again(mill: Mill) -> None:
     batch_id = mill.submit([line(f"r{number}") for number in range(1, 5)])
-    hand = mill.lifecycle().take(mill.batch(batch_id), {"mock": "mock"})
-    assert hand is not None
-    directory = hand.results.directory
+    active = mill.lifecycle().take(mill.batch(batch_id), {"mock": "mock"})
+    assert active is not None
+    directory = active.results.directory
     async with mill.run(fine) as running:
         await running.ended(batch_id)
     whole = mill.blobs.path(mill.batch(batch_id).output_file_id or "").read_bytes().splitlines(keepends=True)
@@ -363,18 +363,18 @@ async def test_a_kill_between_any_two_steps(
         raise Killed
 
     def live() -> None:
-        hand = lifecycle.take(mill.batch(batch_id), names)
-        if hand is None:
+        active = lifecycle.take(mill.batch(batch_id), names)
+        if active is None:
             return
         if cancelled and mill.batch(batch_id).status is BatchStatus.IN_PROGRESS:
             mill.cancel(batch_id)
         if cancelled:
-            hand.close_as(BatchStatus.CANCELLED, 1.0)
+            active.close_as(BatchStatus.CANCELLED, 1.0)
         else:
             for place, done in ((0, _done(200)), (1, _done(400))):
-                if hand.index.numbers[place] not in hand.results.done:
-                    hand.record(place, "ab"[place], done)
-        lifecycle.put_away(hand)
+                if active.index.numbers[place] not in active.results.done:
+                    active.record(place, "ab"[place], done)
+        lifecycle.put_away(active)
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, broken)
@@ -463,10 +463,10 @@ async def test_batches_of_another_site_are_left_alone(mill: Mill) -> None:
         assert batches_store.open_batches(connection, "site_elsewhere") == []
 
 
-async def test_batches_in_hand_are_bounded_and_all_are_validated_at_once(
+async def test_active_batches_are_bounded_and_all_are_validated_at_once(
     mill: Mill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_module, "HANDS_PER_MODEL", 2)
+    monkeypatch.setattr(batch_module, "ACTIVE_PER_MODEL", 2)
     mill.slack.waiting = {"mock": 1}
     ids = [mill.submit([line("a"), line("b")]) for _ in range(7)]
     wrong = mill.submit(["{"])
@@ -474,9 +474,9 @@ async def test_batches_in_hand_are_bounded_and_all_are_validated_at_once(
         for batch_id in ids:
             await running.started(batch_id)
         assert (await running.ended(wrong)).status is BatchStatus.FAILED
-        in_hand = set(running.runner._hands)  # those that were validated first; a busy machine decides which
-        assert len(in_hand) == 2 and in_hand < set(ids)
-        cancelled = next(batch_id for batch_id in reversed(ids) if batch_id not in in_hand)
+        active = set(running.runner._active)  # those that were validated first; a busy machine decides which
+        assert len(active) == 2 and active < set(ids)
+        cancelled = next(batch_id for batch_id in reversed(ids) if batch_id not in active)
         mill.cancel(cancelled)  # what waits can be cancelled, too
         assert (await running.ended(cancelled)).status is BatchStatus.CANCELLED
         mill.slack.waiting = {}

@@ -21,6 +21,7 @@ from tidemill.store.device_meters import MeterStart, begin_meters, meter_rows, o
 from tidemill.store.device_prices import agreed_price, set_device_price
 from tidemill.store.engine import Store
 from tidemill.store.ids import new_id
+from tidemill.store.job_transitions import put_back
 from tidemill.store.jobs import (
     Attempt,
     AttemptOutcome,
@@ -31,7 +32,6 @@ from tidemill.store.jobs import (
     create_job,
     find_job,
     new_job_id,
-    put_back,
 )
 from tidemill.store.reservations import (
     Reservation,
@@ -41,7 +41,7 @@ from tidemill.store.reservations import (
     find_reservation,
     step_reservation,
 )
-from tidemill.store.schema import jobs
+from tidemill.store.tables.jobs import jobs
 from tidemill.store.tenants import Tenant, create_tenant
 from tidemill.work.jobs.attempt_store import AttemptEnd, AttemptStore
 
@@ -109,7 +109,7 @@ class World:
                     hold_s=30,
                     reservation_id=made.reservation_id,
                 )
-                begin_meters(connection, tenant_id=self.tenant.tenant_id, currency="CNY", wishes=[wish], now=starts_at)
+                begin_meters(connection, tenant_id=self.tenant.tenant_id, currency="CNY", starts=[wish], now=starts_at)
         return made
 
     def end_reservation(self, reservation: Reservation) -> None:

@@ -70,7 +70,7 @@ async def test_training_that_is_preempted_twice_ends_as_one_that_is_not(jobs: Jo
     for attempt, step in ((1, 100), (2, 300)):
         await jobs.start(job)
         await jobs.says(job, f"step {step}:", attempt=attempt)
-        jobs.book.preempt(job, "people come")
+        jobs.controller.preempt(job, "people come")
         assert (await jobs.reach(job, JobState.QUEUED)).reason == "preempted: people come"
     await jobs.start(job)
     await jobs.reach(job, JobState.SUCCEEDED)
@@ -92,8 +92,8 @@ async def test_one_that_ignores_its_signal_is_killed_after_its_grace(jobs: Jobs)
     job = jobs.submit(*DEAF, grace_s=0.5)
     await jobs.start(job)
     await jobs.says(job, "up")
-    jobs.book.preempt(job, "people come")
-    await jobs.until(lambda: jobs.book.views()[0].phase == "stopping")
+    jobs.controller.preempt(job, "people come")
+    await jobs.until(lambda: jobs.controller.views()[0].phase == "stopping")
     assert (await jobs.reach(job, JobState.QUEUED)).exit_code == -9
     assert spawned(job) == []
     assert jobs.attempts(job)[0].outcome is AttemptOutcome.PREEMPTED
@@ -104,7 +104,7 @@ async def test_failures_are_retried_later_and_preemptions_do_not_count(jobs: Job
     job = jobs.submit("sh", "-c", "echo up; test -e $TIDEMILL_CHECKPOINT_DIR/x && exit 3; sleep 60", retries=1)
     await jobs.start(job)
     await jobs.says(job, "up")
-    jobs.book.preempt(job, "people come")
+    jobs.controller.preempt(job, "people come")
     await jobs.reach(job, JobState.QUEUED)
     (jobs.files.checkpoints(job) / "x").touch()
     await jobs.start(job)
@@ -112,7 +112,7 @@ async def test_failures_are_retried_later_and_preemptions_do_not_count(jobs: Job
     failed = jobs.job(job)
     assert failed.state is JobState.QUEUED and failed.reason == "ended with exit code 3; retry 1 of 1 in 10 s"
     assert failed.not_before is not None and failed.not_before > datetime.now(UTC)
-    await jobs.until(lambda: [view.not_before > view.submitted_at for view in jobs.book.views()] == [True])
+    await jobs.until(lambda: [view.not_before > view.submitted_at for view in jobs.controller.views()] == [True])
     await jobs.start(job)  # the tide would wait
     over = await jobs.reach(job, JobState.FAILED)
     assert over.reason == "ended with exit code 3, 1 retries are used up" and over.attempts == 3
@@ -138,11 +138,11 @@ async def test_cancelling(jobs: Jobs) -> None:
     for job in (waits, runs):
         with jobs.store.write() as connection:
             ask_to_cancel(connection, job, now=datetime.now(UTC))
-    jobs.book.wake()
+    jobs.controller.wake()
     assert (await jobs.reach(runs, JobState.CANCELLED)).exit_code == 7
     assert jobs.job(waits).state is JobState.CANCELLED
     await jobs.says(runs, "saved")
-    await jobs.until(lambda: not jobs.book.views())
+    await jobs.until(lambda: not jobs.controller.views())
     jobs.check_books()
 
 
@@ -154,12 +154,12 @@ async def test_a_deadline_and_a_clock_that_jumps(jobs: Jobs) -> None:
     await jobs.says(runs, "up")
     jobs.skew_s = 86_400.0  # a clock that is wrong for a while expires nothing, and bills nothing
     for _ in range(3):
-        jobs.book.wake()
-        await jobs.until(lambda: not jobs.book._wake.is_set())
+        jobs.controller.wake()
+        await jobs.until(lambda: not jobs.controller._wake.is_set())
     assert jobs.job(waits).state is JobState.QUEUED and jobs.job(runs).state is JobState.RUNNING
     jobs.skew_s = 0.0
-    now = jobs.book._clock.now
-    jobs.book._clock.now = lambda: now() + timedelta(hours=2)  # type: ignore[method-assign]
+    now = jobs.controller._clock.now
+    jobs.controller._clock.now = lambda: now() + timedelta(hours=2)  # type: ignore[method-assign]
     assert (await jobs.reach(runs, JobState.EXPIRED)).reason.endswith("UTC is over")
     assert (await jobs.reach(waits, JobState.EXPIRED)).reason == "its deadline was over before it could run"
     assert sum(row.device_us for row in jobs.rows()) < 3_600_000_000
@@ -171,7 +171,7 @@ async def test_a_job_without_money_waits(jobs: Jobs) -> None:
     await jobs.start(job, 2)
     await jobs.until(lambda: "insufficient balance" in jobs.job(job).reason)
     assert jobs.job(job).state is JobState.QUEUED and jobs.attempts(job) == []
-    view = jobs.book.views()[0]
+    view = jobs.controller.views()[0]
     assert view.phase == "queued" and view.on == () and view.not_before > view.submitted_at
     jobs.check_books()
 
@@ -236,10 +236,10 @@ async def test_a_checkpoint_is_seen(jobs: Jobs) -> None:
     job = jobs.submit("sh", "-c", "sleep 0.3; echo > $TIDEMILL_CHECKPOINT_DIR/c; echo saved; sleep 60")
     await jobs.start(job)
     await jobs.says(job, "saved")
-    jobs.book.wake()
-    hand = jobs.book._hands[job]
-    await jobs.until(lambda: hand.saved > hand.began)
-    (view,) = jobs.book.views()
+    jobs.controller.wake()
+    active = jobs.controller._active[job]
+    await jobs.until(lambda: active.saved > active.began)
+    (view,) = jobs.controller.views()
     assert view.unsaved_s < view_age(view)
 
 
@@ -251,8 +251,7 @@ def view_age(view: object) -> float:
 async def test_jobs_of_another_user(tmp_path: Path) -> None:
     elsewhere = Path(tempfile.mkdtemp(prefix="tm-jobs-"))
     elsewhere.chmod(0o711)
-    jobs = Jobs(tmp_path)
-    jobs.files = jobs.book._files = JobFiles(elsewhere / "jobs", user="nobody")
+    jobs = Jobs(tmp_path, files=JobFiles(elsewhere / "jobs", user="nobody"))
     try:
         await jobs.open()
         job = jobs.submit(
@@ -271,7 +270,7 @@ async def test_jobs_of_another_user(tmp_path: Path) -> None:
         assert "leaked" not in said and "Permission denied" in said
         assert said.splitlines()[0].startswith("ERROR: ld.so")  # of the job's own program, no earlier
         assert [entry.name for entry in jobs.files.log(job, 1, 0).parent.iterdir()].count("x") == 0
-        jobs.book.preempt(job, "enough")
+        jobs.controller.preempt(job, "enough")
         await jobs.reach(job, JobState.QUEUED)
         assert spawned(job) == []
     finally:

@@ -40,7 +40,7 @@ def book(jobs: Jobs, starts_in_s: float, lasts_s: float) -> Reservation:
             created_at=now,
         )
         create_reservation(connection, made)
-    jobs.book.wake()
+    jobs.controller.wake()
     return made
 
 
@@ -75,7 +75,7 @@ async def test_time_after_the_end_is_not_billed_while_the_end_cannot_be_written(
     """Readings go on meanwhile."""
     jobs = await Jobs(tmp_path, tick_s=0.1).open()
     try:
-        monkeypatch.setattr(jobs.book._ledger, "end", failing(jobs.book._ledger.end, 2, done=False))
+        monkeypatch.setattr(jobs.controller._ledger, "end", failing(jobs.controller._ledger.end, 2, done=False))
         job = jobs.submit("sleep", "0.3")
         await jobs.start(job)
         await jobs.reach(job, JobState.SUCCEEDED)
@@ -91,11 +91,11 @@ async def test_time_after_the_end_is_not_billed_while_the_end_cannot_be_written(
 async def test_an_end_whose_answer_was_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = await Jobs(tmp_path, tick_s=0.1).open()
     try:
-        monkeypatch.setattr(jobs.book._ledger, "end", failing(jobs.book._ledger.end, 2, done=True))
+        monkeypatch.setattr(jobs.controller._ledger, "end", failing(jobs.controller._ledger.end, 2, done=True))
         job = jobs.submit("true")
         await jobs.start(job)
         await jobs.reach(job, JobState.SUCCEEDED)
-        await jobs.until(lambda: not jobs.book.views())
+        await jobs.until(lambda: not jobs.controller.views())
         assert [row.device_us for row in jobs.rows()] == [ran_us(jobs.attempts(job)[0])]
         jobs.check_books()
     finally:
@@ -106,10 +106,10 @@ async def test_an_end_whose_answer_was_lost(tmp_path: Path, monkeypatch: pytest.
 async def test_a_beginning_whose_answer_was_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cancelled: bool
 ) -> None:
-    """The store has the job with devices and money held, and nobody has it in hand: it must not stay so."""
+    """The store has the job with devices and money held, and nobody works on it: it must not stay so."""
     jobs = await Jobs(tmp_path).open()
     try:
-        monkeypatch.setattr(jobs.book._ledger, "begin", failing(jobs.book._ledger.begin, 1, done=True))
+        monkeypatch.setattr(jobs.controller._ledger, "begin", failing(jobs.controller._ledger.begin, 1, done=True))
         job = jobs.submit("sh", "-c", "echo up; sleep 60")
         await jobs.start(job)
         if cancelled:
@@ -144,7 +144,7 @@ async def test_an_attempt_that_fails_inside_is_taken_up(tmp_path: Path, monkeypa
         job = jobs.submit("sh", "-c", "echo up; sleep 60")
         await jobs.start(job)
         await jobs.says(job, "up")
-        jobs.book.preempt(job, "a test")
+        jobs.controller.preempt(job, "a test")
         await jobs.until(lambda: all(each.ended_at for each in jobs.attempts(job)))
         await jobs.reach(job, JobState.QUEUED)
         assert spawned(job) == []
@@ -161,7 +161,7 @@ async def test_a_job_is_billed_from_where_its_reservation_ended(
     """Without a gap, and once, also when the answers to the first tries were lost."""
     jobs = await Jobs(tmp_path).open()
     try:
-        ledger = jobs.book._ledger
+        ledger = jobs.controller._ledger
         monkeypatch.setattr(ledger, "begin_billing", failing(ledger.begin_billing, lost, done=True))
         reservation = book(jobs, 0.0, 2.0)
         await jobs.until(lambda: state(jobs, reservation) is ReservationState.ACTIVE)
@@ -169,7 +169,7 @@ async def test_a_job_is_billed_from_where_its_reservation_ended(
         await jobs.start(job)
         await jobs.says(job, "up")
         await jobs.until(lambda: any(row.meter.job_id == job and row.device_us > 2e5 for row in jobs.rows()))
-        jobs.book.preempt(job, "enough")
+        jobs.controller.preempt(job, "enough")
         await jobs.reach(job, JobState.QUEUED)
         (attempt,) = jobs.attempts(job)
         (own,) = [row for row in jobs.rows() if row.meter.job_id == job]
@@ -187,10 +187,10 @@ async def test_a_job_waits_for_its_reservation(tmp_path: Path) -> None:
     try:
         reservation = book(jobs, 3600.0, 60.0)
         job = jobs.submit("true", kinds=("cpu",), reservation_id=reservation.reservation_id)
-        await jobs.until(lambda: bool(jobs.book.views()) and bool(jobs.book.reservations()))
-        assert jobs.book.views()[0].not_before == reservation.starts_at.timestamp()
+        await jobs.until(lambda: bool(jobs.controller.views()) and bool(jobs.controller.reservations()))
+        assert jobs.controller.views()[0].not_before == reservation.starts_at.timestamp()
         await jobs.start(job)
-        await jobs.until(lambda: jobs.book.views()[0].phase == "queued")
+        await jobs.until(lambda: jobs.controller.views()[0].phase == "queued")
         assert jobs.job(job).state is JobState.QUEUED and jobs.attempts(job) == []
         jobs.check_books()
     finally:
@@ -227,7 +227,7 @@ async def test_a_clock_that_jumps_cancels_a_reservation_at_no_other_time(tmp_pat
         with jobs.store.write() as connection:
             wrong = datetime.now(UTC) + timedelta(seconds=jump_s)
             cancel_reservation(connection, reservation.reservation_id, "enough", now=wrong)
-        jobs.book.wake()
+        jobs.controller.wake()
         await jobs.until(lambda: jobs.rows()[0].meter.ended_at is not None)
         real_us = 2 * ((datetime.now(UTC) - reservation.starts_at) // MICROSECOND)
         assert billed_us <= jobs.rows()[0].device_us <= real_us
@@ -243,9 +243,9 @@ async def test_cancelled_while_it_starts(tmp_path: Path) -> None:
         await jobs.start(job)
         with jobs.store.write() as connection:
             ask_to_cancel(connection, job, now=datetime.now(UTC))
-        jobs.book.wake()
+        jobs.controller.wake()
         await jobs.reach(job, JobState.CANCELLED)
-        await jobs.until(lambda: not jobs.book.views())
+        await jobs.until(lambda: not jobs.controller.views())
         attempts = jobs.attempts(job)
         assert sum(row.device_us for row in jobs.rows()) == sum(ran_us(each) for each in attempts if each.started_at)
         jobs.check_books()
@@ -259,7 +259,7 @@ async def test_a_job_in_another_currency_waits_and_costs_nothing(tmp_path: Path)
         with jobs.store.write() as connection:
             connection.exec_driver_sql("UPDATE tenants SET currency = 'EUR'")
         job = jobs.submit("true")
-        await jobs.until(lambda: [view.kinds for view in jobs.book.views()] == [("none-has-a-price",)])
+        await jobs.until(lambda: [view.kinds for view in jobs.controller.views()] == [("none-has-a-price",)])
         await jobs.start(job)
         await jobs.until(lambda: "no price for cpu in EUR" in jobs.job(job).reason)
         assert jobs.job(job).state is JobState.QUEUED and jobs.rows() == []
@@ -281,13 +281,13 @@ async def test_an_attempt_keeps_its_price(tmp_path: Path) -> None:
             tier, now = DeviceTier.PREEMPTIBLE, datetime.now(UTC)
             set_device_price(connection, kind="cpu", currency="USD", tier=tier, hour=parse_amount("9"), now=now)
         await jobs.until(lambda: sum(row.device_us for row in jobs.rows()) > 3e5)
-        jobs.book.preempt(job, "enough")
+        jobs.controller.preempt(job, "enough")
         await jobs.reach(job, JobState.QUEUED)
         assert [row.meter.hour for row in jobs.rows()] == [parse_amount("3.6")]
         jobs.check_books()
         await jobs.start(job)
         await jobs.says(job, "up", attempt=2)
-        jobs.book.preempt(job, "enough")
+        jobs.controller.preempt(job, "enough")
         await jobs.until(lambda: all(each.ended_at for each in jobs.attempts(job)))
         assert [row.meter.hour for row in jobs.rows()] == [parse_amount("3.6"), parse_amount("9")]
         jobs.check_books()

@@ -172,7 +172,7 @@ async def test_a_clock_that_jumped_meanwhile_is_not_believed(tmp_path: Path, liv
     jobs = await life.next_life()
     try:
         await jobs.reach(life.job, JobState.QUEUED)
-        covered_us = round(jobs.book._ledger.hold_s(jobs.job(life.job)) * 1e6)
+        covered_us = round(jobs.controller._ledger.hold_s(jobs.job(life.job)) * 1e6)
         assert billed <= life.billed_us() <= billed + covered_us
         assert life.billed_us() == (billed if jump_s < 0 else billed + covered_us)
         jobs.check_books()
@@ -185,7 +185,7 @@ async def test_one_that_was_taken_and_never_begun_waits_again(tmp_path: Path) ->
     job = jobs.submit("true")
     with jobs.store.write() as connection:
         connection.exec_driver_sql("UPDATE jobs SET state = 'starting'")
-    recovery = JobRecovery(jobs.store, jobs.files, jobs.book._ledger, jobs.job(job))
+    recovery = JobRecovery(jobs.store, jobs.files, jobs.controller._ledger, jobs.job(job))
     assert recovery.attempt() is None
     await jobs.open()
     assert (await jobs.reach(job, JobState.QUEUED)).reason == "the platform was killed"

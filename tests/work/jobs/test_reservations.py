@@ -37,7 +37,7 @@ def book(jobs: Jobs, starts_in_s: float, lasts_s: float, *, devices: int = 2, ho
             created_at=now,
         )
         create_reservation(connection, reservation)
-    jobs.book.wake()
+    jobs.controller.wake()
     return reservation
 
 
@@ -50,14 +50,14 @@ async def test_its_whole_time_is_billed_though_nobody_uses_it(tmp_path: Path) ->
     jobs = await Jobs(tmp_path).open()
     try:
         reservation = book(jobs, 0.3, 1.5)
-        await jobs.until(lambda: [each.id for each in jobs.book.reservations()] == [reservation.reservation_id])
-        assert jobs.book.reservations()[0].kinds == ("cpu",)
+        await jobs.until(lambda: [each.id for each in jobs.controller.reservations()] == [reservation.reservation_id])
+        assert jobs.controller.reservations()[0].kinds == ("cpu",)
         await jobs.until(lambda: state(jobs, reservation) is ReservationState.ACTIVE)
         await jobs.until(lambda: state(jobs, reservation) is ReservationState.ENDED)
         (row,) = jobs.rows()
         assert (row.device_us, row.amount) == (3 * US, parse_amount("0.006"))
         assert row.meter.tier is DeviceTier.RESERVED
-        assert not jobs.book.reservations()
+        assert not jobs.controller.reservations()
         jobs.check_books()
     finally:
         await jobs.close()
@@ -83,15 +83,17 @@ async def test_a_cancelled_one_is_billed_until_then(tmp_path: Path, after_s: flo
         reservation = book(jobs, 0.0 if after_s else 60.0, 60.0)
         await jobs.until(
             lambda: (
-                bool(jobs.book.reservations()) if not after_s else sum(row.device_us for row in jobs.rows()) > 2 * US
+                bool(jobs.controller.reservations())
+                if not after_s
+                else sum(row.device_us for row in jobs.rows()) > 2 * US
             )
         )
         with jobs.store.write() as connection:
             cancel_reservation(
                 connection, reservation.reservation_id, "cancelled by the operator", now=datetime.now(UTC)
             )
-        jobs.book.wake()
-        await jobs.until(lambda: not jobs.book.reservations())
+        jobs.controller.wake()
+        await jobs.until(lambda: not jobs.controller.reservations())
         assert sum(row.device_us for row in jobs.rows()) < 60 * US
         jobs.check_books()
     finally:
@@ -123,13 +125,13 @@ async def test_a_job_on_a_reservation_is_billed_from_its_end_on(tmp_path: Path) 
         job = jobs.submit("sh", "-c", "echo up; sleep 60", kinds=("cpu",), reservation_id=reservation.reservation_id)
         await jobs.start(job)
         await jobs.says(job, "up")
-        assert [view.reservation for view in jobs.book.views()] == [reservation.reservation_id]
+        assert [view.reservation for view in jobs.controller.views()] == [reservation.reservation_id]
         assert {row.meter.job_id for row in jobs.rows()} <= {None}
         await jobs.until(lambda: state(jobs, reservation) is ReservationState.ENDED)
         await jobs.until(lambda: any(row.meter.job_id == job for row in jobs.rows()))
         assert jobs.job(job).reservation_id is None
-        assert [view.reservation for view in jobs.book.views()] == [None]
-        jobs.book.preempt(job, "enough")
+        assert [view.reservation for view in jobs.controller.views()] == [None]
+        jobs.controller.preempt(job, "enough")
         await jobs.reach(job, JobState.QUEUED)
         own = [row for row in jobs.rows() if row.meter.job_id == job]
         assert sum(row.device_us for row in own) < jobs.job(job).ran_us

@@ -79,11 +79,11 @@ async def list_limits(platform: Running, tenant: FromQuery[str | None] = None) -
 async def set_limits(platform: Running, data: JSONBody[LimitRequest]) -> Limits:
     """Put limits in force. Once this is answered, every gateway keeps to them."""
     now, models = datetime.now(UTC), [model.name for model in platform.models()]
-    wish = convert(data, limits.LimitSpec, from_attributes=True)
+    spec = convert(data, limits.LimitSpec, from_attributes=True)
     await platform.drain_usage()  # a budget begins with what was spent of it already
     made = await change(
         platform,
-        lambda connection: limits.set_limits(connection, wish, models=models, zone=platform.zone, now=now),
+        lambda connection: limits.set_limits(connection, spec, models=models, zone=platform.zone, now=now),
     )
     return convert(made, Limits)
 

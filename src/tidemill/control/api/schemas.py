@@ -21,7 +21,7 @@ class NamedStruct(Struct):
 
 
 class Body(NamedStruct, forbid_unknown_fields=True, kw_only=True):
-    """A request's body. Unknown fields are refused, so that a typing error is not taken for a wish that was met."""
+    """A request's body. Unknown fields are refused, so that a typing error is not ignored."""
 
 
 class Answer(NamedStruct):

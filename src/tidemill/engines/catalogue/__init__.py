@@ -12,6 +12,7 @@ import msgspec
 from tidemill.engines.catalogue.gpus import GpuSpec
 from tidemill.engines.catalogue.models import CatalogueModel
 from tidemill.errors import NotFound
+from tidemill.suggestions import nearest
 
 __all__ = ["CatalogueModel", "GpuSpec", "gpu_named", "gpus", "model_named", "models"]
 
@@ -80,10 +81,8 @@ def _found(name: str, known: Mapping[str, T], named: Callable[[T], str], what: s
     wanted = name.strip().lower().replace("_", "-").replace(" ", "-")
     if wanted in known:
         return known[wanted]
-    import difflib  # slow to import, and only errors need it
-
-    near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
-    hint = f"Did you mean {named(known[near[0]])}? " if near else ""
+    near = nearest(wanted, known, cutoff=0.5)
+    hint = f"Did you mean {named(known[near])}? " if near else ""
     raise NotFound(f"There is no {what} {name!r} in the catalogue.", hint=f"{hint}`{lists}` names all.")
 
 

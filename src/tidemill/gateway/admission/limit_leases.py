@@ -17,6 +17,7 @@ from tidemill.errors import Unavailable
 from tidemill.ledger.limits import Limit
 from tidemill.ledger.slots import LEASE_S, SlotGrant, SlotReport, SlotShare
 from tidemill.ledger.windows import AHEAD_S, RateGrant, RateReport, RateShare
+from tidemill.meter.balance_leases import DRY_FOR_S, STORE_PATIENCE_S
 from tidemill.store.engine import Store
 from tidemill.store.limit_leases import LimitReply, exchange
 
@@ -27,10 +28,6 @@ RESERVE_S = 2.0
 """A process keeps what its pace of late uses up in this time."""
 CUSHION = 50
 """While more than half of a limit is free, a process keeps this fraction of it even when it is idle."""
-DRY_FOR_S = 0.25
-"""How long a refusal of the store is believed before it is asked again."""
-STORE_PATIENCE_S = 3.0
-"""How long a request waits for a store that does not answer."""
 ROUND_LIMITS = 256
 """Limits in one transaction."""
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import msgspec
 
 from tidemill.clock import from_micros
+from tidemill.engines.sse import BYTES_PER_TOKEN
 from tidemill.gateway.admission.limit_leases import LimitLeases, RateLease, Share, SlotLease
 from tidemill.gateway.auth.snapshot import AccessSnapshot, Principal
 from tidemill.gateway.errors import BudgetExhausted, RateLimited
@@ -24,8 +25,6 @@ from tidemill.ledger.windows import WINDOW_S
 from tidemill.meter.balance_leases import PurseId
 from tidemill.store.budgets import BudgetPeriod
 
-BYTES_PER_TOKEN = 4
-"""A usual text in JSON. Only for the estimate, which the true count replaces once it is known."""
 EXPECTED_OUTPUT = 1024
 """Tokens that an answer is taken to have at the most until it is known. Many requests set a limit far beyond."""
 FILE_TOKENS = 1024

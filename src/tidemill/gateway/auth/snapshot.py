@@ -12,13 +12,13 @@ from tidemill.clock import from_micros
 from tidemill.gateway.auth.key_policy import KeyRules, rules_of
 from tidemill.ledger.limits import Limit
 from tidemill.ledger.pricing import Price, PriceTier, PriceVersion
-from tidemill.store import schema
 from tidemill.store.budgets import warned
 from tidemill.store.engine import Store
 from tidemill.store.keys import policy_of
 from tidemill.store.limits import list_limits
 from tidemill.store.prices import current_prices
 from tidemill.store.revision import current_revision
+from tidemill.store.tables import tenants as tables
 
 
 class Principal(msgspec.Struct, frozen=True):
@@ -76,7 +76,7 @@ def read_snapshot(store: Store, known_revision: int = -1) -> AccessSnapshot | No
         revision = current_revision(connection)
         if revision == known_revision:
             return None
-        keys, tenants = schema.keys.c, schema.tenants.c
+        keys, tenants = tables.keys.c, tables.tenants.c
         rows = connection.execute(
             select(
                 keys.digest,
@@ -89,7 +89,7 @@ def read_snapshot(store: Store, known_revision: int = -1) -> AccessSnapshot | No
                 tenants.currency,
                 tenants.weight,
             )
-            .join(schema.tenants, tenants.tenant_id == keys.tenant_id)
+            .join(tables.tenants, tenants.tenant_id == keys.tenant_id)
             .where(keys.revoked_at.is_(None))
         ).all()
         limits = list_limits(connection)

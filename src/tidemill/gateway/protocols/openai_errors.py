@@ -6,12 +6,11 @@ Source: OpenAI API reference, "Error codes": `{"error": {"message", "type", "par
 import msgspec
 
 from tidemill.errors import TidemillError
+from tidemill.http.head_lines import JSON
 
 _encode = msgspec.json.Encoder().encode
 
-
 RETRY_AFTER_S = 1
-
 
 _TYPES = {401: "authentication_error", 402: "insufficient_quota", 403: "permission_error", 429: "rate_limit_error"}
 
@@ -31,7 +30,7 @@ def error_headers(error: TidemillError) -> bytes:
     """The header lines of an error answer; a passing one says when to try again."""
     seconds = error.retry_after_s or RETRY_AFTER_S
     retry = b"retry-after: %d\r\n" % seconds if error.status in (429, 503) else b""
-    return b"content-type: application/json\r\n" + retry
+    return JSON + retry
 
 
 def error_event(error: TidemillError) -> bytes:

@@ -1,7 +1,6 @@
 """Models and the replicas that serve them, as this gateway process knows them."""
 
 import asyncio
-import difflib
 from collections.abc import Collection
 
 import msgspec
@@ -15,6 +14,7 @@ from tidemill.gateway.routing.prefix_index import Keys
 from tidemill.gateway.routing.replica import ReplicaSpec, RoutedReplica
 from tidemill.gateway.routing.shared_state import SharedReplicaState
 from tidemill.ledger.pricing import Price
+from tidemill.suggestions import did_you_mean
 from tidemill.tides.state import Objective
 
 __all__ = ["ModelCost", "ModelRoute", "ModelRoutes", "ModelSpec", "NoReplica", "ReplicaSpec", "RoutedReplica"]
@@ -189,10 +189,12 @@ class ModelRoute:
 
     def update(self, spec: ModelSpec, loop: asyncio.AbstractEventLoop) -> None:
         """Take over what the supervisor announces; a replica that lives on keeps its connections."""
-        known = {(replica.spec.name, replica.spec.life, replica.spec.base_url): replica for replica in self.replicas}
+        known = {
+            (replica.spec.name, replica.spec.incarnation, replica.spec.base_url): replica for replica in self.replicas
+        }
         replicas = []
         for each in spec.replicas:
-            replica = known.pop((each.name, each.life, each.base_url), None)
+            replica = known.pop((each.name, each.incarnation, each.base_url), None)
             if replica is None:
                 replica = RoutedReplica(each, spec.api_key, loop)
             replica.spec = each
@@ -250,8 +252,7 @@ class ModelRoutes:
         """The route of a model, by its name or an alias. Raises ModelNotFound with the nearest name."""
         route = self._by_any_name.get(name)
         if route is None:
-            near = difflib.get_close_matches(name[:128], self._by_any_name, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else "GET /v1/models lists the models."
+            hint = did_you_mean(name[:128], self._by_any_name) or "GET /v1/models lists the models."
             raise ModelNotFound(f"There is no model {name[:128]!r}.", hint=hint, param="model")
         return route
 

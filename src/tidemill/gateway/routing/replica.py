@@ -20,7 +20,7 @@ class ReplicaSpec(msgspec.Struct, frozen=True):
     name: str
     base_url: str
     ready: bool
-    life: str = ""
+    incarnation: str = msgspec.field(default="", name="life")
     """Changes each time the engine is started anew; it names the engine's own counters (see meter.reconcile)."""
     batch_only: bool = False
     """Lent to batches: only their lines go there."""
@@ -48,8 +48,8 @@ class RoutedReplica:
         """Lines of batches in flight from here."""
         self.done = 0
         """Work that has ended here since the last report, in tokens of prefill."""
-        self.label = f"{spec.name}#{spec.life}" if spec.life else spec.name
-        """The name that usage records carry: the replica and its life."""
+        self.label = f"{spec.name}#{spec.incarnation}" if spec.incarnation else spec.name
+        """The name that usage records carry: the replica and its incarnation."""
         self.board_id = spread_key(self.label.encode())
         self._board: SharedReplicaState | None = None
         self._row = 0

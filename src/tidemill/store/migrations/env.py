@@ -2,7 +2,7 @@
 
 from alembic import context
 
-from tidemill.store.schema import metadata
+from tidemill.store.tables import metadata
 
 context.configure(
     connection=context.config.attributes["connection"],

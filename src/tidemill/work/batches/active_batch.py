@@ -1,4 +1,4 @@
-"""A batch in hand: which of its lines are done, which run, which wait."""
+"""A batch that is worked on: which of its lines are done, which run, which wait."""
 
 import asyncio
 import heapq

@@ -3,12 +3,12 @@
 from collections import defaultdict
 from collections.abc import Iterable
 
+from tidemill.engines.sse import BYTES_PER_TOKEN
 from tidemill.store.batches import Batch, BatchStatus
 from tidemill.tides.routing import POLICY, work_of
 from tidemill.tides.state import BacklogView
 from tidemill.work.batches.active_batch import ActiveBatch
 
-BYTES_PER_TOKEN = 4
 MIN_DONE = 8
 """Lines that have to be done before their mean tells what the others will take."""
 MAX_PARTS = 64
@@ -17,17 +17,17 @@ UNKNOWN_LINE = work_of(512, 0, POLICY.expected_output)
 """A line of a batch of which nothing is known yet."""
 
 
-def backlogs(hands: Iterable[ActiveBatch], waiting: Iterable[Batch]) -> list[BacklogView]:
-    """What is left to do, the most urgent first. `waiting`: batches that are validated and not in hand yet."""
+def backlogs(batches: Iterable[ActiveBatch], waiting: Iterable[Batch]) -> list[BacklogView]:
+    """What is left to do, the most urgent first. `waiting`: batches that are validated and not active yet."""
     parts: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for hand in hands:
-        if hand.closing_since or hand.finishing:
+    for active in batches:
+        if active.closing_since or active.finishing:
             continue
-        each = line_work(hand)
-        for model in hand.index.models:
-            left = hand.left(model)
+        each = line_work(active)
+        for model in active.index.models:
+            left = active.left(model)
             if left:
-                parts[model].append((left * each, hand.batch.expires_at.timestamp()))
+                parts[model].append((left * each, active.batch.expires_at.timestamp()))
     for batch in waiting:
         left = batch.total - batch.counts.completed - batch.counts.failed
         if batch.model is not None and batch.status is BatchStatus.IN_PROGRESS and left > 0:
@@ -36,14 +36,14 @@ def backlogs(hands: Iterable[ActiveBatch], waiting: Iterable[Batch]) -> list[Bac
     return [BacklogView(model=model, parts=_most_urgent(parts[model])) for model in sorted(parts)]
 
 
-def line_work(hand: ActiveBatch) -> float:
+def line_work(active: ActiveBatch) -> float:
     """The work of one line of a batch, tokens of prefill: the mean of those that are done; before there are enough, by
     the bytes of the file."""
-    counts = hand.results.counts
+    counts = active.results.counts
     if counts.completed >= MIN_DONE and counts.input_tokens + counts.output_tokens > 0:
         work = counts.input_tokens - counts.cached_tokens + POLICY.decode_weight * counts.output_tokens
         return work / counts.completed
-    prompt = hand.index.mean_length // BYTES_PER_TOKEN
+    prompt = active.index.mean_length // BYTES_PER_TOKEN
     work_each = work_of(prompt, 0, POLICY.expected_output)
     return float(work_each.prefill + work_each.decode)
 

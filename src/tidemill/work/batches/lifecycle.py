@@ -1,4 +1,4 @@
-"""The life of a batch around its lines: taken in hand, put away, and what becomes of files whose time is over.
+"""The lifecycle of a batch: opened, sealed, and what becomes of files whose time is over.
 
 Everything here blocks on the disk and the store, and may be repeated after a kill at any moment.
 """
@@ -53,7 +53,7 @@ class Lifecycle:
             return open_batches(connection, self._blobs.site)
 
     def take(self, batch: Batch, names: Mapping[str, str]) -> ActiveBatch | None:
-        """Take a batch in hand, as a new one or where an earlier runner has left it; None when it is over now.
+        """Open a batch, as a new one or where an earlier runner has left it; None when it is over now.
 
         `names`: all names that a model can be asked for by, and the models' own.
         """
@@ -95,20 +95,20 @@ class Lifecycle:
             os.close(input_fd)
             raise
 
-    def note(self, hand: ActiveBatch) -> None:
+    def note(self, active: ActiveBatch) -> None:
         """Tell the store how far a batch has come."""
-        counts = hand.results.counts
-        if counts != hand.noted:
+        counts = active.results.counts
+        if counts != active.noted:
             with self._store.write() as connection:
-                note_counts(connection, hand.batch.batch_id, counts)
-            hand.noted = counts
+                note_counts(connection, active.batch.batch_id, counts)
+            active.noted = counts
 
-    def put_away(self, hand: ActiveBatch) -> None:
+    def put_away(self, active: ActiveBatch) -> None:
         """End a batch whose lines are all done or given up: its files appear, and its state is final."""
-        hand.give_up_rest()
-        hand.results.sync()
-        self._seal(hand.batch, hand.outcome, hand.results.counts)
-        hand.close()
+        active.give_up_rest()
+        active.results.sync()
+        self._seal(active.batch, active.outcome, active.results.counts)
+        active.close()
 
     def sweep(self, *, orphans: bool) -> None:
         """Remove files whose time is over and what killed processes have left; `orphans`: blobs without a row too."""

@@ -41,9 +41,9 @@ log = structlog.get_logger()
 LOOK_EVERY_S = 0.5
 """How often the store is asked for new batches, and told how far the others have come."""
 SYNC_EVERY_S = 1.0
-MAX_HANDS = 128
-HANDS_PER_MODEL = 16
-"""Batches in hand, each with its index in memory: 5 MB for 50,000 lines. The others wait, once they are validated."""
+MAX_ACTIVE = 128
+ACTIVE_PER_MODEL = 16
+"""Active batches, each with its index in memory: 5 MB for 50,000 lines. The others wait, once they are validated."""
 AT_A_TIME = 2
 """Batches that are validated or put away at a time."""
 FINISH_S = 600.0
@@ -76,9 +76,9 @@ class BatchRunner:
         self._send = send
         self._slack = slack
         self._names = names
-        self._hands: dict[str, ActiveBatch] = {}
+        self._active: dict[str, ActiveBatch] = {}
         self._busy: dict[str, asyncio.Task[None]] = {}
-        """Batches that are being taken in hand or put away."""
+        """Batches that are being opened or sealed."""
         self._few = asyncio.Semaphore(AT_A_TIME)
         self._held: dict[str, float] = {}
         """Batches that rest, and until when."""
@@ -94,7 +94,7 @@ class BatchRunner:
         self._look_again = asyncio.Event()
         self._sweep_orphans_at = 0.0
         self._unheld: list[Batch] = []
-        """Batches that are validated and wait until there is room for them in hand."""
+        """Batches that are validated and wait until there is room for them."""
         self._full = False
         """The disk has refused a result: no line is begun until it is recorded."""
 
@@ -118,24 +118,24 @@ class BatchRunner:
 
     async def close(self, grace_s: float) -> None:
         """Let lines in flight end for `grace_s` seconds and record them; the others will be run again."""
-        lines = [task for hand in self._hands.values() for task in hand.running.values()]
+        lines = [task for active in self._active.values() for task in active.running.values()]
         if lines:
             await asyncio.wait(lines, timeout=grace_s)
         for task in lines:
             task.cancel()
         await asyncio.gather(*lines, *self._busy.values(), return_exceptions=True)
-        for hand in self._hands.values():
+        for active in self._active.values():
             try:
-                hand.results.sync()
-                self._lifecycle.note(hand)
+                active.results.sync()
+                self._lifecycle.note(active)
             except (OSError, Unavailable) as error:
-                log.warning("a batch is left as it is on disk", batch=hand.batch.batch_id, reason=str(error))
-            hand.close()
+                log.warning("a batch is left as it is on disk", batch=active.batch.batch_id, reason=str(error))
+            active.close()
 
     def cut_off(self) -> None:
         """Have `close` wait no longer for lines in flight."""
-        for hand in self._hands.values():
-            for task in hand.running.values():
+        for active in self._active.values():
+            for task in active.running.values():
                 task.cancel()
 
     def wake(self) -> None:
@@ -144,7 +144,7 @@ class BatchRunner:
 
     def backlogs(self) -> list[BacklogView]:
         """The work that is left, by model, the most urgent first."""
-        return backlogs(self._hands.values(), self._unheld)
+        return backlogs(self._active.values(), self._unheld)
 
     # What is to be done
 
@@ -152,93 +152,93 @@ class BatchRunner:
         """Find new batches, cancelled and expired ones; tell the store how far the others are."""
         loop = asyncio.get_running_loop()
         found = await asyncio.to_thread(self._lifecycle.open)
-        self._unheld = [batch for batch in found if batch.batch_id not in self._hands]
+        self._unheld = [batch for batch in found if batch.batch_id not in self._active]
         for batch in found:
-            hand = self._hands.get(batch.batch_id)
-            if hand is None:
+            active = self._active.get(batch.batch_id)
+            if active is None:
                 rests = batch.batch_id in self._busy or self._held.get(batch.batch_id, 0.0) > loop.time()
                 if not rests and (batch.in_progress_at is None or self._may_take(batch)):
                     self._begin(batch.batch_id, self._take(batch))
             elif batch.status is BatchStatus.CANCELLING:
-                hand.close_as(BatchStatus.CANCELLED, loop.time())
-        for hand in list(self._hands.values()):
-            if hand.batch.expires_at.timestamp() <= PROCESS_CLOCK.seconds():
-                hand.close_as(BatchStatus.EXPIRED, loop.time())
-            if hand.closing_since and loop.time() - hand.closing_since > FINISH_S:
-                for task in hand.running.values():
+                active.close_as(BatchStatus.CANCELLED, loop.time())
+        for active in list(self._active.values()):
+            if active.batch.expires_at.timestamp() <= PROCESS_CLOCK.seconds():
+                active.close_as(BatchStatus.EXPIRED, loop.time())
+            if active.closing_since and loop.time() - active.closing_since > FINISH_S:
+                for task in active.running.values():
                     task.cancel()
-            async with hand.lock:
-                if not hand.finishing:
-                    await asyncio.to_thread(self._lifecycle.note, hand)
+            async with active.lock:
+                if not active.finishing:
+                    await asyncio.to_thread(self._lifecycle.note, active)
 
     def _dispatch(self) -> None:
         """Begin as many lines as there are slots for, the most urgent batch's first; end batches that are done."""
         now = asyncio.get_running_loop().time()
-        hands = sorted(self._hands.values(), key=lambda hand: hand.deadline)
+        batches = sorted(self._active.values(), key=lambda active: active.deadline)
         if not self._full:
-            for model in sorted({model for hand in hands for model in hand.index.models}):
-                self._fill(model, hands, now)
-        for hand in hands:
-            if hand.idle and self._held.get(hand.batch.batch_id, 0.0) <= now:
-                hand.finishing = True
-                self._begin(hand.batch.batch_id, self._put_away(hand))
+            for model in sorted({model for active in batches for model in active.index.models}):
+                self._fill(model, batches, now)
+        for active in batches:
+            if active.idle and self._held.get(active.batch.batch_id, 0.0) <= now:
+                active.finishing = True
+                self._begin(active.batch.batch_id, self._put_away(active))
 
-    def _fill(self, model: str, hands: list[ActiveBatch], now: float) -> None:
+    def _fill(self, model: str, batches: list[ActiveBatch], now: float) -> None:
         free = self._slack.slots(model) - self._running[model]
         if free <= 0 or model in self._alone:
             return
-        hands = [hand for hand in hands if not self._paused(hand.batch.tenant_id, model, now)]
-        for hand in hands:
-            suspect = hand.next_suspect(model, now)
+        batches = [active for active in batches if not self._paused(active.batch.tenant_id, model, now)]
+        for active in batches:
+            suspect = active.next_suspect(model, now)
             if suspect is not None:
                 if not self._running[model]:  # else wait until those in flight have ended
-                    hand.take_suspect(model)
+                    active.take_suspect(model)
                     self._alone.add(model)
-                    self._start(hand, suspect, model)
+                    self._start(active, suspect, model)
                 return
-        for hand in hands:
-            tenant_id = hand.batch.tenant_id
+        for active in batches:
+            tenant_id = active.batch.tenant_id
             while free > 0 and not (tenant_id in self._careful and self._in_flight(tenant_id)):
-                place = hand.next_place(model, now)
+                place = active.next_place(model, now)
                 if place is None:
                     break
                 free -= 1
-                self._start(hand, place, model)
+                self._start(active, place, model)
 
-    def _start(self, hand: ActiveBatch, place: int, model: str) -> None:
+    def _start(self, active: ActiveBatch, place: int, model: str) -> None:
         self._running[model] += 1
-        hand.running[place] = asyncio.create_task(self._work_on(hand, place, model))
+        active.running[place] = asyncio.create_task(self._work_on(active, place, model))
 
     # A line
 
-    async def _work_on(self, hand: ActiveBatch, place: int, model: str) -> None:
+    async def _work_on(self, active: ActiveBatch, place: int, model: str) -> None:
         now = asyncio.get_running_loop().time
         try:
-            custom_id, verdict = await self._attempt(hand, place)
+            custom_id, verdict = await self._attempt(active, place)
             if isinstance(verdict, RetryLater):
-                hand.put_back(place, now() + verdict.after_s)
+                active.put_back(place, now() + verdict.after_s)
                 if verdict.pause:
-                    self._pause(hand.batch.tenant_id, model, verdict.after_s)
+                    self._pause(active.batch.tenant_id, model, verdict.after_s)
             else:
-                self._succeeded(hand.batch.tenant_id, model)
-                self._record(hand, place, custom_id, verdict)
+                self._succeeded(active.batch.tenant_id, model)
+                self._record(active, place, custom_id, verdict)
         except asyncio.CancelledError:
-            hand.put_back(place, now())
+            active.put_back(place, now())
             raise
         except Exception:
-            log.exception("a line of a batch could not be worked on", batch=hand.batch.batch_id, place=place)
-            hand.put_back(place, now() + HOLD_S)
+            log.exception("a line of a batch could not be worked on", batch=active.batch.batch_id, place=place)
+            active.put_back(place, now() + HOLD_S)
         finally:
-            del hand.running[place]
+            del active.running[place]
             self._running[model] -= 1
             if not self._running[model]:
                 self._alone.discard(model)
             self._wake.set()
 
-    async def _attempt(self, hand: ActiveBatch, place: int) -> tuple[str, RetryLater | LineDone]:
-        custom_id, url, body = decode_line(await asyncio.to_thread(hand.read, place))
-        batch, tries = hand.batch, hand.tries(place)
-        named = request_id(batch.batch_id, hand.index.numbers[place])
+    async def _attempt(self, active: ActiveBatch, place: int) -> tuple[str, RetryLater | LineDone]:
+        custom_id, url, body = decode_line(await asyncio.to_thread(active.read, place))
+        batch, tries = active.batch, active.tries(place)
+        named = request_id(batch.batch_id, active.index.numbers[place])
         if bytes(_decode_stream(body).get("stream", b"false")) == b"true":
             return custom_id, refused("A batch's answers are not streamed. Leave 'stream' out.", named, "stream")
         call = LineCall(path=url, body=bytes(body), tenant_id=batch.tenant_id, key_id=batch.key_id, request_id=named)
@@ -250,12 +250,12 @@ class BatchRunner:
             self._careful[batch.tenant_id] = CAREFUL_LINES
         return custom_id, judge(answer, named, tries, alone=self._in_flight(batch.tenant_id) == 1)
 
-    def _record(self, hand: ActiveBatch, place: int, custom_id: str, done: LineDone) -> None:
+    def _record(self, active: ActiveBatch, place: int, custom_id: str, done: LineDone) -> None:
         try:
-            hand.record(place, custom_id, done)
+            active.record(place, custom_id, done)
         except OSError as error:
             self._full = True
-            hand.unrecorded[place] = (custom_id, done)
+            active.unrecorded[place] = (custom_id, done)
             log.error("a result cannot be recorded; no line is begun until it is", reason=error.strerror)
 
     def _succeeded(self, tenant_id: str, model: str) -> None:
@@ -278,35 +278,35 @@ class BatchRunner:
         return pause is not None and pause.until > now
 
     def _in_flight(self, tenant_id: str) -> int:
-        return sum(len(hand.running) for hand in self._hands.values() if hand.batch.tenant_id == tenant_id)
+        return sum(len(active.running) for active in self._active.values() if active.batch.tenant_id == tenant_id)
 
     # Batches and chores
 
     async def _take(self, batch: Batch) -> None:
         async with self._few:
-            hand = await asyncio.to_thread(self._lifecycle.take, batch, self._names())
-        if hand is not None and self._may_take(hand.batch):
-            self._hands[batch.batch_id] = hand
-        elif hand is not None:
-            hand.close()
+            active = await asyncio.to_thread(self._lifecycle.take, batch, self._names())
+        if active is not None and self._may_take(active.batch):
+            self._active[batch.batch_id] = active
+        elif active is not None:
+            active.close()
 
     def _may_take(self, batch: Batch) -> bool:
-        """There is room for one more batch in hand. One that is to end at once always has it."""
+        """There is room for one more active batch. One that is to end at once always has it."""
         if batch.outcome is not None or batch.status is BatchStatus.CANCELLING:
             return True
         if batch.expires_at.timestamp() <= PROCESS_CLOCK.seconds():
             return True
-        alike = sum(hand.batch.model == batch.model for hand in self._hands.values())
-        return len(self._hands) < MAX_HANDS and alike < HANDS_PER_MODEL
+        alike = sum(active.batch.model == batch.model for active in self._active.values())
+        return len(self._active) < MAX_ACTIVE and alike < ACTIVE_PER_MODEL
 
-    async def _put_away(self, hand: ActiveBatch) -> None:
+    async def _put_away(self, active: ActiveBatch) -> None:
         try:
-            async with self._few, hand.lock:
-                await asyncio.to_thread(self._lifecycle.put_away, hand)
+            async with self._few, active.lock:
+                await asyncio.to_thread(self._lifecycle.put_away, active)
         except BaseException:
-            hand.finishing = False
+            active.finishing = False
             raise
-        del self._hands[hand.batch.batch_id]
+        del self._active[active.batch.batch_id]
         self._look_again.set()
 
     def _begin(self, batch_id: str, doing: Coroutine[Any, Any, None]) -> None:
@@ -328,17 +328,17 @@ class BatchRunner:
     async def _sync(self) -> None:
         """Put results on disk, also those that it had no room for."""
         still_full = False
-        for hand in list(self._hands.values()):
-            for place, (custom_id, done) in list(hand.unrecorded.items()):
+        for active in list(self._active.values()):
+            for place, (custom_id, done) in list(active.unrecorded.items()):
                 try:
-                    hand.record(place, custom_id, done)
+                    active.record(place, custom_id, done)
                 except OSError:
                     still_full = True
                     break
-                del hand.unrecorded[place]
-            async with hand.lock:
-                if not hand.finishing:
-                    await asyncio.to_thread(hand.results.sync)
+                del active.unrecorded[place]
+            async with active.lock:
+                if not active.finishing:
+                    await asyncio.to_thread(active.results.sync)
         self._full = still_full
         self._wake.set()
 

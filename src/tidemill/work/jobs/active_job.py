@@ -1,4 +1,4 @@
-"""A job in hand: what the book knows of it beside the store, and how the tide sees it."""
+"""An unfinished job: what the controller knows of it beyond the store, and how the plan sees it."""
 
 import asyncio
 import time

@@ -1,4 +1,5 @@
-"""What the job book writes into the store: attempts begun and ended together with their meters. Blocks on the store."""
+"""What the job controller writes into the store: attempts begun and ended together with their meters. Blocks on the
+store."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,20 +23,8 @@ from tidemill.store.device_meters import (
 from tidemill.store.device_prices import current_device_prices
 from tidemill.store.engine import Store
 from tidemill.store.job_files import JobFiles
-from tidemill.store.jobs import (
-    AssignedDevice,
-    Attempt,
-    AttemptOutcome,
-    Job,
-    JobState,
-    begin_attempt,
-    devices_on,
-    end_attempt,
-    ended_before,
-    leave_reservation,
-    note_running,
-    still_open,
-)
+from tidemill.store.job_transitions import begin_attempt, end_attempt, leave_reservation, note_running, still_open
+from tidemill.store.jobs import AssignedDevice, Attempt, AttemptOutcome, Job, JobState, devices_on, ended_before
 from tidemill.store.reservations import ReservationState, find_reservation
 from tidemill.store.tenants import find_tenant
 from tidemill.work.jobs.device_kinds import tier_of
@@ -85,7 +74,7 @@ class AttemptStore:
         return self.tick_s + job.spec.grace_s + SLACK_S
 
     def begin(self, job: Job, devices: Sequence[Device], *, ranks: int, why: str, now: datetime) -> Attempt | None:
-        """Take a waiting job in hand and hold what it can cost; None when it does not wait any more.
+        """Begin an attempt of a waiting job and hold what it can cost; None when it does not wait any more.
 
         Raises InsufficientBalance, NoPrice, NotReserved; then nothing has changed.
         """
@@ -126,10 +115,10 @@ class AttemptStore:
             leave_reservation(connection, job.job_id)
             return meters
 
-    def read(self, tenant_id: str, wishes: Sequence[MeterReading]) -> dict[str, bool]:
+    def read(self, tenant_id: str, readings: Sequence[MeterReading]) -> dict[str, bool]:
         """Read meters of a tenant; says of each whether its hold could be renewed."""
         with self._store.write() as connection:
-            return read_meters(connection, tenant_id, wishes, zone=self._zone)
+            return read_meters(connection, tenant_id, readings, zone=self._zone)
 
     def end(
         self,
@@ -186,7 +175,7 @@ class AttemptStore:
         ended_at: datetime,
         later: Mapping[str, datetime],
     ) -> None:
-        wishes = [
+        readings = [
             MeterReading(
                 meter_id=meter.meter_id,
                 until=max(later.get(meter.meter_id, ended_at), meter.billed_until),
@@ -194,8 +183,8 @@ class AttemptStore:
             )
             for meter in meters
         ]
-        if wishes:
-            read_meters(connection, job.tenant_id, wishes, zone=self._zone)
+        if readings:
+            read_meters(connection, job.tenant_id, readings, zone=self._zone)
 
     def _check_reserved(self, connection: Connection, reservation_id: str) -> None:
         """What runs on a reservation is not billed, so it must not be more than is. Raises NotReserved."""
@@ -211,12 +200,12 @@ class AttemptStore:
         owner = find_tenant(connection, job.tenant_id)
         prices = current_device_prices(connection, now)
         tier = tier_of(job)
-        wishes = []
+        starts = []
         for kind, count in sorted(Counter(place.kind for place in attempt.devices).items()):
             price = prices.get((kind, owner.currency, tier))
             if price is None:
                 raise NoPrice(f"There is no price for {kind} in {owner.currency}.")
-            wishes.append(
+            starts.append(
                 MeterStart(
                     price=price,
                     tier=tier,
@@ -227,5 +216,5 @@ class AttemptStore:
                 )
             )
         return begin_meters(
-            connection, tenant_id=owner.tenant_id, currency=owner.currency, wishes=wishes, now=started_at or now
+            connection, tenant_id=owner.tenant_id, currency=owner.currency, starts=starts, now=started_at or now
         )

@@ -60,7 +60,7 @@ class RunEnd(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunningAttempt:
-    """An attempt in hand. Belongs to the event loop."""
+    """A running attempt. Belongs to the event loop."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class RunningAttempt:
         until_ns = time.monotonic_ns() if self._ended_ns is None else self._ended_ns
         return (until_ns - self._began_ns) // 1000
 
-    def ask_to_go(self, cause: StopCause, why: str, *, grace_s: float | None = None) -> bool:
+    def request_stop(self, cause: StopCause, why: str, *, grace_s: float | None = None) -> bool:
         """Have it checkpoint and go. False when it was asked for as good a reason before."""
         if self.cause is not None and _ORDER.index(cause) <= _ORDER.index(self.cause):
             return False

@@ -1,4 +1,4 @@
-"""What an earlier life of the platform has left of a job: how its attempt ended, and for how long it had run.
+"""What an earlier process of the platform has left of a job: how its attempt ended, and for how long it had run.
 
 After a kill of the platform alone, the shims see to the end of their commands within the jobs' grace and write it down.
 After a kill of everything, or the loss of the machine, nobody has: then the attempt counts up to its last reading.
@@ -16,7 +16,8 @@ from tidemill.fleet.backend import ProcessEnd
 from tidemill.store.device_meters import open_meters
 from tidemill.store.engine import Store
 from tidemill.store.job_files import JobFiles
-from tidemill.store.jobs import Attempt, Job, list_attempts, put_back
+from tidemill.store.job_transitions import put_back
+from tidemill.store.jobs import Attempt, Job, list_attempts
 from tidemill.work.jobs.attempt_store import SLACK_S, AttemptStore
 from tidemill.work.jobs.launch import RunEnd, StopCause
 from tidemill.work.store_threads import StoreThreads

@@ -132,7 +132,7 @@ class ReservationController:
                 return
             owner = find_tenant(connection, reservation.tenant_id)
             (price,) = device_price_versions(connection, {reservation.price_id})
-            wish = MeterStart(
+            start = MeterStart(
                 price=price,
                 tier=DeviceTier.RESERVED,
                 devices=reservation.devices,
@@ -144,7 +144,7 @@ class ReservationController:
                     connection,
                     tenant_id=owner.tenant_id,
                     currency=owner.currency,
-                    wishes=[wish],
+                    starts=[start],
                     now=reservation.starts_at,
                 )
             except InsufficientBalance as error:
@@ -170,13 +170,13 @@ class ReservationController:
         return False
 
     def _read_meters(self, connection: Connection, reservation: Reservation, until: datetime, *, final: bool) -> bool:
-        wishes = [
+        readings = [
             MeterReading(
                 meter_id=meter.meter_id, until=max(until, meter.billed_until), hold_s=self._hold_s, final=final
             )
             for meter in open_meters(connection, reservation_id=reservation.reservation_id)
         ]
-        return all(read_meters(connection, reservation.tenant_id, wishes, zone=self._zone).values())
+        return all(read_meters(connection, reservation.tenant_id, readings, zone=self._zone).values())
 
     def _close(self, reservation_id: str, now: datetime) -> None:
         """Bill one that was cancelled up to then, for the last time."""

@@ -171,12 +171,12 @@ def _items(fields: Fields) -> list[msgspec.Raw]:
 
 def _include(fields: Fields, chat: Fields) -> None:
     """Log probabilities; what else `include` names is given without being asked for, or refused."""
-    wishes = _decode_any(fields["include"]) if "include" in fields else None
-    for at, wish in enumerate(wishes if isinstance(wishes, list) else []):
-        if wish not in INCLUDABLE:
-            raise UnsupportedParameter(f"'include[{at}]' is {wish!r}, which is not offered here.", param="include")
+    included = _decode_any(fields["include"]) if "include" in fields else None
+    for at, item in enumerate(included if isinstance(included, list) else []):
+        if item not in INCLUDABLE:
+            raise UnsupportedParameter(f"'include[{at}]' is {item!r}, which is not offered here.", param="include")
     top = integer(fields, "top_logprobs", low=0, high=20)
-    if top or (isinstance(wishes, list) and LOGPROBS in wishes):
+    if top or (isinstance(included, list) and LOGPROBS in included):
         chat["logprobs"] = msgspec.Raw(b"true")
         if top:
             chat["top_logprobs"] = fields["top_logprobs"]

@@ -91,9 +91,9 @@ class ResponseStore:
         """Anything is kept at all."""
         return self._rules.keep_s > 0
 
-    def keeps(self, wish: bool | None) -> bool:
+    def keeps(self, asked: bool | None) -> bool:
         """Whether a response is to be kept whose request says so, or does not say (None)."""
-        return self.open and (self._rules.by_default if wish is None else wish)
+        return self.open and (self._rules.by_default if asked is None else asked)
 
     def keep(self, kept: FinishedResponse) -> bool:
         """Keep a response; False when there is no room for it now."""

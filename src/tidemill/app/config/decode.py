@@ -1,13 +1,12 @@
-"""Reading tables of TOML into structs: unknown keys are refused with the nearest right name, values with their key."""
+"""Tables of TOML as structs: unknown keys are refused with the nearest right name, values with their key."""
 
 import re
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import msgspec
 
 from tidemill.errors import ConfigError
-from tidemill.ledger.errors import LedgerError
+from tidemill.suggestions import nearest
 
 _TWICE = re.compile(r"Cannot declare \((.+?),?\) twice (.*)")
 _TERMS = {
@@ -16,7 +15,7 @@ _TERMS = {
     "enum value": "choice",
     "`object`": "a table",
     "`array`": "a list",
-    "`str`": "a text",
+    "`str`": "a string",
     "`int`": "an integer",
     "`float`": "a number",
 }
@@ -38,21 +37,19 @@ def tables(value: Any, key: str) -> list[tuple[str, dict[str, Any]]]:
     if value is None:
         return []
     if not isinstance(value, dict):
-        raise ConfigError(f"{key} is a table of tables.", hint=f"Write [{key}.NAME].")
+        raise ConfigError(f"{key} must be a table of tables.", hint=f"Write [{key}.NAME].")
     for name, table in value.items():
         if not isinstance(table, dict):
-            raise ConfigError(f"{key}.{name} is not a table.", hint=f"Write [{key}.{name}] and its keys below it.")
+            raise ConfigError(f"{key}.{name} must be a table.", hint=f"Write [{key}.{name}] and its keys below it.")
     return list(value.items())
 
 
 def refuse_unknown(table: dict[str, Any], struct: type[msgspec.Struct], prefix: str) -> None:
     """Raises ConfigError for a key that the struct does not have."""
-    import difflib  # slow to import, and only errors need it
-
     known = struct.__struct_fields__
     for key in table:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
+            near = nearest(key, known)
             if (
                 isinstance(table[key], dict)
                 and not near
@@ -62,7 +59,7 @@ def refuse_unknown(table: dict[str, Any], struct: type[msgspec.Struct], prefix: 
                 raise ConfigError(
                     f"unknown key {prefix}{key}.", hint=f'A name with a dot is quoted: [{room}."{name}.{key}"].'
                 )
-            hint = f"Did you mean {prefix}{near[0]}?" if near else f"Known here: {', '.join(known)}."
+            hint = f"Did you mean {prefix}{near}?" if near else f"Known here: {', '.join(known)}."
             raise ConfigError(f"unknown key {prefix}{key}.", hint=hint)
 
 
@@ -76,7 +73,7 @@ def convert(value: Any, kind: type[T], key: str) -> T:
         where = ".".join(part for part in (key, field) if part)
         hint = ""
         if "xpected `str`, got" in message:
-            hint = 'Texts and amounts are written in quotes, such as "4.00".'
+            hint = 'Strings and amounts are written in quotes, such as "4.00".'
         elif "enum value" in message:
             hint = f"Choose one of: {', '.join(_choices(kind, field))}."
         for theirs, ours in _TERMS.items():
@@ -99,12 +96,3 @@ def _choices(kind: Any, path: str) -> list[str]:
             found = found.value_type if isinstance(found, inspect.DictType) else found.item_type
     options = found.types if isinstance(found, inspect.UnionType) else (found,)
     return [str(value) for each in options if isinstance(each, inspect.LiteralType) for value in each.values]
-
-
-def taken(key: str, read: Callable[[], T]) -> T:
-    """What `read` gives; the ledger's refusal as one of the configuration that names the key."""
-    try:
-        return read()
-    except LedgerError as error:
-        text = str(error)
-        raise ConfigError(f"{key}: {text}" if text.endswith("?") else f"{key}: {text}.") from error

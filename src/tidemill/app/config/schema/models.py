@@ -1,18 +1,54 @@
 """`[models.NAME]`: a model that is served, whoever runs its engine."""
 
-import re
 from typing import Literal
-from urllib.parse import urlsplit
 
 import msgspec
 
-from tidemill.app.config.fleet import OWN_ENGINES, Filler, LaunchConfig, ObjectiveConfig, replica_bounds
-from tidemill.app.config.reading import taken
-from tidemill.app.config.routes import CostConfig, check_replicas
-from tidemill.errors import ConfigError
-from tidemill.ledger.money import parse_amount
+from tidemill.app.config.schema.prices import CostConfig
 
-MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}")
+OWN_ENGINES = ("llamacpp", "vllm", "sglang")
+"""Engines that are processes of ours; all others are somebody else's."""
+GPU_ENGINES = ("vllm", "sglang")
+
+Filler = Literal["inside", "beside"]
+
+
+class ObjectiveConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[models.NAME.objective]`: how fast a model shall answer, for which share of its requests."""
+
+    ttft_seconds: float = 2.0
+    """Time to first token."""
+    tpot_seconds: float = 0.1
+    """Time per output token after the first."""
+    percentile: float = 0.95
+
+
+class LaunchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[models.NAME.launch]`: how vLLM or SGLang is started. What is not set is left to the engine."""
+
+    command: tuple[str, ...] = ()
+    """What is run: `["vllm"]`, `["python", "-m", "sglang.launch_server"]` when not set."""
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    expert_parallel: bool = False
+    quantization: str | None = None
+    dtype: Literal["auto", "bfloat16", "float16"] = "auto"
+    kv_cache_dtype: Literal["auto", "fp8_e4m3", "fp8_e5m2"] = "auto"
+    memory_share: float | None = None
+    """Of each device's memory, 0 to 1."""
+    max_sequences: int | None = None
+    """Requests worked on at a time, by each of `dp` copies."""
+    prefill_chunk: int | None = None
+    prefix_cache: bool = True
+    priority_scheduling: bool = True
+    """People's requests go before the lines of batches inside the engine."""
+    trust_remote_code: bool = False
+    revision: str | None = None
+    extra_args: tuple[str, ...] = ()
+    """Appended as they are."""
+    env: dict[str, str] = {}
+    """Set in the engine's environment."""
 
 
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -113,7 +149,19 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     @property
     def replica_bounds(self) -> tuple[int, int]:
         """The fewest and the most replicas of an engine of our own."""
-        return replica_bounds(self)
+        low = self.replicas if self.min_replicas is None else self.min_replicas
+        high = max(self.replicas, low) if self.max_replicas is None else self.max_replicas
+        return low, high
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where the replicas of an upstream listen."""
+        return self.base_urls or ((self.base_url,) if self.base_url else ())
+
+    @property
+    def bills_tokens(self) -> bool:
+        """True if somebody else bills the operator for each token: a vendor's API, not an engine of one's own."""
+        return self.engine == "openai" and self.on_disconnect == "drain"
 
     @property
     def slots(self) -> int | None:
@@ -121,58 +169,3 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         if self.engine == "llamacpp":
             return self.parallel
         return None if self.launch.max_sequences is None else self.launch.max_sequences * self.launch.dp
-
-
-def check_model(name: str, model: ModelConfig) -> None:
-    """All that a model says by itself. Raises ConfigError."""
-    if not MODEL_NAME.fullmatch(name):
-        raise ConfigError(
-            f"models.{name}: is not a model name.",
-            hint="Use letters, digits and . _ : / @ + -, at most 128 of them.",
-        )
-    check_replicas(name, model, _is_address)
-    for key in ("parallel", "max_output_tokens", "context", "batch_parallel"):
-        value = getattr(model, key)
-        if value is not None and not 1 <= value <= 16_777_216:
-            raise ConfigError(f"models.{name}.{key}: {value} is out of range; it is at least 1.")
-    if not 0 <= model.threads <= 1024:
-        raise ConfigError(f"models.{name}.threads: {model.threads} is out of range; 0 takes all cores.")
-    for key in ("drain_seconds", "ttft_timeout_seconds", "idle_timeout_seconds"):
-        if not 0 < getattr(model, key) <= 86_400:
-            raise ConfigError(f"models.{name}.{key}: is more than 0 and at most 86400 seconds.")
-    _check_hedge(name, model)
-    for key, low in (("max_concurrent", 0), ("max_queued", 1)):
-        value = getattr(model, key)
-        if value is not None and not low <= value <= 1_000_000:
-            raise ConfigError(f"models.{name}.{key}: {value} is out of range; it is from {low} to 1000000.")
-    if not 0 < model.queue_seconds <= 3600:
-        raise ConfigError(f"models.{name}.queue_seconds: is more than 0 and at most 3600 seconds.")
-    for key in ("upstream_model", "api_key_env"):
-        if getattr(model, key) == "":
-            raise ConfigError(f"models.{name}.{key}: is empty.", hint="Remove it, or write a name.")
-    cost = taken(f"models.{name}.cost_per_hour", lambda: parse_amount(model.cost_per_hour))
-    if cost < 0:
-        raise ConfigError(f"models.{name}.cost_per_hour: a cost is zero or more.")
-
-
-def _check_hedge(name: str, model: ModelConfig) -> None:
-    if model.hedge_seconds is None:
-        return
-    if not 0.01 <= model.hedge_seconds <= 3600:
-        raise ConfigError(f"models.{name}.hedge_seconds: is from 0.01 to 3600 seconds.")
-    if model.engine not in OWN_ENGINES and model.on_disconnect != "abort":
-        raise ConfigError(
-            f"models.{name}.hedge_seconds: an upstream bills both answers.",
-            hint='Leave it out; where the upstream is an engine of your own, say on_disconnect = "abort".',
-        )
-
-
-def _is_address(text: str) -> bool:
-    """Whether an HTTP client can go there. The gateway processes would find out too, but only once they start."""
-    try:
-        parts = urlsplit(text)
-        port = parts.port
-    except ValueError:
-        return False
-    plain = text.isascii() and text.isprintable() and " " not in text
-    return plain and parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0
