@@ -14,7 +14,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-WITHIN_S = 240.0
+from tidemill.cli import demo_burst
+
+WITHIN_S = 600.0
+"""A good deal more than the minute that it takes, for a machine on which other tests run."""
+pytestmark = pytest.mark.timeout(WITHIN_S + 60)
 
 
 def demo(tmp_path: Path, *arguments: str | Path) -> "subprocess.Popen[str]":
@@ -42,14 +46,13 @@ def left_behind(tmp_path: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    """The facts and the picture of one run."""
+    """The facts of one run, and where its pictures are."""
     directory = tmp_path_factory.mktemp("demo")
-    picture = directory / "demo.svg"
-    process = demo(directory, "--json", "--svg", picture)
+    process = demo(directory, "--json", "--svg", directory / "demo.svg", "--svg-short", directory / "demo-short.svg")
     out, err = process.communicate(timeout=WITHIN_S)
     assert process.returncode == 0, err
     assert left_behind(directory) == []
-    return json.loads(out), picture
+    return json.loads(out), directory
 
 
 def test_every_claim_holds(told: tuple[Any, Path]) -> None:
@@ -61,7 +64,7 @@ def test_every_claim_holds(told: tuple[Any, Path]) -> None:
 def test_the_limit_holds(told: tuple[Any, Path]) -> None:
     facts, _ = told
     assert facts["answered"] + facts["refused"] == 200
-    assert 1 <= facts["answered"] <= 30
+    assert facts["answered"] == demo_burst.ENOUGH_FOR == 10
     assert Decimal(facts["lowest_balance"]) >= 0
 
 
@@ -99,15 +102,24 @@ def test_the_meter_is_right(told: tuple[Any, Path]) -> None:
     assert sum(replica["engine"].values()) == facts["metered_tokens"]
 
 
-def test_the_picture(told: tuple[Any, Path]) -> None:
-    _, picture = told
-    text = picture.read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    ("name", "only"), [("demo.svg", ["AMOUNT DUE CNY", "7 The margin", "✓"]), ("demo-short.svg", ["The margin"])]
+)
+def test_the_pictures(told: tuple[Any, Path], name: str, only: list[str]) -> None:
+    text = (told[1] / name).read_text(encoding="utf-8")
     assert len(text) < 100_000
     assert not re.findall(r"(?:src|href)=|url\(\"?http", text), "nothing is fetched from elsewhere"
     shown = " ".join(ElementTree.fromstring(text).itertext()).replace("\xa0", " ")
-    for words in ("海州云", "402 insufficient_quota", "AMOUNT DUE CNY", "meter reconcile", "equal", "✓"):
+    said = [
+        "海州云",
+        "enough for 10",
+        "10 answered, 190 refused with 402 insufficient_quota",
+        "meter reconcile",
+        "equal",
+    ]
+    for words in [*said, *only]:
         assert words in shown
-    assert "sk-tm-..." in shown and not re.search(r"sk-tm-[A-Za-z0-9]{8}", shown), "no whole key is in the picture"
+    assert not re.search(r"sk-tm-[A-Za-z0-9]{8}", shown), "no whole key is in the picture"
 
 
 def test_stopped_in_the_middle_it_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -12,14 +12,19 @@ from typing import Annotated, Any
 import msgspec
 from cyclopts import Parameter
 
-from tidemill.cli.demo_platform import DemoAnswer, DemoPlatform, terminable
+from tidemill.cli import demo_burst as burst
+from tidemill.cli.demo_platform import ANSWER_WITHIN_S, DemoAnswer, DemoPlatform, terminable
 from tidemill.cli.demo_stage import DemoStage
 from tidemill.cli.output import grouped, print_json
 from tidemill.errors import BadInput, TidemillError
 from tidemill.ledger.money import format_amount, parse_amount
+from tidemill.ledger.pricing import Price
 
 MODEL = "smollm2-135m-instruct"
 COST_PER_HOUR = "0.60"
+# Answers are what costs, as with a big reasoning model, and so much that a minute's use is a matter of cents.
+PRICE = Price(input=parse_amount("1.00"), cached_input=parse_amount("0.20"), output=parse_amount("60.00"))
+"""In USD per million tokens."""
 CONFIG = f"""
 issuer = "Tidemill demo"
 
@@ -30,34 +35,33 @@ credit = "0"
 [models."{MODEL}"]
 engine = "llamacpp"
 cost_per_hour = "{COST_PER_HOUR}"
+queue_seconds = {ANSWER_WITHIN_S}  # who is let in gets a turn, be the machine ever so busy
 
-# Prices as for a big reasoning model, so that a minute's use is a matter of cents.
 [prices."{MODEL}".USD]
-input = "6.00"
-cached_input = "1.50"
-output = "60.00"
+input = "{format_amount(PRICE.input)}"
+cached_input = "{format_amount(PRICE.cached_input)}"
+output = "{format_amount(PRICE.output)}"
 
 [prices."{MODEL}".CNY]
-input = "40.00"
-cached_input = "10.00"
+input = "7.00"
+cached_input = "1.40"
 output = "400.00"
 """
 
 ACME, HAIZHOU, SHOAL = "acme", "海州云", "shoal"
-TENANTS = {ACME: ("USD", "5"), HAIZHOU: ("CNY", "20"), SHOAL: ("USD", "0.03")}
+TENANTS = {ACME: ("USD", "5"), HAIZHOU: ("CNY", "20"), SHOAL: ("USD", format_amount(burst.balance(MODEL, PRICE)))}
 """Name: currency and credit."""
 
 LETTER = "Write a friendly letter that invites a friend to visit an old mill by the sea."
 HARBOUR = "Describe a harbour at night, when the tide comes in."
 STORY = "Write a long story about a miller who lives by the sea."
-BURST = 200
-"""Requests that the tenant with the small balance sends at once."""
-BURST_TOKENS = 48
-TOP_UP = "0.006"
 COUNTS = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens")
 STORY_TOKENS = 1000
 WRITING = {"temperature": 0.4, "frequency_penalty": 0.6}
 RECONCILE_WITHIN_S = 10.0
+WINDOW = "tidemill demo"
+SHORT = (2, 3, 7)
+"""The acts of the short picture: what is served, what is held, and that it adds up."""
 
 
 class StoryBroken(TidemillError):
@@ -91,6 +95,7 @@ class DemoFacts(msgspec.Struct):
 def demo(
     *,
     svg: Path | None = None,
+    svg_short: Path | None = None,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Tell the main job in about a minute, on the real model: tenants, streams, a limit that holds, the invoice.
@@ -100,16 +105,21 @@ def demo(
     Parameters
     ----------
     svg
-        Save the recording as a picture (SVG).
+        Save all of it as a picture (SVG).
+    svg_short
+        Save three acts of it as a smaller picture (SVG).
     as_json
         Show nothing, and print what was seen as one JSON document.
     """
-    if svg is not None and not svg.parent.is_dir():
-        raise BadInput(f"There is no directory {svg.parent} for the picture.", param="svg")
+    for option, picture in (("svg", svg), ("svg-short", svg_short)):
+        if picture is not None and not picture.parent.is_dir():
+            raise BadInput(f"There is no directory {picture.parent} for the picture.", param=option)
     stage = DemoStage(quiet=as_json)
     facts = play(stage)
     if svg is not None:
-        stage.save(svg, title="tidemill demo")
+        stage.save(svg, title=WINDOW)
+    if svg_short is not None:
+        stage.save_acts(svg_short, SHORT, title=WINDOW)
     if as_json:
         print_json(msgspec.to_builtins(facts))
     broken = [claim for claim, holds in facts.holds.items() if not holds]
@@ -173,7 +183,7 @@ class _Story:
         asked = {ACME: (LETTER, 7), HAIZHOU: (HARBOUR, 1)}
         answers = {name: DemoAnswer() for name in asked}
         for name, (prompt, seed) in asked.items():
-            self._ask(name, answers[name], prompt, max_tokens=130, stream=True, seed=seed)
+            self._ask(name, answers[name], _stream(prompt, max_tokens=130, seed=seed))
         finished = lambda: all(answer.done for answer in answers.values())  # noqa: E731
         self.stage.live(lambda: self.stage.side_by_side([(name, answers[name], None) for name in asked]), finished)
         charges = {name: self._record(name, answer) for name, answer in answers.items()}
@@ -181,10 +191,11 @@ class _Story:
         self.stage.say("Each usage record was on disk before the client got the end of its stream.")
 
     def burst(self) -> None:
-        self.stage.act("A limit that holds", f"{BURST} requests at once on {TENANTS[SHOAL][1]} USD, enough for ten")
-        answers = [DemoAnswer() for _ in range(BURST)]
+        enough = f"enough for {burst.ENOUGH_FOR}"
+        self.stage.act("A limit that holds", f"{burst.BURST} requests at once on {TENANTS[SHOAL][1]} USD, {enough}")
+        answers = [DemoAnswer() for _ in range(burst.BURST)]
         for number, answer in enumerate(answers):
-            self._ask(SHOAL, answer, f"Tell me fact {number} about tides.", max_tokens=BURST_TOKENS, stream=False)
+            self._ask(SHOAL, answer, burst.wanted(MODEL, number))
         with self._watching_balance():
             self.stage.live(
                 lambda: self.stage.dots([answer.status for answer in answers]),
@@ -194,8 +205,8 @@ class _Story:
         facts = self.facts
         facts.answered = sum(answer.status == 200 for answer in answers)
         facts.refused = sum(answer.status == 402 for answer in answers)
-        facts.holds["each request answered, or refused with 402"] = facts.answered + facts.refused == BURST
-        facts.holds["the limit let a few in and refused the rest"] = 0 < facts.answered < facts.refused
+        facts.holds["each request answered, or refused with 402"] = facts.answered + facts.refused == burst.BURST
+        facts.holds[f"a balance for {burst.ENOUGH_FOR} let {burst.ENOUGH_FOR} in"] = facts.answered == burst.ENOUGH_FOR
         refusal = next((answer.error["code"] for answer in answers if answer.status == 402 and answer.error), "")
         self.stage.say(
             f"{facts.answered} answered, {facts.refused} refused with 402 {refusal} before any work was done:"
@@ -203,10 +214,10 @@ class _Story:
         )
 
     def last_of_the_balance(self) -> None:
-        left = self.operator.grant_credit(SHOAL, TOP_UP, "demo", None)["balance"]
+        left = self._balance(SHOAL)
         self.stage.act("A stream that eats the rest", f"{STORY_TOKENS:,} tokens wanted, {left} USD there")
         answer = DemoAnswer()
-        self._ask(SHOAL, answer, STORY, max_tokens=STORY_TOKENS, stream=True, seed=7)
+        self._ask(SHOAL, answer, _stream(STORY, max_tokens=STORY_TOKENS, seed=7))
         with self._watching_balance():
             self.stage.live(lambda: self.stage.one(SHOAL, answer, None), lambda: answer.done)
         record = self._record(SHOAL, answer)
@@ -224,7 +235,7 @@ class _Story:
         exact = True
         for name, (_, credit) in TENANTS.items():
             usage = self.operator.usage(name, None, records=True)
-            granted = parse_amount(credit) + (parse_amount(TOP_UP) if name == SHOAL else 0)
+            granted = parse_amount(credit)
             self.facts.tenants[name] = {**usage, "granted": format_amount(granted)}
             exact &= granted - parse_amount(usage["charge"]) == parse_amount(usage["balance"])
             exact &= sum(parse_amount(record["charge"]) for record in usage["records"]) == parse_amount(usage["charge"])
@@ -267,13 +278,7 @@ class _Story:
         self.facts.holds["the engine's own counters = the records"] = equal
         self.stage.margin_and_meter(margin, found)
 
-    def _ask(
-        self, tenant: str, answer: DemoAnswer, prompt: str, *, max_tokens: int, stream: bool, seed: int = 1
-    ) -> None:
-        wanted: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": prompt}], **WRITING}
-        wanted |= {"max_tokens": max_tokens, "stream": stream, "seed": seed}
-        if stream:
-            wanted["stream_options"] = {"include_usage": True}
+    def _ask(self, tenant: str, answer: DemoAnswer, wanted: dict[str, Any]) -> None:
         self.answers.append(answer)
         arguments = (self.keys[tenant], answer)
         threading.Thread(target=self.platform.chat, args=arguments, kwargs=wanted, daemon=True).start()
@@ -318,6 +323,12 @@ class _Watch:
         while not self._over.wait(0.1):
             with suppress(TidemillError):
                 self._story.note_balance()
+
+
+def _stream(prompt: str, *, max_tokens: int, seed: int) -> dict[str, Any]:
+    wanted: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": prompt}], **WRITING}
+    wanted |= {"max_tokens": max_tokens, "seed": seed, "stream": True, "stream_options": {"include_usage": True}}
+    return wanted
 
 
 def _middle_of(invoice: str) -> str:

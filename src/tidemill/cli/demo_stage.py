@@ -1,15 +1,10 @@
-"""How `tidemill demo` looks: the terminal, and beside it a recording without the frames in between."""
+"""How `tidemill demo` looks on a terminal, act by act; what of it is kept makes the pictures (`demo_picture`)."""
 
-import html
-import io
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from rich._export_format import CONSOLE_SVG_FORMAT
-from rich.cells import cell_len
 from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -17,13 +12,12 @@ from rich.padding import Padding
 from rich.panel import Panel
 from rich.rule import Rule
 from rich.table import Table
-from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
+from tidemill.cli.demo_picture import COLUMNS, picture_of
 from tidemill.cli.demo_platform import DemoAnswer
 from tidemill.cli.output import grouped
 
-COLUMNS = 92
 FRAMES_PER_S = 12
 READING_PAUSE_S = 2.0
 """Between two acts, for the reader at a terminal."""
@@ -33,37 +27,36 @@ DOTS_IN_A_ROW = 50
 
 ACCENT, GOOD, BAD, QUIET = "bold cyan", "green", "red", "dim"
 
-# Deep water, foam and lamp light; the sixteen colours in the terminal's order.
-THEME = TerminalTheme(
-    (13, 24, 33),
-    (214, 226, 230),
-    [(13, 24, 33), (240, 113, 103), (126, 200, 140), (240, 192, 96), (96, 160, 230), (190, 140, 220)]
-    + [(88, 196, 208), (214, 226, 230)],
-    [(110, 130, 140), (255, 140, 128), (150, 224, 164), (255, 212, 130), (130, 185, 250), (210, 165, 240)]
-    + [(120, 220, 230), (255, 255, 255)],
-)
-
 Justify = Literal["", "left", "right"]
 
 
+class Act:
+    """What is shown under one title, in its final form."""
+
+    def __init__(self, title: str, how: str) -> None:
+        self.title = title
+        self.how = how
+        self.shown: list[RenderableType] = []
+
+    def head(self, number: int | None = None) -> RenderableType:
+        """The title, and the command or call that does the same."""
+        numbered = self.title if number is None else f"{number} {self.title}"
+        return Rule(Text.assemble((numbered, ACCENT), ("  " + self.how, QUIET)), align="left", style=QUIET)
+
+
 class DemoStage:
-    """Shows each thing on the terminal and keeps its final form for the picture. `quiet` shows nothing."""
+    """Shows each thing on the terminal and keeps its final form for the pictures. `quiet` shows nothing."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._screen = Console(highlight=False, emoji=False, quiet=quiet)
         width = self._screen.width if self._screen.is_terminal else COLUMNS
         self._screen.width = min(width, COLUMNS)
-        self._record = Console(
-            record=True,
-            file=io.StringIO(),
-            width=COLUMNS,
-            force_terminal=True,
-            color_system="truecolor",
-            highlight=False,
-            emoji=False,
-            legacy_windows=False,
-        )
-        self._acts = 0
+        self._acts: list[Act] = []
+        self._before: list[RenderableType] = []
+        """What is shown before the first act."""
+        self._after: list[RenderableType] = []
+        """What is shown when the acts are over."""
+        self._now = self._before
 
     @property
     def _watched(self) -> bool:
@@ -71,7 +64,7 @@ class DemoStage:
 
     def show(self, what: RenderableType) -> None:
         self._screen.print(what)
-        self._record.print(what)
+        self._now.append(what)
 
     def live(self, draw: Callable[[], RenderableType], finished: Callable[[], bool]) -> None:
         """Redraw until `finished`, then clear it away: what it came to is for `show`."""
@@ -97,10 +90,9 @@ class DemoStage:
         """Begin an act: its title, and the command or call that does the same."""
         if self._acts and self._watched:
             time.sleep(READING_PAUSE_S)
-        self._acts += 1
-        self.show(Text())
-        head = Text.assemble((f"{self._acts} {title}", ACCENT), ("  " + how, QUIET))
-        self.show(Rule(head, align="left", style=QUIET))
+        self._acts.append(Act(title, how))
+        self._now = self._acts[-1].shown
+        self._screen.print(Text(), self._acts[-1].head(len(self._acts)), sep="\n")
 
     def table(self, columns: Sequence[tuple[str, Justify]], rows: Sequence[Sequence[str]]) -> None:
         self.show(_table(columns, rows))
@@ -140,13 +132,25 @@ class DemoStage:
         in_a_row = 2 if self._screen.width >= COLUMNS else 1
         for at in range(0, len(marks), in_a_row):
             grid.add_row(*marks[at : at + in_a_row])
+        self._now = self._after
         self.show(Text())
         self.show(grid)
         self.progress(f"{seconds} s in all; nothing of it is left behind")
 
     def save(self, path: Path, *, title: str) -> None:
-        """Write the recording as SVG, in fonts of the reader's own."""
-        path.write_text(_slim(self._record.export_svg(title=title, theme=THEME, code_format=_SVG)), encoding="utf-8")
+        """Write all of it as a picture (SVG)."""
+        shown = [*self._before]
+        for number, act in enumerate(self._acts, 1):
+            shown += [Text(), act.head(number), *act.shown]
+        path.write_text(picture_of([*shown, *self._after], title=title), encoding="utf-8")
+
+    def save_acts(self, path: Path, numbers: Sequence[int], *, title: str) -> None:
+        """Write a few acts, of which the first is number 1, as a picture (SVG)."""
+        shown: list[RenderableType] = []
+        for number in numbers:
+            act = self._acts[number - 1]
+            shown += [Text(), act.head(), *act.shown]
+        path.write_text(picture_of(shown[1:], title=title), encoding="utf-8")
 
 
 def _table(columns: Sequence[tuple[str, Justify]], rows: Sequence[Sequence[str]], *, gap: int = 3) -> Table:
@@ -227,29 +231,3 @@ def _framed(title: str, body: RenderableType, footer: str, width: int) -> Panel:
         width=width,
         height=7,
     )
-
-
-def _without_web_fonts(template: str) -> str:
-    template = re.sub(r"\s*@font-face \{\{.*?\}\}", "", template, flags=re.DOTALL)
-    return template.replace("Fira Code, monospace", "ui-monospace, 'DejaVu Sans Mono', Menlo, Consolas, monospace")
-
-
-_SVG = _without_web_fonts(CONSOLE_SVG_FORMAT)
-_CHAR_WIDTH = 12.2
-"""As rich draws it, in the picture's units."""
-_TEXT = re.compile(r'(<text [^>]*?textLength=")[^"]*("[^>]*>)([^<]*)</text>')
-
-
-def _slim(svg: str) -> str:
-    """Rich's picture without a clip for each line and without blanks, and Chinese characters two columns wide."""
-    svg = re.sub(r'\s*<clipPath id="[^"]*-line-\d+">.*?</clipPath>', "", svg, flags=re.DOTALL)
-    svg = re.sub(r' clip-path="url\(#[^)"]*-line-\d+\)"', "", svg)
-
-    def text(found: re.Match[str]) -> str:
-        shown = html.unescape(found[3])
-        if not shown.strip("\xa0\n "):
-            return ""
-        return f"{found[1]}{cell_len(shown) * _CHAR_WIDTH:g}{found[2]}{found[3]}</text>"
-
-    svg = _TEXT.sub(text, svg)
-    return re.sub(r"\n\s*\n", "\n", svg)
