@@ -16,7 +16,8 @@ from tidemill.engines.sse import BYTES_PER_TOKEN
 from tidemill.gateway.admission.limit_leases import LimitLeases, RateLease, Share, SlotLease
 from tidemill.gateway.auth.snapshot import AccessSnapshot, Principal
 from tidemill.gateway.errors import BudgetExhausted, RateLimited
-from tidemill.gateway.protocols.dialect import ANTHROPIC, OPENAI, Dialect
+from tidemill.gateway.protocols.dialect import OPENAI, Dialect
+from tidemill.gateway.protocols.limit_headers import LimitState, limit_headers
 from tidemill.gateway.protocols.request import ModelRequest
 from tidemill.ledger.limits import Limit, LimitKind, scope_of, span_of, title_of
 from tidemill.ledger.money import format_amount
@@ -228,27 +229,11 @@ class RateLimits:
         second = self.shares.second()
         lines = b""
         for what, rates in ((b"requests", plan.requests), (b"tokens", plan.tokens)):
-            if rates and dialect is ANTHROPIC:
-                lines += self._anthropic_headers(what, rates, second)
-            elif rates:
-                lines += _rate_headers(what, rates, second)
+            if rates:
+                lines += limit_headers(_tightest(what, rates, second), dialect, self._wall())
         if self._warned:
             lines += self._warnings(plan)
         return lines
-
-    def _anthropic_headers(self, what: bytes, rates: tuple[RateLease, ...], second: int) -> bytes:
-        """Anthropic API reference, "Rate limits", response headers: the reset is an instant in RFC 3339."""
-        tightest, reset_s = _tightest(rates, second)
-        instant = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._wall() + reset_s)).encode()
-        name = b"anthropic-ratelimit-" + what
-        return b"%b-limit: %d\r\n%b-remaining: %d\r\n%b-reset: %b\r\n" % (
-            name,
-            tightest.limit.amount,
-            name,
-            tightest.remaining(second),
-            name,
-            instant,
-        )
 
     def budget_exhausted(self, plan: BoundLimits, period: BudgetPeriod, needed: int, available: int) -> BudgetExhausted:
         """The error for a request that this budget does not cover."""
@@ -315,19 +300,8 @@ def estimate(request: ModelRequest, body: bytes) -> tuple[int, int]:
     return prompt, min(request.ask.max_tokens or EXPECTED_OUTPUT, EXPECTED_OUTPUT) * request.ask.choices
 
 
-def _tightest(rates: tuple[RateLease, ...], second: int) -> tuple[RateLease, int]:
-    """The rate with the least left, and the seconds until all of it is free again."""
+def _tightest(what: bytes, rates: tuple[RateLease, ...], second: int) -> LimitState:
+    """The rate with the least left."""
     tightest = min(rates, key=lambda rate: rate.remaining(second)) if len(rates) > 1 else rates[0]
-    return tightest, max(tightest.share.last_used + WINDOW_S + 1 - second, 0)
-
-
-def _rate_headers(what: bytes, rates: tuple[RateLease, ...], second: int) -> bytes:
-    tightest, reset_s = _tightest(rates, second)
-    return b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-remaining-%b: %d\r\nx-ratelimit-reset-%b: %ds\r\n" % (
-        what,
-        tightest.limit.amount,
-        what,
-        tightest.remaining(second),
-        what,
-        reset_s,
-    )
+    reset_s = max(tightest.share.last_used + WINDOW_S + 1 - second, 0)
+    return LimitState(what, tightest.limit.amount, tightest.remaining(second), reset_s)

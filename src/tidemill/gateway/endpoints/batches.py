@@ -3,19 +3,18 @@
 Source: OpenAI API reference, "Batch".
 """
 
-import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from concurrent.futures import Executor
 from datetime import UTC, datetime, timedelta
-from typing import TypeVar
 
 import msgspec
 
 from tidemill.gateway.auth.authenticator import Authenticator
 from tidemill.gateway.endpoints.files import expiry_of, id_of
 from tidemill.gateway.endpoints.pagination import limit_of, page, query_of
+from tidemill.gateway.endpoints.tenant_api import Routes, TenantApi
 from tidemill.gateway.errors import BadRequest
-from tidemill.http.server import Exchange, Handler
+from tidemill.http.server import Exchange
 from tidemill.store.batches import Batch, ask_to_cancel, create_batch, find_batch, list_batches
 from tidemill.store.engine import Store
 from tidemill.store.ids import new_id
@@ -29,8 +28,6 @@ ENDPOINTS = (b"/v1/chat/completions", b"/v1/completions", b"/v1/embeddings", b"/
 """What the lines of a batch may ask for, where the gateway has it."""
 MAX_METADATA = (16, 64, 512)
 """Pairs, letters of a key, letters of a value: OpenAI's limits."""
-
-T = TypeVar("T")
 
 
 class BatchRules(msgspec.Struct, frozen=True):
@@ -56,7 +53,7 @@ class _Create(msgspec.Struct, forbid_unknown_fields=True):
 _decode_create = msgspec.json.Decoder(_Create).decode
 
 
-class BatchEndpoints:
+class BatchEndpoints(TenantApi):
     """The Batch API of one gateway process."""
 
     def __init__(
@@ -68,14 +65,12 @@ class BatchEndpoints:
         *,
         operations: Collection[bytes],
     ) -> None:
-        self._authenticator = authenticator
-        self._store = store
+        super().__init__(authenticator, store, executor)
         self._rules = rules
-        self._executor = executor
         self._endpoints = [path.decode() for path in ENDPOINTS if path in operations]
 
     @property
-    def routes(self) -> dict[tuple[bytes, bytes], Handler]:
+    def routes(self) -> Routes:
         return {
             (b"POST", b"/v1/batches"): self._create,
             (b"GET", b"/v1/batches"): self._list,
@@ -84,7 +79,7 @@ class BatchEndpoints:
         }
 
     async def _create(self, exchange: Exchange) -> None:
-        principal = await self._authenticator.authenticate(exchange)
+        principal = await self.authenticate(exchange)
         wish = self._read(exchange.body)
         expiry = wish.output_expires_after
         now = datetime.now(UTC)
@@ -108,8 +103,8 @@ class BatchEndpoints:
             with self._store.write() as connection:
                 create_batch(connection, batch, max_open=self._rules.tenant_open)
 
-        await self._in_thread(write)
-        exchange.respond(200, _encode(batch_json(batch)), JSON)
+        await self.in_thread(write)
+        self.answer(exchange, batch_json(batch))
 
     def _read(self, body: bytes) -> _Create:
         try:
@@ -137,7 +132,7 @@ class BatchEndpoints:
         return wish
 
     async def _list(self, exchange: Exchange) -> None:
-        principal = await self._authenticator.authenticate(exchange)
+        principal = await self.authenticate(exchange)
         query = query_of(exchange)
         limit = limit_of(query, default=20, highest=100)
 
@@ -147,21 +142,21 @@ class BatchEndpoints:
                     connection, tenant_id=principal.tenant_id, limit=limit + 1, after=query.get("after")
                 )
 
-        found = await self._in_thread(read)
-        exchange.respond(200, _encode(page([batch_json(batch) for batch in found], limit)), JSON)
+        found = await self.in_thread(read)
+        self.answer(exchange, page([batch_json(batch) for batch in found], limit))
 
     async def _retrieve(self, exchange: Exchange) -> None:
-        principal = await self._authenticator.authenticate(exchange)
+        principal = await self.authenticate(exchange)
         batch_id = id_of(exchange)
 
         def read() -> Batch:
             with self._store.read() as connection:
                 return find_batch(connection, tenant_id=principal.tenant_id, batch_id=batch_id)
 
-        exchange.respond(200, _encode(batch_json(await self._in_thread(read))), JSON)
+        self.answer(exchange, batch_json(await self.in_thread(read)))
 
     async def _cancel(self, exchange: Exchange) -> None:
-        principal = await self._authenticator.authenticate(exchange)
+        principal = await self.authenticate(exchange)
         batch_id = id_of(exchange)
 
         def write() -> Batch:
@@ -170,10 +165,7 @@ class BatchEndpoints:
                     connection, tenant_id=principal.tenant_id, batch_id=batch_id, now=datetime.now(UTC)
                 )
 
-        exchange.respond(200, _encode(batch_json(await self._in_thread(write))), JSON)
-
-    async def _in_thread(self, call: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+        self.answer(exchange, batch_json(await self.in_thread(write)))
 
 
 def batch_json(batch: Batch) -> dict[str, object]:

@@ -3,14 +3,12 @@
 Source: OpenAI API reference, "Files". Everything is a tenant's own: another's file does not exist.
 """
 
-import asyncio
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Executor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 import structlog
@@ -19,10 +17,11 @@ from tidemill.errors import Unavailable
 from tidemill.gateway.auth.authenticator import Authenticator
 from tidemill.gateway.auth.snapshot import Principal
 from tidemill.gateway.endpoints.pagination import limit_of, page, query_of
+from tidemill.gateway.endpoints.tenant_api import Routes, TenantApi
 from tidemill.gateway.endpoints.uploads import FORM_BYTES, UploadForm, file_limit_error, take_form
 from tidemill.gateway.errors import BadRequest, TooManyUploads
 from tidemill.http.request_body import BrokenBody
-from tidemill.http.server import ClientGone, Exchange, Handler
+from tidemill.http.server import ClientGone, Exchange
 from tidemill.store.blobs import BlobStore, InsufficientStorage
 from tidemill.store.engine import Store
 from tidemill.store.files import File, FileQuota, add_file, check_quota, delete_file, file_usage, find_file, list_files
@@ -38,8 +37,6 @@ UPLOADS_PER_TENANT = 4
 EXPIRES_WITHIN_S = (3600, 30 * 86_400)
 """OpenAI's bounds for `expires_after`."""
 
-T = TypeVar("T")
-
 
 class FileRules(msgspec.Struct, frozen=True):
     """The limits of files, from the configuration."""
@@ -54,7 +51,7 @@ class FileRules(msgspec.Struct, frozen=True):
     """What uploads leave free on the disk: the usage log and the store need room too."""
 
 
-class FileEndpoints:
+class FileEndpoints(TenantApi):
     """The Files API of one gateway process. What blocks on disk or store runs in `executor`."""
 
     streamed = ((b"POST", b"/v1/files"),)
@@ -63,17 +60,15 @@ class FileEndpoints:
     def __init__(
         self, authenticator: Authenticator, store: Store, blobs: BlobStore, rules: FileRules, executor: Executor
     ) -> None:
-        self._authenticator = authenticator
-        self._store = store
+        super().__init__(authenticator, store, executor)
         self._blobs = blobs
         self._rules = rules
-        self._executor = executor
         self._quota = FileQuota(rules.tenant_bytes, rules.tenant_files)
         self._uploading: dict[str, list[int]] = {}
         """By tenant: the sizes of the uploads that are on their way."""
 
     @property
-    def routes(self) -> dict[tuple[bytes, bytes], Handler]:
+    def routes(self) -> Routes:
         return {
             (b"POST", b"/v1/files"): self._upload,
             (b"GET", b"/v1/files"): self._list,
@@ -83,24 +78,24 @@ class FileEndpoints:
         }
 
     async def _upload(self, exchange: Exchange) -> None:
-        principal = await self._authenticator.authenticate(exchange)
+        principal = await self.authenticate(exchange)
         length = exchange.headers.get(b"content-length")
         size = int(length) if length is not None else self._rules.max_file_bytes
         if size > self._rules.max_file_bytes + FORM_BYTES:
             raise file_limit_error(self._rules.max_file_bytes)
         with self._counted(principal.tenant_id, size):
-            await self._in_thread(lambda: self._check_room(principal.tenant_id, size))
+            await self.in_thread(lambda: self._check_room(principal.tenant_id, size))
             with contextlib.suppress(BrokenBody):  # the client has left; nothing is kept, nobody to tell
-                form = await take_form(exchange, self._blobs, self._in_thread, max_bytes=self._rules.max_file_bytes)
+                form = await take_form(exchange, self._blobs, self.in_thread, max_bytes=self._rules.max_file_bytes)
                 try:
                     file = self._described(principal, form)
-                    await self._in_thread(lambda: self._keep(file, form))
+                    await self.in_thread(lambda: self._keep(file, form))
                 finally:
-                    await self._in_thread(form.incoming.discard)
-                exchange.respond(200, _encode(file_json(file)), JSON)
+                    await self.in_thread(form.incoming.discard)
+                self.answer(exchange, file_json(file))
 
     async def _list(self, exchange: Exchange) -> None:
-        principal = await self._authenticator.authenticate(exchange)
+        principal = await self.authenticate(exchange)
         query = query_of(exchange)
         limit = limit_of(query, default=10_000, highest=10_000)
         order = query.get("order", "desc")
@@ -119,18 +114,18 @@ class FileEndpoints:
                     ascending=order == "asc",
                 )
 
-        found = await self._in_thread(read)
-        exchange.respond(200, _encode(page([file_json(file) for file in found], limit)), JSON)
+        found = await self.in_thread(read)
+        self.answer(exchange, page([file_json(file) for file in found], limit))
 
     async def _retrieve(self, exchange: Exchange) -> None:
-        exchange.respond(200, _encode(file_json(await self._find(exchange))), JSON)
+        self.answer(exchange, file_json(await self._find(exchange)))
 
     async def _content(self, exchange: Exchange) -> None:
         file = await self._find(exchange)
-        fd = await self._in_thread(lambda: self._blobs.open(file.file_id, file.site))
+        fd = await self.in_thread(lambda: self._blobs.open(file.file_id, file.site))
         try:
             exchange.start_stream(b"content-type: application/octet-stream\r\n")
-            while data := await self._in_thread(lambda: os.read(fd, READ_BYTES)):
+            while data := await self.in_thread(lambda: os.read(fd, READ_BYTES)):
                 exchange.send(data)
                 await exchange.drain()
             exchange.end()
@@ -143,7 +138,7 @@ class FileEndpoints:
             os.close(fd)
 
     async def _delete(self, exchange: Exchange) -> None:
-        principal = await self._authenticator.authenticate(exchange)
+        principal = await self.authenticate(exchange)
         file_id = id_of(exchange)
 
         def delete() -> None:
@@ -151,18 +146,18 @@ class FileEndpoints:
                 delete_file(connection, tenant_id=principal.tenant_id, file_id=file_id, now=datetime.now(UTC))
             self._blobs.remove([file_id])
 
-        await self._in_thread(delete)
-        exchange.respond(200, _encode({"id": file_id, "object": "file", "deleted": True}), JSON)
+        await self.in_thread(delete)
+        self.answer(exchange, {"id": file_id, "object": "file", "deleted": True})
 
     async def _find(self, exchange: Exchange) -> File:
-        principal = await self._authenticator.authenticate(exchange)
+        principal = await self.authenticate(exchange)
         file_id = id_of(exchange)
 
         def read() -> File:
             with self._store.read() as connection:
                 return find_file(connection, tenant_id=principal.tenant_id, file_id=file_id, now=datetime.now(UTC))
 
-        return await self._in_thread(read)
+        return await self.in_thread(read)
 
     @contextlib.contextmanager
     def _counted(self, tenant_id: str, size: int) -> Iterator[None]:
@@ -221,9 +216,6 @@ class FileEndpoints:
         except BaseException:
             self._blobs.remove([file.file_id])
             raise
-
-    async def _in_thread(self, call: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
 
 
 def open_blobs(rules: FileRules) -> BlobStore:

@@ -4,13 +4,11 @@
 No API of anyone's is spoken here, as there is none for this; objects, lists and errors have OpenAI's form.
 """
 
-import asyncio
 import os
 from collections.abc import Callable
 from concurrent.futures import Executor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 
@@ -19,8 +17,9 @@ from tidemill.gateway.auth.authenticator import Authenticator
 from tidemill.gateway.auth.snapshot import Principal
 from tidemill.gateway.endpoints.files import id_of
 from tidemill.gateway.endpoints.pagination import limit_of, page, query_of
+from tidemill.gateway.endpoints.tenant_api import Routes, TenantApi
 from tidemill.gateway.errors import BadRequest, NotForTenants
-from tidemill.http.server import Exchange, Handler
+from tidemill.http.server import Exchange
 from tidemill.ledger.money import format_amount
 from tidemill.store.device_meters import meter_rows
 from tidemill.store.engine import Store
@@ -34,7 +33,6 @@ READ_BYTES = 256 * 1024
 LONGEST_S = 10 * 365 * 86_400
 """The most that a deadline or an estimate can be, seconds."""
 
-T = TypeVar("T")
 _encode = msgspec.json.Encoder().encode
 
 
@@ -69,18 +67,16 @@ class _Create(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 _decode_create = msgspec.json.Decoder(_Create).decode
 
 
-class JobEndpoints:
+class JobEndpoints(TenantApi):
     """The jobs of one gateway process's tenants."""
 
     def __init__(self, authenticator: Authenticator, store: Store, rules: JobRules, executor: Executor) -> None:
-        self._authenticator = authenticator
-        self._store = store
+        super().__init__(authenticator, store, executor)
         self._rules = rules
         self._files = JobFiles(Path(rules.directory), user=rules.user)
-        self._executor = executor
 
     @property
-    def routes(self) -> dict[tuple[bytes, bytes], Handler]:
+    def routes(self) -> Routes:
         return {
             (b"POST", b"/v1/jobs"): self._create,
             (b"GET", b"/v1/jobs"): self._list,
@@ -92,7 +88,7 @@ class JobEndpoints:
         }
 
     async def _admit(self, exchange: Exchange) -> Principal:
-        principal = await self._authenticator.authenticate(exchange)
+        principal = await self.authenticate(exchange)
         if not self._rules.tenants:
             raise NotForTenants("Jobs are submitted by the operator of this platform.", hint="Ask there.")
         return principal
@@ -106,7 +102,7 @@ class JobEndpoints:
                 owner = find_tenant(connection, principal.tenant_id)
                 return submit(connection, wish(now), owner, self._rules.limits, now=now)
 
-        exchange.respond(200, _encode(job_json(await self._in_thread(write))), JSON)
+        self.answer(exchange, job_json(await self.in_thread(write)))
 
     async def _list(self, exchange: Exchange) -> None:
         principal = await self._admit(exchange)
@@ -117,8 +113,8 @@ class JobEndpoints:
             with self._store.read() as connection:
                 return list_jobs(connection, tenant_id=principal.tenant_id, after=query.get("after"), limit=limit + 1)
 
-        found = await self._in_thread(read)
-        exchange.respond(200, _encode(page([job_json(job) for job in found], limit)), JSON)
+        found = await self.in_thread(read)
+        self.answer(exchange, page([job_json(job) for job in found], limit))
 
     async def _retrieve(self, exchange: Exchange) -> None:
         job = await self._find(exchange)
@@ -131,7 +127,7 @@ class JobEndpoints:
             device_s = sum(row.device_us for row in rows) / 1e6
             return {"device_seconds": device_s, "charge": charge, "currency": owner.currency}
 
-        exchange.respond(200, _encode({**job_json(job), **await self._in_thread(cost)}), JSON)
+        self.answer(exchange, {**job_json(job), **await self.in_thread(cost)})
 
     async def _cancel(self, exchange: Exchange) -> None:
         job = await self._find(exchange)
@@ -140,7 +136,7 @@ class JobEndpoints:
             with self._store.write() as connection:
                 return ask_to_cancel(connection, job.job_id, now=datetime.now(UTC), tenant_id=job.tenant_id)
 
-        exchange.respond(200, _encode(job_json(await self._in_thread(write))), JSON)
+        self.answer(exchange, job_json(await self.in_thread(write)))
 
     async def _logs(self, exchange: Exchange) -> None:
         """A part of a log, as it is; the header `x-next-cursor` leads to the next."""
@@ -157,26 +153,26 @@ class JobEndpoints:
             piece = self._files.read_log(job.job_id, attempt, rank, query.get("cursor", ""))
             return piece.data, piece.next
 
-        data, cursor = await self._in_thread(read)
+        data, cursor = await self.in_thread(read)
         headers = f"content-type: text/plain; charset=utf-8\r\nx-next-cursor: {cursor}\r\n"
         exchange.respond(200, data, headers.encode())
 
     async def _artifacts(self, exchange: Exchange) -> None:
         job = await self._find(exchange)
-        found = await self._in_thread(lambda: self._files.artifacts(job.job_id))
+        found = await self.in_thread(lambda: self._files.artifacts(job.job_id))
         listed = [
             {"object": "job.artifact", "path": each.path, "bytes": each.bytes, "modified_at": int(each.modified_at)}
             for each in found
         ]
-        exchange.respond(200, _encode({"object": "list", "data": listed, "has_more": False}), JSON)
+        self.answer(exchange, {"object": "list", "data": listed, "has_more": False})
 
     async def _artifact(self, exchange: Exchange) -> None:
         job = await self._find(exchange)
         path = query_of(exchange).get("path", "")
-        fd = await self._in_thread(lambda: self._files.open_artifact(job.job_id, path))
+        fd = await self.in_thread(lambda: self._files.open_artifact(job.job_id, path))
         try:
             exchange.start_stream(b"content-type: application/octet-stream\r\n")
-            while data := await self._in_thread(lambda: os.read(fd, READ_BYTES)):
+            while data := await self.in_thread(lambda: os.read(fd, READ_BYTES)):
                 exchange.send(data)
                 await exchange.drain()
             exchange.end()
@@ -191,10 +187,7 @@ class JobEndpoints:
             with self._store.read() as connection:
                 return find_job(connection, job_id, tenant_id=principal.tenant_id)
 
-        return await self._in_thread(read)
-
-    async def _in_thread(self, call: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+        return await self.in_thread(read)
 
 
 def job_json(job: Job) -> dict[str, object]:
