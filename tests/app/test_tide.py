@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from tests.support.no_jobs import NoJobs
 from tidemill.app.batches import BatchProcess
 from tidemill.app.config.schema.models import ModelConfig, ObjectiveConfig
 from tidemill.app.config.schema.platform import Config
@@ -16,7 +17,6 @@ from tidemill.app.fleet import Fleet
 from tidemill.app.tide import BESIDE_LINGER_S, BESIDE_WORK, Tide
 from tidemill.errors import NotFound
 from tidemill.fleet.backend import Device, Node
-from tidemill.fleet.controller import NoJobs
 from tidemill.fleet.history import DemandHistory
 from tidemill.fleet.replica import Replica
 from tidemill.gateway.routing.demand import DemandReport, ModelSeen, ReplicaUse

@@ -16,7 +16,7 @@ from tidemill.cli import main, output
 
 COMMANDS = [
     "tenant create", "tenant list", "key create", "key list", "key revoke", "credit grant", "usage", "invoice",
-    "model list", "meter reconcile",
+    "model list", "meter reconcile", "ledger check",
 ]  # fmt: skip
 
 

@@ -72,7 +72,8 @@ def test_the_openapi_document_is_whole(client: TestClient[Any]) -> None:
         for path in "tenants tenants/weight keys keys/rotate keys/revoke limits limits/remove credits usage invoices"
         " invoices/text batches batches/{batch_id} batches/cancel jobs jobs/show jobs/cancel jobs/logs jobs/artifact"
         " jobs/artifacts queues queues/remove reservations reservations/cancel fleet fleet/why fleet/drain"
-        " fleet/undrain models models/roll prices margin meter/reconcile meter/reconcile/text status".split()
+        " fleet/undrain models models/roll prices margin meter/reconcile meter/reconcile/text"
+        " ledger/check status".split()
     }
     assert len({each["operationId"] for _, _, each in operations}) == len(operations)
     for path, method, each in operations:

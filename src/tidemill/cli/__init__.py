@@ -30,6 +30,7 @@ app.command("tidemill.cli.limit:app", name="limit", help="Limits: rates, concurr
 app.command("tidemill.cli.credit:app", name="credit", help="Credits: prepaid balances.")
 app.command("tidemill.cli.usage:usage", name="usage", help="What a tenant has used, and what it cost.")
 app.command("tidemill.cli.invoice:invoice", name="invoice", help="A tenant's invoice of a month.")
+app.command("tidemill.cli.ledger:app", name="ledger", help="The ledger: does it agree with itself?")
 app.command("tidemill.cli.margin:margin", name="margin", help="What each model earned against what it cost.")
 app.command("tidemill.cli.model:app", name="model", help="Models that are served.")
 app.command("tidemill.cli.fleet:app", name="fleet", help="The fleet: devices, replicas, and why.")

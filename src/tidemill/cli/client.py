@@ -83,6 +83,9 @@ class AdminClient:
     def reconcile(self) -> Json:
         return self._json("GET", "/meter/reconcile")
 
+    def check_ledger(self) -> Json:
+        return self._json("GET", "/ledger/check")
+
     def reconcile_text(self) -> str:
         return self._ask("GET", "/meter/reconcile/text").decode()
 

@@ -11,6 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from tidemill.app.datadir import STORE_FILE
 from tidemill.control import batches, jobs, queries, reservations
 from tidemill.control import limits as control_limits
+from tidemill.control.ledger import check_ledger
 from tidemill.errors import Unavailable
 from tidemill.store.engine import open_store, store_url
 from tidemill.store.migrate import schema_head
@@ -57,6 +58,9 @@ class OfflinePlatform:
         return self._read(
             lambda connection: queries.invoice_text(connection, tenant, month, **_billing(connection), now=_now())
         )
+
+    def check_ledger(self) -> Json:
+        return self._read(lambda connection: check_ledger(connection, zone=_zone(connection)))
 
     def limits(self, tenant: str | None) -> Json:
         return self._read(

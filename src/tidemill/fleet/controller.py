@@ -65,28 +65,6 @@ class JobSource(Protocol):
         ...
 
 
-class NoJobs:
-    """A fleet without jobs."""
-
-    def views(self) -> Sequence[JobView]:
-        return ()
-
-    def queues(self) -> Sequence[QueueView]:
-        return ()
-
-    def reservations(self) -> Sequence[ReservationView]:
-        return ()
-
-    def start(self, job_id: str, devices: Sequence[Device], why: str) -> None:
-        raise LookupError(job_id)
-
-    def preempt(self, job_id: str, why: str) -> None:
-        raise LookupError(job_id)
-
-    def on_change(self, changed: Callable[[], None]) -> None:
-        return None
-
-
 class Replicas(Protocol):
     """Replicas, as the loop has them started and stopped (`fleet.replicas.ReplicaSet`)."""
 

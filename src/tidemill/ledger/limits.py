@@ -6,7 +6,7 @@ from enum import StrEnum
 import msgspec
 
 from tidemill.ledger.money import MAX_NANOS, format_amount
-from tidemill.ledger.period import period_of, zone_named
+from tidemill.ledger.period import parse_period, period_of, zone_named
 
 MAX_AMOUNT = 10**12
 """The highest limit on requests or tokens a minute, or concurrent requests."""
@@ -101,6 +101,14 @@ def span_of(instant: datetime, per: Per, zone: str) -> BudgetSpan:
     span = _day(day, zone)
     # Where clocks went back over midnight, the wall shows the old day for a while after the new has begun.
     return _day(day + timedelta(days=1), zone) if instant >= span.end else span
+
+
+def span_labelled(label: str, per: Per, zone: str) -> BudgetSpan:
+    """The day or month of that label, such as `2026-11-03` or `2026-11`."""
+    if per is Per.MONTH:
+        month = parse_period(label, zone)
+        return BudgetSpan(month.month, month.start, month.end)
+    return _day(date.fromisoformat(label), zone)
 
 
 def _day(day: date, zone: str) -> BudgetSpan:

@@ -137,6 +137,14 @@ def _transaction(connection: Connection, row: Row[Any]) -> Transaction:
     )
 
 
+def unbalanced_transactions(connection: Connection, limit: int = 100) -> list[tuple[str, Nanos]]:
+    """Transactions whose entries do not add up to zero, with what is left over; at most `limit` of them."""
+    left = func.sum(entries.c.amount)
+    query = select(entries.c.transaction_id, left).group_by(entries.c.transaction_id).having(left != 0)
+    rows = connection.execute(query.order_by(entries.c.transaction_id).limit(limit))
+    return [(str(transaction_id), Nanos(int(amount))) for transaction_id, amount in rows]
+
+
 def verify_books(connection: Connection) -> dict[str, tuple[Discrepancy, ...]]:
     """Compare each account's kept balance with the sum of its entries, by currency; an empty tuple is a clean book.
 

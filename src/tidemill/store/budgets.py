@@ -5,16 +5,15 @@ together never more than the budget (as it was when the lease was given). What i
 the usage records that the budget binds and that were begun in the period, so it can be checked at any time.
 """
 
-from collections.abc import Iterable, Sequence
-from datetime import datetime
+from collections.abc import Sequence
 
 import msgspec
 import structlog
 from sqlalchemy import ColumnElement, Connection, and_, case, delete, func, insert, or_, select, update
 
 from tidemill.clock import to_micros
-from tidemill.ledger.limits import BudgetSpan, Limit, LimitKind, Per, span_of
-from tidemill.ledger.money import format_amount
+from tidemill.ledger.limits import BudgetSpan, Limit, LimitKind, Per, span_labelled, span_of
+from tidemill.ledger.money import Nanos, format_amount
 from tidemill.ledger.usage import UsageRecord
 from tidemill.store.accounts import tenant_balance
 from tidemill.store.bulk import dialect_insert
@@ -122,16 +121,20 @@ def warned(connection: Connection) -> frozenset[tuple[str, str]]:
     return frozenset((row.limit_id, row.period) for row in connection.execute(query))
 
 
-def verify_budgets(connection: Connection, *, zone: str, instants: Iterable[datetime]) -> list[str]:
-    """Say where what is kept of the periods around `instants` is not the sum of the records; nothing if all is well."""
+def verify_budgets(connection: Connection, *, zone: str) -> list[str]:
+    """Say of which periods what is kept is not the sum of their records; nothing if all is well. `zone`: the
+    installation's."""
     wrong = []
-    for row in connection.execute(select(limits).where(limits.c.kind == LimitKind.BUDGET.value)):
+    query = select(limits, budgets.c.period, budgets.c.spent).join(budgets, budgets.c.limit_id == limits.c.limit_id)
+    for row in connection.execute(query.order_by(limits.c.limit_id, budgets.c.period)):
         limit = limit_of(row)
         assert limit.per is not None
-        for span in {span_of(instant, limit.per, zone) for instant in instants}:
-            kept, summed = spent_in(connection, limit, span), _sum_of_records(connection, limit, span)
-            if kept != summed:
-                wrong.append(f"{limit.limit_id} {span.label}: {kept} kept, {summed} in records")
+        kept, summed = int(row.spent), _sum_of_records(connection, limit, span_labelled(row.period, limit.per, zone))
+        if kept != summed:
+            wrong.append(
+                f"budget {limit.limit_id} in {row.period}: {format_amount(Nanos(kept))} are kept as spent, its usage"
+                f" records add up to {format_amount(Nanos(summed))}"
+            )
     return wrong
 
 

@@ -321,11 +321,14 @@ def verify_meters(connection: Connection) -> list[str]:
         meter, sums = _meter(row), counted.get(row.meter_id)
         device_us, worth = (0, 0) if sums is None else (int(sums.device_us), int(sums.worth))
         if device_us != meter.device_us:
-            wrong.append(f"{meter.meter_id}: {device_us} us counted, {meter.device_us} us from start to billed_until")
+            wrong.append(
+                f"meter {meter.meter_id}: {device_us} us are counted, {meter.device_us} us until its last reading"
+            )
         if worth != charge_for(meter.hour, meter.device_us):
-            wrong.append(f"{meter.meter_id}: {worth} charged, {charge_for(meter.hour, meter.device_us)} by its time")
+            due = format_amount(charge_for(meter.hour, meter.device_us))
+            wrong.append(f"meter {meter.meter_id}: {format_amount(Nanos(worth))} are charged, its time costs {due}")
         if meter.ended_at is not None and meter.hold:
-            wrong.append(f"{meter.meter_id}: has ended and holds {meter.hold}")
+            wrong.append(f"meter {meter.meter_id} has ended, and still holds {format_amount(meter.hold)}")
     charged = connection.execute(
         select(device_meters.c.currency, func.sum(device_usage.c.amount))
         .join(device_usage, device_usage.c.meter_id == device_meters.c.meter_id)
@@ -334,7 +337,10 @@ def verify_meters(connection: Connection) -> list[str]:
     for currency, amount in charged:
         earned = account_balance(connection, REVENUE_DEVICES, currency)
         if earned != int(amount):
-            wrong.append(f"{currency}: {amount} charged by meters, {earned} in {REVENUE_DEVICES}")
+            wrong.append(
+                f"{currency}: meters have charged {format_amount(Nanos(int(amount)))}, {REVENUE_DEVICES} has"
+                f" {format_amount(Nanos(earned))}"
+            )
     return wrong
 
 

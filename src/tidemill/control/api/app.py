@@ -78,6 +78,7 @@ HANDLERS = [
     margin.get_margin,
     operations.reconcile,
     operations.reconcile_text,
+    operations.check,
     operations.get_status,
 ]
 

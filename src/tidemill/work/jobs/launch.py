@@ -5,7 +5,6 @@ with `per_device` one for each device; ranks count from 0 in the order of the de
 """
 
 import asyncio
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -222,11 +221,6 @@ class RunningAttempt:
 def ranks_of(devices: Sequence[Device], *, per_device: bool) -> list[tuple[Device, ...]]:
     """The devices of each process."""
     return [(device,) for device in devices] if per_device else by_node(devices)
-
-
-def known_signal(name: str) -> bool:
-    """Whether a job can be asked to checkpoint by this signal."""
-    return name in {each.name.removeprefix("SIG") for each in signal.Signals} - {"KILL", "STOP"}
 
 
 def _order(spec: JobSpec, user: str | None) -> str:
