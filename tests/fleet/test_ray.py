@@ -185,7 +185,7 @@ async def test_a_replica_over_two_nodes_of_which_one_is_lost(cluster: Cluster, t
         await until(lambda: {node.name for node in found.nodes if node.devices} >= {"east", "south"})
         found.start("m", ["east/0", "east/1", "south/0", "south/1"])
         (replica,) = await ready(found)
-        head, other = replica._processes
+        head, other = replica._processes.running
         assert (head.launch.node, other.launch.node) == ("east", "south")
         assert "'--node-rank': '1'" in (tmp_path / "engine-m-0.1.log").read_text()
         await asyncio.to_thread(cluster.lose, "south")

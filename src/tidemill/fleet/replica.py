@@ -8,7 +8,6 @@ starting -> warming -> ready -> draining -> gone
 import asyncio
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -16,10 +15,10 @@ import structlog
 
 from tidemill.clock import PROCESS_CLOCK
 from tidemill.engines.capabilities import template_lacks
-from tidemill.engines.launch import MultiNode
 from tidemill.engines.prometheus import counter_sum
-from tidemill.fleet.backend import Backend, CannotStart, Device, Process, ProcessEnd, ProcessSpec
-from tidemill.fleet.ranks import by_node, free_port, host_of
+from tidemill.fleet.backend import Backend, CannotStart, Device, Process
+from tidemill.fleet.engine_processes import EngineProcesses, ending_in_words
+from tidemill.fleet.ranks import by_node
 from tidemill.fleet.recipe import Recipe, WeightsVersion
 from tidemill.tides.state import Phase, ReplicaView
 
@@ -109,14 +108,11 @@ class Replica:
         """See `gateway.routing.models.ModelSpec.lacks`."""
         self.ready_after_s: float | None = None
         """What the last start took, seconds."""
-        self._backend = backend
         self._get = get
         self._post = post
-        self._log = logs / f"engine-{self.name.replace('/', '-')}.log"
         self._note = note
-        self._processes: Sequence[Process] = ()
-        """One; of a replica over several nodes one on each, of which the first is spoken to."""
-        self._starting: asyncio.Task[Sequence[Process]] | None = None
+        log_file = logs / f"engine-{self.name.replace('/', '-')}.log"
+        self._processes = EngineProcesses(self.name, recipe, backend, log_file, idle_class=colocated)
         self._task: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
         self._burying: asyncio.Task[None] | None = None
@@ -129,7 +125,7 @@ class Replica:
 
     @property
     def pid(self) -> int | None:
-        return self._processes[0].pid if self._processes else None
+        return self._processes.pid
 
     @property
     def root(self) -> str:
@@ -217,8 +213,7 @@ class Replica:
             self.move(Phase.READY, f"it woke in {loop.time() - began:.1f} s")
         else:
             log.warning("a replica does not wake; it is started anew", replica=self.name)
-            for process in self._processes:
-                process.kill()
+            self._processes.kill()
 
     async def close(self) -> None:
         """End it now: the platform stops."""
@@ -245,8 +240,7 @@ class Replica:
             self.move(Phase.GONE, why)
 
     async def _bury(self, why: str) -> None:
-        await self._until_started()
-        await self._kill_all()
+        await self._processes.kill_all()
         if self.phase is not Phase.GONE:
             self.move(Phase.GONE, why)
 
@@ -258,7 +252,7 @@ class Replica:
         loop = asyncio.get_running_loop()
         while True:
             began = loop.time()
-            why = await self._one_life()
+            why = await self._run_once()
             if self._dozing is not None:
                 self._dozing.cancel()
                 self._dozing = None
@@ -276,80 +270,31 @@ class Replica:
             self.move(Phase.STARTING, f"{why}; it is started again in {wait:g} s")
             await asyncio.sleep(wait)
 
-    async def _one_life(self) -> str | None:
+    async def _run_once(self) -> str | None:
         """Why it has ended; None when it is gone with its node."""
         self.starts += 1
         self.incarnation = secrets.token_hex(4)
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:
-            launches = await self._launches()
-            # Shielded, so that a process that is being started while this task is ended is not lost sight of.
-            self._starting = asyncio.create_task(self._backend.start(launches))
-            self._processes = await asyncio.shield(self._starting)
+            process = await self._processes.start(self.devices, self.version)
         except CannotStart as error:
             return str(error).rstrip(".")
         except OSError as error:
             return f"it cannot be started: {error.strerror}"
-        process = self._processes[0]
         host = f"[{process.host}]" if ":" in process.host else process.host
         self.base_url = f"http://{host}:{process.port}/v1"
         self.move(Phase.WARMING, "it loads its weights")
         watch = asyncio.create_task(self._watch(process, began))
         try:
-            ended = await self._first_end()
+            ended = await self._processes.first_end()
         finally:
             watch.cancel()
         if ended.code is None:
             self.lost(ended.why or "its node is lost")
             return None
         verdict = watch.result() if watch.done() and not watch.cancelled() else None
-        return verdict or _how(ended)
-
-    async def _launches(self) -> list[ProcessSpec]:
-        """One for each node that it is on."""
-        parts = by_node(self.devices)
-        if len(parts) <= 1:
-            return [self._launch(self.devices, None)]
-        master = host_of(self.devices[0], await self._backend.nodes())
-        port = free_port()
-        ranks = (MultiNode(len(parts), rank, master, port) for rank in range(len(parts)))
-        return [self._launch(devices, part) for devices, part in zip(parts, ranks, strict=True)]
-
-    def _launch(self, devices: tuple[Device, ...], part: MultiNode | None) -> ProcessSpec:
-        command = self.recipe.command(self.version, devices, part)
-        pinned = self.recipe.devices is not None or any(device.kind != "cpu" for device in devices)
-        rank = part.rank if part is not None else 0
-        return ProcessSpec(
-            name=self.name if not rank else f"{self.name}.{rank}",
-            argv=command.argv,
-            env=dict(command.env),
-            devices=devices if pinned else (),
-            node=devices[0].node if devices else "",
-            log=self._log if not rank else self._log.with_name(f"{self._log.stem}.{rank}.log"),
-            idle_class=self.colocated,
-            stop_signal=self.recipe.control.drain_signal,
-            orphan_grace_s=1.0,  # its requests went through gateways that die as well
-        )
-
-    async def _first_end(self) -> ProcessEnd:
-        """How it ended; of several processes the first takes the others with it, as none can work without all."""
-        if len(self._processes) == 1:
-            return await self._processes[0].wait()
-        waits = [asyncio.ensure_future(process.wait()) for process in self._processes]
-        try:
-            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
-        first = [wait.result() for wait in done]
-        # An engine may die of its node's loss before that is known.
-        return min([*first, *await self._kill_all()], key=lambda ended: ended.code is not None)
-
-    async def _kill_all(self) -> Sequence[ProcessEnd]:
-        for process in self._processes:
-            process.kill()
-        return await asyncio.gather(*(process.wait() for process in self._processes))
+        return verdict or ending_in_words(ended)
 
     async def _watch(self, process: Process, began: float) -> str:
         """Say when it is ready, and kill it when it hangs. Returns why it was killed."""
@@ -403,14 +348,7 @@ class Replica:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        await self._until_started()
-        await asyncio.gather(*(process.stop(STOP_GRACE_S) for process in self._processes))
-
-    async def _until_started(self) -> None:
-        """What is being started can only be ended once it is there."""
-        if self._starting is not None:
-            with suppress(CannotStart, OSError):
-                self._processes = await self._starting
+        await self._processes.stop(STOP_GRACE_S)
 
     async def _until_idle(self) -> bool:
         """Wait until nothing is in flight here, at most as long as it may drain; whether that came."""
@@ -438,12 +376,6 @@ class Replica:
             return True  # one that is too busy to say so, until its time is up
         text = page.decode(errors="replace")
         return any(counter_sum(text, name) for name in (control.running, control.waiting) if name)
-
-
-def _how(ended: ProcessEnd) -> str:
-    if ended.why == "exited":
-        return f"its process ended with code {ended.code}"
-    return f"its process was {ended.why}"
 
 
 OnDrained = Callable[[Replica], Awaitable[None]]
