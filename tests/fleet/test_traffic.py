@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidemill.fleet.traffic import LATE_TAU_S, NOW_TAU_S, SAMPLES_S, WINDOW_S, CapacityMeter, ModelTraffic
+from tidemill.fleet.traffic import CAPACITY_WINDOW_S, LATE_TAU_S, NOW_TAU_S, SAMPLES_S, CapacityMeter, ModelTraffic
 from tidemill.tides.buckets import bucket_of
 
 
@@ -70,13 +70,13 @@ def test_the_peak_is_the_highest_of_its_time(steps: list[tuple[float, float]]) -
 
 def window(meter: CapacityMeter, rate: int, begin: float, *, late: int = 0, busy: bool = True) -> float:
     """A window in which one replica does `rate` a second; gives its end."""
-    steps = int(WINDOW_S / 0.2)
+    steps = int(CAPACITY_WINDOW_S / 0.2)
     for step in range(steps + 1):
         done = rate // 5 if busy and step else 0
         meter.served("m/0", 1 if busy else 0, done, begin + step * 0.2)
     meter.ended(20, late)
-    meter.close_window(begin + WINDOW_S)
-    return begin + WINDOW_S
+    meter.close_window(begin + CAPACITY_WINDOW_S)
+    return begin + CAPACITY_WINDOW_S
 
 
 def test_what_a_busy_replica_does_is_its_capacity() -> None:

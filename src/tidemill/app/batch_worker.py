@@ -31,13 +31,13 @@ from tidemill.work.batches.lines import LineRules
 from tidemill.work.batches.runner import BatchRunner
 from tidemill.work.batches.slack import TideSlack
 
-ORPHAN_GRACE_S = 4.0
+_ORPHAN_GRACE_S = 4.0
 """How long lines in flight may go on after the supervisor was killed; the gateways live a second longer."""
 LINE_TIMEOUT_S = 3600.0
 """How long the data plane may take for a line; its own limits on engines are shorter."""
-MAX_ANSWER_BYTES = 65 * 1024 * 1024
-SWEEP_S = 1.0
-REPORT_S = 0.5
+_MAX_ANSWER_BYTES = 65 * 1024 * 1024
+_SWEEP_S = 1.0
+_REPORT_S = 0.5
 """How often the supervisor is told of the work that is left, while it changes."""
 
 log = structlog.get_logger()
@@ -107,7 +107,7 @@ class LoopbackSender:
                 call.path.encode(), call.body, LINE_TIMEOUT_S, owner=line, headers=headers
             )
             try:
-                body = await connection.body(MAX_ANSWER_BYTES)
+                body = await connection.body(_MAX_ANSWER_BYTES)
             finally:
                 connection.release()
         except EngineLost as lost:
@@ -183,7 +183,7 @@ async def _obey(commands: Commands, known: RunnerModels, more: Callable[[], None
     while True:
         command = await commands.next(RunnerCommand, until=stopped)
         if command is None:
-            return ORPHAN_GRACE_S
+            return _ORPHAN_GRACE_S
         match command.do:
             case "models":
                 known.learn(command.models)
@@ -199,7 +199,7 @@ async def _obey(commands: Commands, known: RunnerModels, more: Callable[[], None
 async def _close(runner: BatchRunner, commands: Commands, grace_s: float) -> None:
     """Let lines in flight end for `grace_s` seconds, or less when the supervisor says stop once more or dies."""
     closing = asyncio.create_task(runner.close(grace_s))
-    await finish_within(closing, commands, RunnerCommand, orphan_grace_s=ORPHAN_GRACE_S)
+    await finish_within(closing, commands, RunnerCommand, orphan_grace_s=_ORPHAN_GRACE_S)
     if not closing.done():
         runner.cut_off()
     await closing
@@ -224,12 +224,12 @@ async def _tell_backlogs(runner: BatchRunner) -> None:
         if backlogs != told:
             told = backlogs
             report(backlogs)
-        await asyncio.sleep(REPORT_S)
+        await asyncio.sleep(_REPORT_S)
 
 
 async def _sweep(send: LoopbackSender) -> None:
     while True:
-        await asyncio.sleep(SWEEP_S)
+        await asyncio.sleep(_SWEEP_S)
         send.sweep(asyncio.get_running_loop().time())
 
 

@@ -14,8 +14,8 @@ from tidemill.child_protocol import Child, start_child
 from tidemill.gateway.routing.models import ModelSpec
 from tidemill.tides.state import BacklogView
 
-RESTART_AFTER_S = (0.5, 1.0, 2.0, 5.0)
-STEADY_AFTER_S = 60.0
+_RESTART_AFTER_S = (0.5, 1.0, 2.0, 5.0)
+_STEADY_AFTER_S = 60.0
 UPSTREAM_PARALLEL = 8
 """Lines at a time at an upstream, when the configuration does not say."""
 
@@ -112,8 +112,8 @@ class BatchProcess:
                 code = error.errno or 1
             if self._stopping:
                 return
-            failures = 0 if loop.time() - began > STEADY_AFTER_S else failures
-            wait = RESTART_AFTER_S[min(failures, len(RESTART_AFTER_S) - 1)]
+            failures = 0 if loop.time() - began > _STEADY_AFTER_S else failures
+            wait = _RESTART_AFTER_S[min(failures, len(_RESTART_AFTER_S) - 1)]
             failures += 1
             log.error("the batch runner has died; it is started again", code=code, restart_in_s=wait)
             await asyncio.sleep(wait)

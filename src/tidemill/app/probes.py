@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 
 import structlog
 
-TIMEOUT_S = 5.0
+_TIMEOUT_S = 5.0
 FAILURES = 2
 """Probes that fail one after the other before an upstream is left out."""
 AGAIN_S = 1.0
@@ -75,9 +75,9 @@ class UpstreamProbe:
         """Whether it answers: `/health` where it has one, else its list of models. A refusal is an answer too."""
         if self._has_health:
             root = self.base_url.rstrip("/").removesuffix("/v1")
-            status = await self._get(root, b"/health", TIMEOUT_S, self._api_key)
+            status = await self._get(root, b"/health", _TIMEOUT_S, self._api_key)
             if status is None or status == 200 or status >= 500:
                 return status == 200
             self._has_health = False
-        status = await self._get(self.base_url, b"/models", TIMEOUT_S, self._api_key)
+        status = await self._get(self.base_url, b"/models", _TIMEOUT_S, self._api_key)
         return status is not None and status < 500

@@ -31,7 +31,7 @@ from tidemill.store.engine import Store
 from tidemill.tides.slack import ReplicaLoad, adapted, filler_slots
 from tidemill.tides.state import BacklogView, Demand, ModelView
 
-TICK_S = 0.2
+_TICK_S = 0.2
 """How often the lines of batches that may run are counted anew, while there are any."""
 ADAPT_S = 1.0
 """How often experience moves the limit of lines inside a replica (`tides.slack.adapted`)."""
@@ -251,7 +251,7 @@ class Tide:
 
     async def _keep_ticking(self) -> None:
         while True:
-            await asyncio.sleep(TICK_S)
+            await asyncio.sleep(_TICK_S)
             try:
                 self.tick(time.monotonic())
             except Exception:

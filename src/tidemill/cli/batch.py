@@ -16,7 +16,7 @@ from tidemill.errors import NotFound
 
 app = App(name="batch")
 
-LOOK_EVERY_S = 2.0
+_LOOK_EVERY_S = 2.0
 ENDED = ("completed", "failed", "expired", "cancelled")
 SHOWN_ERRORS = 20
 
@@ -55,7 +55,7 @@ def submit(
     client = TenantClient(data_plane_url(place, url), key)
     made = client.create_batch(client.upload(file)["id"], endpoint)
     while wait and made["status"] not in ENDED:
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(_LOOK_EVERY_S)
         made = client.batch(made["id"])
     if place.json:
         print_json(made)

@@ -21,8 +21,8 @@ from tidemill.cli.client import AdminClient, Json
 from tidemill.cli.output import complain
 from tidemill.errors import Unavailable
 
-START_WITHIN_S = 120.0
-STOP_WITHIN_S = 60.0
+_START_WITHIN_S = 120.0
+_STOP_WITHIN_S = 60.0
 ANSWER_WITHIN_S = 300.0
 """How long an answer may be silent; on a machine that is busy otherwise, ten at once take their time."""
 
@@ -93,7 +93,7 @@ class DemoPlatform:
 
     def _await_start(self) -> None:
         assert self._process is not None
-        deadline = time.monotonic() + START_WITHIN_S
+        deadline = time.monotonic() + _START_WITHIN_S
         while not self._ready.wait(0.05):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 time.sleep(0.2)  # for its last words
@@ -115,7 +115,7 @@ class DemoPlatform:
             return
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(STOP_WITHIN_S)
+            process.wait(_STOP_WITHIN_S)
         except subprocess.TimeoutExpired:
             complain("the demo's platform does not stop and is killed.", kind="note")
             process.kill()

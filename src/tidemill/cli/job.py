@@ -14,7 +14,7 @@ from tidemill.errors import BadInput, Conflict, NotFound
 
 app = App(name="job")
 
-LOOK_EVERY_S = 0.5
+_LOOK_EVERY_S = 0.5
 OVER = ("succeeded", "failed", "cancelled", "expired")
 
 
@@ -218,7 +218,7 @@ def logs(
         except NotFound:
             if not follow or client.job(job)["state"] in OVER:
                 raise
-            time.sleep(LOOK_EVERY_S)
+            time.sleep(_LOOK_EVERY_S)
             continue
         number = piece["attempt"]
         if place.json:
@@ -239,7 +239,7 @@ def logs(
             if now["attempts"] > number:
                 number, cursor = number + 1, ""
                 continue
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(_LOOK_EVERY_S)
     if place.json:
         print_json({"job": job, "attempt": number, "rank": rank, "text": text})
 
@@ -313,7 +313,7 @@ def artifacts(job: str, path: str | None = None, /, *, to: Path | None = None, p
 def _wait(place: Target, job: str) -> int:
     client = running(place)
     while (found := client.job(job))["state"] not in OVER:
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(_LOOK_EVERY_S)
     if place.json:
         print_json(found)
     elif found["state"] != "succeeded":

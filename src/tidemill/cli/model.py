@@ -13,7 +13,7 @@ from tidemill.errors import Conflict
 
 app = App(name="model")
 
-LOOK_EVERY_S = 0.3
+_LOOK_EVERY_S = 0.3
 
 
 @app.command(name="list")
@@ -79,7 +79,7 @@ def roll(
         if state["done"] != said and not place.json:
             said = state["done"]
             complain(f"{name}: {said} of {state['of']} replicas run {state['version']}", kind="note")
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(_LOOK_EVERY_S)
         state = next(each for each in client.rolls()["rolls"] if each["model"] == name)
     if place.json:
         print_json(state)

@@ -8,6 +8,7 @@ import msgspec
 from sqlalchemy import Connection
 
 from tidemill.control.names import check_text, read_duration, read_expiry, tenant_named
+from tidemill.control.pages import PAGE, check_limit
 from tidemill.errors import BadInput
 from tidemill.ledger.devices import seconds_text
 from tidemill.ledger.money import format_amount
@@ -20,9 +21,6 @@ from tidemill.store.tenants import Tenant, list_tenants
 from tidemill.suggestions import did_you_mean
 
 Json = dict[str, Any]
-
-PAGE = 100
-MAX_PAGE = 1_000
 
 
 class JobRequest(msgspec.Struct, kw_only=True):
@@ -86,8 +84,7 @@ def list_jobs(
     limit: int = PAGE,
 ) -> Json:
     """A page of jobs, newest first; `next` is the `after` of the next one, or None. Raises NotFound, BadInput."""
-    if not 1 <= limit <= MAX_PAGE:
-        raise BadInput(f"limit is from 1 to {MAX_PAGE}.", param="limit")
+    check_limit(limit)
     wanted = [_state(text) for text in states] + (list(UNFINISHED) if unfinished else [])
     owners = {each.tenant_id: each for each in list_tenants(connection)}
     tenant_id = None if tenant is None else tenant_named(connection, tenant).tenant_id

@@ -11,6 +11,7 @@ from sqlalchemy import Connection
 
 from tidemill.clock import from_micros, to_micros
 from tidemill.control.names import read_month, tenant_named
+from tidemill.control.pages import check_limit
 from tidemill.control.platform import PlatformModel
 from tidemill.errors import BadInput
 from tidemill.ledger.devices import seconds_text
@@ -115,8 +116,7 @@ def usage(
         "zone": zone,
     }
     if records:
-        if not 1 <= limit <= MAX_PAGE_RECORDS:
-            raise BadInput(f"limit is from 1 to {MAX_PAGE_RECORDS}.", param="limit")
+        check_limit(limit, MAX_PAGE_RECORDS)
         page = list(
             records_between(
                 connection,

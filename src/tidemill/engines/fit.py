@@ -17,7 +17,7 @@ from tidemill.errors import BadInput
 
 FAST_LINK_GBS = 100.0
 """From here on, tensor parallel over the whole node is what one takes; below, pipelines within a node are offered."""
-MAX_DEVICES = 16_384
+_MAX_DEVICES = 16_384
 MAX_SEQUENCES = 1_000_000
 """Where the search for the largest concurrency ends."""
 
@@ -92,8 +92,8 @@ def parse_nodes(text: str) -> tuple[NodeGroup, ...]:
         elif gpu.memory_mib is None:
             raise BadInput(f"{part.strip()!r} does not say how much memory there is.", hint=f"Write {kind}@64GB.")
         nodes, per_node = (int(first), int(second)) if second else (1, int(first or 1))
-        if not 1 <= nodes * per_node <= MAX_DEVICES:
-            raise BadInput(f"{part.strip()!r}: there are from 1 to {MAX_DEVICES} devices.")
+        if not 1 <= nodes * per_node <= _MAX_DEVICES:
+            raise BadInput(f"{part.strip()!r}: there are from 1 to {_MAX_DEVICES} devices.")
         groups.append(NodeGroup(nodes, per_node, gpu))
     return tuple(groups)
 

@@ -20,10 +20,10 @@ from tidemill.fleet.device_visibility import visible_devices
 
 NODE = "local"
 HOST = "127.0.0.1"
-LOG_BYTES = 16 * 1024 * 1024
+_LOG_BYTES = 16 * 1024 * 1024
 START_WITHIN_S = 30.0
 """A shim that has said nothing by then is given up; it needs 0.05 s."""
-CLOSE_GRACE_S = 3.0
+_CLOSE_GRACE_S = 3.0
 MARK = "TIDEMILL_PROCESS"
 """The mark in the environment of everything that is started: `OWNER:TOKEN`, by which strays are found again."""
 SHIM = (sys.executable, "-I", "-S", str(Path(shim.__file__)))
@@ -153,7 +153,7 @@ class LocalBackend:
     kind = "local"
 
     def __init__(
-        self, devices: Sequence[Device], *, owner: str, secret: Collection[str] = (), log_bytes: int = LOG_BYTES
+        self, devices: Sequence[Device], *, owner: str, secret: Collection[str] = (), log_bytes: int = _LOG_BYTES
     ) -> None:
         """`owner` tells this platform's processes from another's on the machine, and stays the same over restarts;
         `secret` are variables of this process's environment that no command gets to see.
@@ -195,7 +195,7 @@ class LocalBackend:
 
     async def close(self) -> None:
         """End everything that was started."""
-        await asyncio.gather(*(process.stop(CLOSE_GRACE_S) for process in list(self._processes)))
+        await asyncio.gather(*(process.stop(_CLOSE_GRACE_S) for process in list(self._processes)))
 
     def _check(self, launch: ProcessSpec) -> None:
         wrong = {device.node for device in launch.devices} - {NODE}

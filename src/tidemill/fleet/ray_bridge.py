@@ -21,10 +21,10 @@ from tidemill.fleet.ray_messages import RayCommand, RayMessage, RayNode, RayPart
 
 NAMESPACE = "tidemill"
 CONNECT_WITHIN_S = 30.0
-LOOK_EVERY_S = 1.0
+_LOOK_EVERY_S = 1.0
 ROOM_WITHIN_S = 10.0
 """How long Ray may take to set a gang's resources aside; they are free as far as the platform knows."""
-START_WITHIN_S = 60.0
+_START_WITHIN_S = 60.0
 PING_WITHIN_S = 2.0
 THREADS = 4
 """Of an actor: one waits for the command's end, the others take orders."""
@@ -91,7 +91,7 @@ class Bridge:
                 if nodes != self._told:
                     self._told = nodes
                     self._say(RayMessage(say="nodes", nodes=nodes))
-            await asyncio.sleep(LOOK_EVERY_S)
+            await asyncio.sleep(_LOOK_EVERY_S)
 
     def _nodes(self) -> tuple[RayNode, ...]:
         found = [
@@ -123,7 +123,7 @@ class Bridge:
                         inspect.getsource(shim)
                     )
                 )
-            async with asyncio.timeout(START_WITHIN_S):
+            async with asyncio.timeout(_START_WITHIN_S):
                 said = await asyncio.gather(
                     *(
                         actor.start.remote(part.order, sys.executable)

@@ -22,7 +22,7 @@ from tidemill.fleet.ranks import by_node
 from tidemill.fleet.recipe import Recipe, WeightsVersion
 from tidemill.tides.state import Phase, ReplicaView
 
-RESTART_AFTER_S = (0.2, 1.0, 5.0, 15.0, 60.0)
+_RESTART_AFTER_S = (0.2, 1.0, 5.0, 15.0, 60.0)
 """Waits before an engine that keeps dying is started again."""
 STEADY_AFTER_S = 60.0
 """An engine that lived this long starts anew with the shortest wait."""
@@ -263,7 +263,7 @@ class Replica:
                 return
             if loop.time() - began > STEADY_AFTER_S:
                 self.failures = 0
-            wait = RESTART_AFTER_S[min(self.failures, len(RESTART_AFTER_S) - 1)]
+            wait = _RESTART_AFTER_S[min(self.failures, len(_RESTART_AFTER_S) - 1)]
             self.failures += 1
             self.last_failure = why
             log.warning("engine ended", replica=self.name, incarnation=self.incarnation, reason=why, restart_in_s=wait)

@@ -20,7 +20,7 @@ from tidemill.tides.state import Phase, ReplicaView
 
 HISTORY = 50
 """Transitions that are kept of a model."""
-LOOK_EVERY_S = 1.0
+_LOOK_EVERY_S = 1.0
 """How often the nodes are looked at."""
 
 log = structlog.get_logger()
@@ -230,7 +230,7 @@ class ReplicaSet:
 
     async def _keep_looking(self) -> None:
         while True:
-            await asyncio.sleep(LOOK_EVERY_S)
+            await asyncio.sleep(_LOOK_EVERY_S)
             try:
                 await self._look()
             except Exception:

@@ -48,7 +48,7 @@ LEFTOVER_GRACE_S = 2.0
 """What processes get that the command has left behind at its own end."""
 GIVE_UP_AFTER_S = 15.0
 """A process that SIGKILL does not end hangs in the kernel (state D); the end is told without it."""
-LOOK_EVERY_S = 1.0
+_LOOK_EVERY_S = 1.0
 """How often the size of the log is looked at."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -115,8 +115,8 @@ class Shim:
         if self._killed_at is not None:
             return 0.02
         if self._deadline is not None:
-            return max(0.0, min(self._deadline - time.monotonic(), 0.05 if self._code is not None else LOOK_EVERY_S))
-        return LOOK_EVERY_S
+            return max(0.0, min(self._deadline - time.monotonic(), 0.05 if self._code is not None else _LOOK_EVERY_S))
+        return _LOOK_EVERY_S
 
     # Starting
 

@@ -15,7 +15,7 @@ LATE_TAU_S = 60.0
 PEAK_STEP_S = 1.0
 SAMPLES_S = 8.0
 """Times to first token, and per token, are those of the last one to two times so long."""
-WINDOW_S = 10.0
+CAPACITY_WINDOW_S = 10.0
 """Capacity is measured in windows of this length."""
 BUSY_SHARE = 0.9
 """A replica that had requests in flight for so much of a window was at work throughout."""
@@ -165,7 +165,7 @@ class CapacityMeter:
 
     def close_window(self, now: float) -> bool:
         """Evaluate the window if it is over; True when the capacity has changed."""
-        if self._began is None or now - self._began < WINDOW_S:
+        if self._began is None or now - self._began < CAPACITY_WINDOW_S:
             return False
         length = now - self._began
         rates = [
@@ -174,7 +174,7 @@ class CapacityMeter:
         enough = self._ended >= MIN_ENDED
         kept = self._late <= (1 - self._percentile) * self._ended
         before = self.capacity
-        if rates and enough and length < 2 * WINDOW_S:
+        if rates and enough and length < 2 * CAPACITY_WINDOW_S:
             self._learn(sum(rates) / len(rates), kept=kept)
         self._began = now
         self._done.clear()

@@ -17,7 +17,7 @@ import httptools
 from tidemill.errors import Unavailable
 from tidemill.http.head_cache import KnownHead
 
-BUFFER_BYTES = 256 * 1024
+_BUFFER_BYTES = 256 * 1024
 """Body bytes kept for a client that reads more slowly than the engine writes; then the engine has to wait."""
 MAX_RESPONSE_HEADERS = 200
 MAX_RESPONSE_HEAD_BYTES = 256 * 1024
@@ -321,7 +321,7 @@ class EngineConnection(asyncio.Protocol):
             pool.known_head = KnownHead.of(answer, self.headers)
 
     def _hold_back(self) -> None:
-        if self._buffered > BUFFER_BYTES and not self._paused and self._transport is not None:
+        if self._buffered > _BUFFER_BYTES and not self._paused and self._transport is not None:
             self._paused = True
             self._transport.pause_reading()
 

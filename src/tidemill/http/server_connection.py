@@ -23,13 +23,13 @@ BODY_TIMEOUT_S = 120.0
 """Between two pieces of a request body."""
 LINGER_S = 30.0
 """How long what a refused client still sends is taken and thrown away, so that it gets to read why."""
-CROWDED_S = 5.0
+_CROWDED_S = 5.0
 """How long a connection beyond the limit may take to ask for something."""
 MAX_CROWD = 256
 """Connections beyond the limit that are told so at a time; further ones are broken off without a word."""
 KEEP_ALIVE_S = 75.0
 """An idle connection is kept this long, like nginx does."""
-MAX_MISSES = 8
+_MAX_MISSES = 8
 """A client whose heads differ each time is not looked at for known ones any more."""
 LOOPBACK = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
 NEVER = float("inf")
@@ -91,7 +91,7 @@ class ServerConnection(asyncio.Protocol):
         room = server.max_connections - len(server.connections)
         if room <= 0:
             self.crowded = True
-            self.deadline = server.now + CROWDED_S
+            self.deadline = server.now + _CROWDED_S
             if room <= -MAX_CROWD:
                 self._deaf = True
                 self._transport.abort()
@@ -118,7 +118,7 @@ class ServerConnection(asyncio.Protocol):
             self._refuse(*(parser.refusal or (400, "What was sent is not an HTTP/1.1 request.")))
             return
         if parser.latest is not None:
-            if between and parser.messages == messages + 1 and self._misses < MAX_MISSES:
+            if between and parser.messages == messages + 1 and self._misses < _MAX_MISSES:
                 self._learn(data, parser.latest)
             parser.latest = None
         if head_goes_on and parser.in_head and parser.messages == messages:

@@ -16,8 +16,7 @@ from pathlib import Path
 import msgspec
 
 from tidemill.errors import BadInput
-
-DAY_S = 86_400.0
+from tidemill.tides.forecast import DAY_S
 
 
 class ArrivalBin(msgspec.Struct, frozen=True, gc=False):

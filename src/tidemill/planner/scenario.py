@@ -9,11 +9,12 @@ import random
 
 import msgspec
 
-from tidemill.planner.arrivals import DAY_S, Day, Trace, daily_curve, history_of, requests_of
+from tidemill.planner.arrivals import Day, Trace, daily_curve, history_of, requests_of
 from tidemill.planner.fleet_model import SimulatedModel
 from tidemill.planner.served import FORECAST_S, DemandStream
 from tidemill.planner.simulate import Scenario
 from tidemill.planner.work_model import SimulatedBatchSpec, SimulatedJobSpec
+from tidemill.tides.forecast import DAY_S
 from tidemill.tides.slack import StepTime
 from tidemill.tides.state import DeviceView, Objective, QueueView
 

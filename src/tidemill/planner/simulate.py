@@ -28,7 +28,7 @@ from tidemill.tides.state import (
     ReplicaView,
 )
 
-DRAIN_S = 15.0
+_DRAIN_S = 15.0
 
 
 class Scenario(msgspec.Struct, frozen=True, kw_only=True):
@@ -201,7 +201,7 @@ class Simulation:
             self.replicas[lent.replica].batch_only = lent.batch_only
         for stop in plan.stop_replicas:
             replica = self.replicas[stop.replica]
-            replica.phase, replica.since, replica.next_at = Phase.DRAINING, self.now, self.now + DRAIN_S
+            replica.phase, replica.since, replica.next_at = Phase.DRAINING, self.now, self.now + _DRAIN_S
         for start in plan.start_replicas:
             ready_at = self.now + self.models[start.model].spec.startup_s
             self._add(start.model, start.devices, Phase.STARTING, ready_at, batch_only=start.batch_only)

@@ -6,7 +6,7 @@ from itertools import groupby
 from tests.work.conftest import Mill, answered, line
 from tidemill.tides.routing import POLICY
 from tidemill.work.batches.attempt import LineAnswer, LineCall
-from tidemill.work.batches.backlog import MAX_PARTS, MIN_DONE, _most_urgent
+from tidemill.work.batches.backlog import MAX_BACKLOG_PARTS, MIN_DONE, _most_urgent
 from tidemill.work.batches.lines import BEGINNING, beginning_of
 from tidemill.work.batches.slack import TideSlack
 
@@ -55,11 +55,11 @@ async def test_what_lines_take_is_learned_from_those_that_are_done(mill: Mill) -
 
 
 def test_batches_beyond_counting_are_added_to_the_last() -> None:
-    parts = [(1.0, float(deadline)) for deadline in range(3 * MAX_PARTS)]
+    parts = [(1.0, float(deadline)) for deadline in range(3 * MAX_BACKLOG_PARTS)]
     found = _most_urgent(list(reversed(parts)))
-    assert len(found) == MAX_PARTS and sum(work for work, _ in found) == len(parts)
-    assert found[:-1] == tuple(parts[: MAX_PARTS - 1])
-    assert found[-1] == (2.0 * MAX_PARTS + 1, float(MAX_PARTS - 1)), "due with the first of them"
+    assert len(found) == MAX_BACKLOG_PARTS and sum(work for work, _ in found) == len(parts)
+    assert found[:-1] == tuple(parts[: MAX_BACKLOG_PARTS - 1])
+    assert found[-1] == (2.0 * MAX_BACKLOG_PARTS + 1, float(MAX_BACKLOG_PARTS - 1)), "due with the first of them"
 
 
 def test_the_tide_has_the_last_word_where_it_has_one() -> None:

@@ -263,7 +263,7 @@ async def test_cancelling_lets_what_is_in_flight_end(mill: Mill) -> None:
 async def test_a_line_that_never_ends_does_not_keep_a_batch_from_its_end(
     mill: Mill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_module, "FINISH_S", 0.2)
+    monkeypatch.setattr(batch_module, "BATCH_FINISH_S", 0.2)
 
     async def never(call: LineCall) -> LineAnswer:
         await asyncio.Event().wait()

@@ -10,6 +10,7 @@ from msgspec import Meta, convert
 from tidemill.control import batches
 from tidemill.control.api.access import Running, change, read, read_drained
 from tidemill.control.api.schemas import CONFLICT, FAILURES, Amount, Answer, Body, Currency, Instant
+from tidemill.control.pages import MAX_PAGE, PAGE
 
 
 class BatchSchema(Answer):
@@ -70,7 +71,7 @@ async def list_batches(
     platform: Running,
     tenant: FromQuery[str | None] = None,
     unfinished: Annotated[bool, QueryParameter(description="Only those that have not ended.")] = False,
-    limit: Annotated[int, QueryParameter(description=f"Batches in a page, 1 to {batches.MAX_PAGE}.")] = batches.PAGE,
+    limit: Annotated[int, QueryParameter(description=f"Batches in a page, 1 to {MAX_PAGE}.")] = PAGE,
     after: Annotated[str, QueryParameter(description="`next` of the page before.")] = "",
 ) -> Batches:
     """List the batches of all tenants, or with `tenant` (a name or an id) of one, newest first."""

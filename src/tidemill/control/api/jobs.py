@@ -14,9 +14,10 @@ from msgspec import Meta, convert, field
 from tidemill.control import jobs
 from tidemill.control.api.access import Running, change, read
 from tidemill.control.api.schemas import CONFLICT, FAILURES, Amount, Answer, Body, Currency, Instant, TenantRef
+from tidemill.control.pages import MAX_PAGE, PAGE
 from tidemill.store.jobs import list_attempts
 
-READ_BYTES = 256 * 1024
+_READ_BYTES = 256 * 1024
 
 
 class JobSchema(Answer):
@@ -160,7 +161,7 @@ async def list_jobs(
     status: Annotated[str | None, QueryParameter(description="Only in this state.")] = None,
     unfinished: Annotated[bool, QueryParameter(description="Only those that are not over.")] = False,
     after: Annotated[str | None, QueryParameter(description="`next` of the page before.")] = None,
-    limit: Annotated[int, QueryParameter(description=f"Jobs in a page, 1 to {jobs.MAX_PAGE}.")] = jobs.PAGE,
+    limit: Annotated[int, QueryParameter(description=f"Jobs in a page, 1 to {MAX_PAGE}.")] = PAGE,
 ) -> Jobs:
     """List the jobs of all tenants, or with `tenant` (a name or an id) of one, newest first."""
     found = await read(
@@ -257,7 +258,7 @@ async def job_artifact(
 
 async def _chunks(fd: int) -> AsyncIterator[bytes]:
     try:
-        while data := await asyncio.to_thread(os.read, fd, READ_BYTES):
+        while data := await asyncio.to_thread(os.read, fd, _READ_BYTES):
             yield data
     finally:
         os.close(fd)

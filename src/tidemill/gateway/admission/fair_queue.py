@@ -26,7 +26,7 @@ RESERVE_FROM = 4
 """With fewer places none is kept."""
 CROWDED_S = 60.0
 """So long after two tenants were seen in turn, several are taken to be about."""
-MAX_RETRY_AFTER_S = 60
+_MAX_RETRY_AFTER_S = 60
 
 
 class Priority(IntEnum):
@@ -165,7 +165,7 @@ class ModelQueue:
     @property
     def retry_after_s(self) -> int:
         """When it may be worth a try again: once those that wait have had their turns."""
-        return min(max(ceil(self.queued * self._service_s / self.capacity), 1), MAX_RETRY_AFTER_S)
+        return min(max(ceil(self.queued * self._service_s / self.capacity), 1), _MAX_RETRY_AFTER_S)
 
     def _has_room(self, tenant: str, priority: Priority) -> bool:
         free = self.capacity - self.running

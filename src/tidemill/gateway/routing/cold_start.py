@@ -14,7 +14,7 @@ from typing import Protocol
 from tidemill.gateway.errors import StillAsleep, TooManyWait
 from tidemill.http.server import Exchange
 
-RETRY_AFTER_S = 5
+_RETRY_AFTER_S = 5
 
 
 class WaitingModel(Protocol):
@@ -53,7 +53,7 @@ class Activator:
             raise TooManyWait(
                 f"The model {route.name!r} is being started, and too many requests wait for it.",
                 hint="Try again in a few seconds.",
-                retry_after_s=RETRY_AFTER_S,
+                retry_after_s=_RETRY_AFTER_S,
             )
         future = self._loop.create_future()
         waiting.add(future)
@@ -93,7 +93,7 @@ class Activator:
                 f"The model {route.name!r} has no replica, and none was ready within {route.wake_seconds:g} s.",
                 hint="Try again in a few seconds.",
             )
-            error.retry_after_s = RETRY_AFTER_S
+            error.retry_after_s = _RETRY_AFTER_S
             future.set_exception(error)
 
 

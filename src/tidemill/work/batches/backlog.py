@@ -11,7 +11,7 @@ from tidemill.work.batches.active_batch import ActiveBatch
 
 MIN_DONE = 8
 """Lines that have to be done before their mean tells what the others will take."""
-MAX_PARTS = 64
+MAX_BACKLOG_PARTS = 64
 """Batches of one model that are told apart; what is due later is added to the last."""
 UNKNOWN_LINE = work_of(512, 0, POLICY.expected_output)
 """A line of a batch of which nothing is known yet."""
@@ -50,7 +50,7 @@ def line_work(active: ActiveBatch) -> float:
 
 def _most_urgent(parts: list[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
     parts.sort(key=lambda part: part[1])
-    if len(parts) <= MAX_PARTS:
+    if len(parts) <= MAX_BACKLOG_PARTS:
         return tuple(parts)
-    rest = parts[MAX_PARTS - 1 :]
-    return (*parts[: MAX_PARTS - 1], (sum(work for work, _ in rest), rest[0][1]))
+    rest = parts[MAX_BACKLOG_PARTS - 1 :]
+    return (*parts[: MAX_BACKLOG_PARTS - 1], (sum(work for work, _ in rest), rest[0][1]))

@@ -46,7 +46,7 @@ ACTIVE_PER_MODEL = 16
 """Active batches, each with its index in memory: 5 MB for 50,000 lines. The others wait, once they are validated."""
 AT_A_TIME = 2
 """Batches that are validated or put away at a time."""
-FINISH_S = 600.0
+BATCH_FINISH_S = 600.0
 """How long lines in flight may go on once their batch was cancelled or has expired."""
 SWEEP_EVERY_S = 30.0
 ORPHANS_EVERY_S = 3600.0
@@ -164,7 +164,7 @@ class BatchRunner:
         for active in list(self._active.values()):
             if active.batch.expires_at.timestamp() <= PROCESS_CLOCK.seconds():
                 active.close_as(BatchStatus.EXPIRED, loop.time())
-            if active.closing_since and loop.time() - active.closing_since > FINISH_S:
+            if active.closing_since and loop.time() - active.closing_since > BATCH_FINISH_S:
                 for task in active.running.values():
                     task.cancel()
             async with active.lock:

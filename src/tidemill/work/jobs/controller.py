@@ -34,8 +34,8 @@ from tidemill.work.jobs.launch import StopCause
 from tidemill.work.jobs.reservation_controller import ReservationController
 from tidemill.work.store_threads import StoreThreads
 
-LOOK_EVERY_S = 1.0
-SWEEP_EVERY_S = 3600.0
+_LOOK_EVERY_S = 1.0
+_SWEEP_EVERY_S = 3600.0
 
 log = structlog.get_logger()
 
@@ -92,7 +92,7 @@ class JobController:
     def views(self) -> Sequence[JobView]:
         """The unfinished jobs."""
         now_s = self._clock.seconds()
-        begins = self._reservations.to_come(now_s + LOOK_EVERY_S)
+        begins = self._reservations.to_come(now_s + _LOOK_EVERY_S)
         return [
             active.view(now_s, begins.get(active.job.reservation_id or "", 0.0))
             for active in self._active.values()
@@ -179,7 +179,7 @@ class JobController:
         quiet_until = 0.0
         while True:
             try:
-                async with asyncio.timeout(LOOK_EVERY_S):
+                async with asyncio.timeout(_LOOK_EVERY_S):
                     await self._wake.wait()
             except TimeoutError:
                 pass
@@ -276,7 +276,7 @@ class JobController:
             for active, saved_at in zip(running, times, strict=True):
                 active.note_checkpoint(saved_at)
         if time.monotonic() >= self._next_sweep:
-            self._next_sweep = time.monotonic() + SWEEP_EVERY_S
+            self._next_sweep = time.monotonic() + _SWEEP_EVERY_S
             before = self._clock.now() - timedelta(seconds=self._keep_s)
             await self._threads.do(self._ledger.sweep, self._files, before)
 

@@ -9,8 +9,8 @@ from tidemill.app.config.validation.rules import ledger_value, require_positive,
 from tidemill.errors import ConfigError
 from tidemill.ledger.money import parse_amount
 
-MAX_REPLICAS = 64
-MAX_DEVICES = 4096
+_MAX_REPLICAS = 64
+MAX_NODE_DEVICES = 4096
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}")
 
 _ONLY_OWN: dict[str, object] = {
@@ -105,16 +105,16 @@ def _check_own(key: str, model: ModelConfig) -> None:
                 f'{key}.{field} is not supported with engine = "{model.engine}", which Tidemill runs itself.',
                 hint="Remove the key.",
             )
-    require_range(f"{key}.replicas", model.replicas, 1, MAX_REPLICAS)
+    require_range(f"{key}.replicas", model.replicas, 1, _MAX_REPLICAS)
     low, high = model.replica_bounds
-    require_range(f"{key}.min_replicas", low, 0, MAX_REPLICAS)
-    require_range(f"{key}.max_replicas", high, max(low, 1), MAX_REPLICAS)
+    require_range(f"{key}.min_replicas", low, 0, _MAX_REPLICAS)
+    require_range(f"{key}.max_replicas", high, max(low, 1), _MAX_REPLICAS)
     if model.devices is not None:
-        require_range(f"{key}.devices", model.devices, 1, MAX_DEVICES)
+        require_range(f"{key}.devices", model.devices, 1, MAX_NODE_DEVICES)
     require_range(f"{key}.scale_down_seconds", model.scale_down_seconds, 0, 86_400, "seconds")
     require_range(f"{key}.wake_seconds", model.wake_seconds, 1, 3_600, "seconds")
     require_range(f"{key}.priority", model.priority, -1_000, 1_000)
-    require_range(f"{key}.sleepers", model.sleepers, 0, MAX_REPLICAS)
+    require_range(f"{key}.sleepers", model.sleepers, 0, _MAX_REPLICAS)
     if model.sleepers and model.engine not in GPU_ENGINES:
         raise ConfigError(f"{key}.sleepers is only for the engines {' and '.join(GPU_ENGINES)}.", hint="Remove it.")
     if len(model.version) > 100 or not model.version.isprintable():
@@ -146,8 +146,8 @@ def _check_upstream(key: str, model: ModelConfig) -> None:
         if not _is_address(url):
             field = "base_urls" if model.base_urls else "base_url"
             raise ConfigError(f"{key}.{field}: {url!r} is not a valid address.", hint="Write http://HOST:PORT/v1.")
-    if len(model.base_urls) > MAX_REPLICAS:
-        raise ConfigError(f"{key}.base_urls: at most {MAX_REPLICAS} are allowed, not {len(model.base_urls)}.")
+    if len(model.base_urls) > _MAX_REPLICAS:
+        raise ConfigError(f"{key}.base_urls: at most {_MAX_REPLICAS} are allowed, not {len(model.base_urls)}.")
     twice = first_twice([url.rstrip("/") for url in model.base_urls])
     if twice:
         raise ConfigError(f"{key}.base_urls: {twice!r} is listed twice.")

@@ -5,7 +5,7 @@ from ipaddress import ip_network
 from tidemill.app.config.schema.fleet import FleetConfig, NodeConfig
 from tidemill.app.config.schema.jobs import JobsConfig
 from tidemill.app.config.schema.platform import BatchConfig, Config, FilesConfig, GatewayConfig
-from tidemill.app.config.validation.models import MAX_DEVICES, check_model
+from tidemill.app.config.validation.models import MAX_NODE_DEVICES, check_model
 from tidemill.app.config.validation.routes import check_routes
 from tidemill.app.config.validation.rules import ledger_value, require_range
 from tidemill.errors import ConfigError
@@ -88,7 +88,7 @@ def _check_fleet(fleet: FleetConfig, config: Config) -> None:
 
 def _check_node(key: str, node: NodeConfig) -> None:
     for entry in node.devices:
-        require_range(f"{key}.count", entry.count, 1, MAX_DEVICES)
+        require_range(f"{key}.count", entry.count, 1, MAX_NODE_DEVICES)
         require_range(f"{key}.memory_gib", entry.memory_gib, 0, 65_536)
 
 

@@ -28,7 +28,7 @@ from tidemill.store.responses import (
 
 log = structlog.get_logger()
 
-MAX_KEPT_BYTES = 8 * 1024 * 1024
+_MAX_KEPT_BYTES = 8 * 1024 * 1024
 """A longer response, with its input, is not kept."""
 MAX_WAITING = 1024
 MAX_WAITING_BYTES = 64 * 1024 * 1024
@@ -106,7 +106,7 @@ class ResponseStore:
             created_us=time.time_ns() // 1000,
         )
         size = _size(response)
-        if size > MAX_KEPT_BYTES or self._waiting_bytes + size > MAX_WAITING_BYTES:
+        if size > _MAX_KEPT_BYTES or self._waiting_bytes + size > MAX_WAITING_BYTES:
             return False
         if len(self._waiting) >= MAX_WAITING:
             return False
