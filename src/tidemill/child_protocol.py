@@ -1,4 +1,6 @@
-"""Child processes that speak JSON lines: how a parent starts and hears them, and how a child hears its parent.
+"""Child processes that speak JSON lines.
+
+How a parent starts and hears them, and how a child hears its parent.
 
 Standard input carries commands and standard output reports, one msgspec struct a line. The end of standard input is the
 parent's death: a child then lets what is open finish for a moment, and goes. What a child prints otherwise goes to its
@@ -81,7 +83,9 @@ class Child:
 async def start_child(
     name: str, module: str, arguments: Sequence[str], log_fd: int, *, env: Mapping[str, str] | None = None
 ) -> Child:
-    """Start `python -m module`; its standard error, and what it prints in C, goes to `log_fd`, which is closed.
+    """Start `python -m module`.
+
+    Its standard error, and what it prints in C, goes to `log_fd`, which is closed.
 
     `env` comes on top of this process's environment.
     """
@@ -147,8 +151,9 @@ class Commands:
 async def finish_within(
     work: "asyncio.Future[Any]", commands: Commands, kind: type[C], *, orphan_grace_s: float
 ) -> None:
-    """Wait for `work`, which keeps to its grace period itself; for less when the parent says stop once more, or is gone
-    (then `orphan_grace_s`). It may not be done afterwards.
+    """Wait for `work`, which keeps to its grace period itself.
+
+    For less when the parent says stop once more, or is gone (then `orphan_grace_s`). It may not be done afterwards.
     """
     while not work.done():
         command = await commands.next(kind, until=work)

@@ -4,7 +4,10 @@ from collections.abc import Iterable
 
 
 def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
-    """The known name that is most like `name`; None when none is close. `cutoff`: 0 takes any, 1 only equal ones."""
+    """The known name that is most like `name`; None when none is close.
+
+    `cutoff`: 0 takes any, 1 only equal ones.
+    """
     import difflib  # slow to import, and only errors need it
 
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)

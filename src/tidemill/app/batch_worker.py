@@ -175,8 +175,10 @@ async def work(spec: RunnerSpec, commands: Commands) -> None:
 
 
 async def _obey(commands: Commands, known: RunnerModels, more: Callable[[], None]) -> float:
-    """Carry out the supervisor's commands; returns the grace period when it is time to stop. `more`: to be called when
-    more lines may be begun."""
+    """Carry out the supervisor's commands; returns the grace period when it is time to stop.
+
+    `more`: to be called when more lines may be begun.
+    """
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     stopped = asyncio.create_task(stop.wait())

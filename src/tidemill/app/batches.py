@@ -1,4 +1,7 @@
-"""The batch runner, as the supervisor keeps it: started, told what changes, restarted, stopped before the gateways."""
+"""The batch runner, as the supervisor keeps it.
+
+Started, told what changes, restarted, stopped before the gateways.
+"""
 
 import asyncio
 from collections.abc import Callable, Mapping

@@ -1,4 +1,7 @@
-"""The first start, and what each start sees to: schema, settings, prices, the first tenant and its key."""
+"""The first start, and what each start sees to.
+
+Schema, settings, prices, the first tenant and its key.
+"""
 
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -73,7 +76,10 @@ def _settle_currency(connection: Connection, config: Config) -> None:
 
 
 def _settle_zone(connection: Connection, zone: str, now: datetime) -> None:
-    """Another zone moves the bounds of all months; it is taken only if nothing that was booked changes its month."""
+    """Another zone moves the bounds of all months.
+
+    It is taken only if nothing that was booked changes its month.
+    """
     known = get_setting(connection, "zone")
     if known is not None and known != zone:
         moved = _first_moved(connection, known, zone, now)
@@ -87,7 +93,10 @@ def _settle_zone(connection: Connection, zone: str, now: datetime) -> None:
 
 
 def _first_moved(connection: Connection, known: str, zone: str, now: datetime) -> datetime | None:
-    """The first booking or usage that is of one month in `known` and of another in `zone`; None when there is none."""
+    """The first booking or usage that is of one month in `known` and of another in `zone`.
+
+    None when there is none.
+    """
     instants = (transactions.c.at, usage_records.c.finished_at)
     begun = [connection.execute(select(func.min(each))).scalar() for each in instants]
     if not any(begun):

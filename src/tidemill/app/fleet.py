@@ -1,4 +1,7 @@
-"""The fleet as the platform runs it: replicas of our own and upstreams, and both as the gateways shall know them."""
+"""The fleet as the platform runs it.
+
+Replicas of our own and upstreams, and both as the gateways shall know them.
+"""
 
 import asyncio
 import hashlib

@@ -217,7 +217,10 @@ class Gateways:
         self.processes = [GatewayProcess(index, self) for index in range(workers)]
 
     def worker_spec(self, index: int) -> WorkerSpec:
-        """What a gateway process is told at its start; each process has an id and a meter directory of its own."""
+        """What a gateway process is told at its start.
+
+        Each process has an id and a meter directory of its own.
+        """
         gateway = self._config.gateway
         return WorkerSpec(
             worker_id=f"gw{index}-{secrets.token_hex(6)}",

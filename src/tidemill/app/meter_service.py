@@ -1,5 +1,7 @@
-"""The meter's chores in the supervisor: what gateways settle is stored, engines' own counters are noted beside it, and
-the two are compared."""
+"""The meter's chores in the supervisor.
+
+What gateways settle is stored, engines' own counters are noted beside it, and the two are compared.
+"""
 
 import asyncio
 import time

@@ -24,7 +24,10 @@ StatusOf = Callable[[str, bytes, float, str | None], Awaitable[int | None]]
 
 
 class UpstreamProbe:
-    """Asks one upstream, `every_s` seconds; `ready` is what it has found. 0 seconds: it is taken for well, always."""
+    """Asks one upstream, `every_s` seconds; `ready` is what it has found.
+
+    0 seconds: it is taken for well, always.
+    """
 
     def __init__(
         self,

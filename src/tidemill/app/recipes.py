@@ -1,4 +1,7 @@
-"""What the configuration says of models with engines of our own, as the fleet needs it: recipes, and their weights."""
+"""What the configuration says of models with engines of our own, as the fleet needs it.
+
+Recipes, and their weights.
+"""
 
 import importlib.util
 import sys
@@ -126,7 +129,10 @@ PORT = 65_535
 
 
 def threads_for(model: ModelConfig, devices: Sequence[Device]) -> int:
-    """The CPU threads of a replica: one for each of its slots; 0, llama.cpp's own choice, for one that has them all."""
+    """The CPU threads of a replica: one for each of its slots.
+
+    0, llama.cpp's own choice, for one that has them all.
+    """
     _, high = model.replica_bounds
     if model.devices is None and high == 1:
         return 0

@@ -59,7 +59,10 @@ class PlatformRolls:
             self._replicas.set_version(model, rolled.to)
 
     def begin(self, model: str, path: str, version: str) -> RollState:
-        """Begin a roll; returns at once. Raises NotFound, Conflict, and BadInput for weights that are not there."""
+        """Begin a roll; returns at once.
+
+        Raises NotFound, Conflict, and BadInput for weights that are not there.
+        """
         config = self._config.models.get(model)
         if config is None or model not in self._replicas.recipes:
             raise NotFound(

@@ -1,4 +1,7 @@
-"""The supervisor: `tidemill up`. It starts the parts in order, keeps them alive, and stops them in order."""
+"""The supervisor: `tidemill up`.
+
+It starts the parts in order, keeps them alive, and stops them in order.
+"""
 
 import asyncio
 import os
@@ -203,7 +206,9 @@ class Supervisor:
     # Start, stop
 
     async def run(self, ready: Callable[["Supervisor"], None]) -> bool:
-        """Start everything, call `ready`, run until a signal, stop in order. True when all open requests finished.
+        """Start everything, call `ready`, run until a signal, stop in order.
+
+        True when all open requests finished.
 
         Raises TidemillError when it cannot start; then nothing is left running.
         """

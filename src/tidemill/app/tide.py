@@ -92,7 +92,10 @@ class Tide:
         history: DemandHistory,
         rolling: Callable[[], Collection[str]],
     ) -> None:
-        """`rolling`: models that are being rolled to another version; who rolls them decides on their replicas."""
+        """`rolling`: models that are being rolled to another version.
+
+        Who rolls them decides on their replicas.
+        """
         self._config = config
         self._fleet = fleet
         self._batches = batches
@@ -156,7 +159,10 @@ class Tide:
         self._fleet.replicas.note_use(self._uses())
 
     def note_waiting(self, waiting: Mapping[str, int]) -> None:
-        """Interactive requests that wait in the gateways, by model: the first for one without a replica starts one."""
+        """Interactive requests that wait in the gateways, by model.
+
+        The first for one without a replica starts one.
+        """
         before, self._waiting = self._waiting, dict(waiting)
         if any(name not in before and not self._ready(name) for name in self._waiting if name in self._models):
             self.controller.poke()
@@ -276,8 +282,11 @@ class Tide:
         self._batches.allow(allowed)
 
     def _slots(self, model: ModelTide, replicas: Sequence[Replica], now: float, *, adapt: bool) -> int:
-        """How many lines may be in flight at a model, in all: at replicas that are lent to batches where there are any
-        (lines go nowhere else then), else inside the others as far as their slack allows."""
+        """How many lines may be in flight at a model, in all.
+
+        At replicas that are lent to batches where there are any (lines go nowhere else then), else inside the others as
+        far as their slack allows.
+        """
         slots, most = model.config.slots, model.config.batch_parallel
         lent = [each for each in replicas if each.batch_only and each.ready]
         if lent:

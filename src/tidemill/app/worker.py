@@ -214,7 +214,10 @@ async def serve(spec: WorkerSpec, commands: Commands) -> None:
 
 
 def _room_for_connections() -> int:
-    """How many clients the open files that are allowed have room for: each may need one more, toward an engine."""
+    """How many clients the open files that are allowed have room for.
+
+    Each may need one more, toward an engine.
+    """
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max((files - FILES_OF_ONES_OWN) // 2, 1)
 
@@ -342,7 +345,10 @@ async def _keep_house(authenticator: Authenticator, meter: GatewayMeter) -> None
 
 
 async def _watch_disk(meter: GatewayMeter, stop: asyncio.Event) -> None:
-    """Once a second, also while the store hangs: the live table to disk; an end when the usage log has failed."""
+    """Once a second, also while the store hangs: the live table to disk.
+
+    An end when the usage log has failed.
+    """
     while True:
         await asyncio.sleep(1.0)
         if meter.log.failure is not None and not stop.is_set():

@@ -1,4 +1,7 @@
-"""Batches as operators see them: those of all tenants, with what they have cost. Plain values in and out."""
+"""Batches as operators see them: those of all tenants, with what they have cost.
+
+Plain values in and out.
+"""
 
 from collections.abc import Mapping
 from datetime import datetime
@@ -22,7 +25,9 @@ Json = dict[str, Any]
 def list_batches(
     connection: Connection, tenant: str | None = None, *, unfinished: bool = False, limit: int = PAGE, after: str = ""
 ) -> Json:
-    """A page of batches, newest first, of all tenants or of one; `next` is the `after` of the next page, or None.
+    """A page of batches, newest first, of all tenants or of one.
+
+    `next` is the `after` of the next page, or None.
 
     Raises NotFound, BadInput.
     """

@@ -1,4 +1,7 @@
-"""Jobs as operators see them: submitted, listed with what they have cost, cancelled. Plain values in and out."""
+"""Jobs as operators see them: submitted, listed with what they have cost, cancelled.
+
+Plain values in and out.
+"""
 
 from collections.abc import Collection, Mapping
 from datetime import datetime
@@ -83,7 +86,10 @@ def list_jobs(
     after: str | None = None,
     limit: int = PAGE,
 ) -> Json:
-    """A page of jobs, newest first; `next` is the `after` of the next one, or None. Raises NotFound, BadInput."""
+    """A page of jobs, newest first; `next` is the `after` of the next one, or None.
+
+    Raises NotFound, BadInput.
+    """
     check_limit(limit)
     wanted = [_state(text) for text in states] + (list(UNFINISHED) if unfinished else [])
     owners = {each.tenant_id: each for each in list_tenants(connection)}

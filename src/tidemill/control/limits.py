@@ -1,4 +1,7 @@
-"""Limits as operators see them: set, listed with what is used of them, removed. Plain values in and out."""
+"""Limits as operators see them: set, listed with what is used of them, removed.
+
+Plain values in and out.
+"""
 
 from collections.abc import Collection
 from datetime import datetime
@@ -41,7 +44,10 @@ class LimitSpec(msgspec.Struct, kw_only=True):
 
 
 def set_limits(connection: Connection, spec: LimitSpec, *, models: Collection[str], zone: str, now: datetime) -> Json:
-    """Put limits in force, each in the place of one of its kind on the same scope. Raises NotFound, BadInput."""
+    """Put limits in force, each in the place of one of its kind on the same scope.
+
+    Raises NotFound, BadInput.
+    """
     owner = tenant_named(connection, spec.tenant)
     key_id = None if spec.key is None else _key_of(connection, owner, spec.key).first_id
     model = None if spec.model is None else known_model(spec.model, models)

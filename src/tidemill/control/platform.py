@@ -127,7 +127,10 @@ class Platform(Protocol):
         ...
 
     async def announce(self) -> None:
-        """The gateways have loaded what the store holds now: tenants, keys, prices, balances. After each change."""
+        """The gateways have loaded what the store holds now: tenants, keys, prices, balances.
+
+        After each change.
+        """
         ...
 
     def models(self) -> Sequence[PlatformModel]: ...

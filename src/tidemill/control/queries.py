@@ -1,4 +1,6 @@
-"""What the platform knows, as plain values that JSON can carry: the same for the API and for a stopped platform's CLI.
+"""What the platform knows, as plain values that JSON can carry.
+
+The same for the API and for a stopped platform's CLI.
 
 Each function reads in the caller's transaction. Amounts are decimal strings, instants ISO 8601 UTC.
 """
@@ -135,7 +137,10 @@ def usage(
 
 
 def device_records(connection: Connection, tenant_id: str, period: Period | None) -> list[Json]:
-    """The rentals behind the sums of device time, the earliest begun first: attempts at jobs, and reservations."""
+    """The rentals behind the sums of device time, the earliest begun first.
+
+    Attempts at jobs, and reservations.
+    """
     month = None if period is None else period.month
     return [
         {
@@ -172,8 +177,9 @@ def _read_cursor(text: str) -> tuple[datetime, str]:
 def invoice(
     connection: Connection, tenant: str, month: str | None, *, zone: str, issuer: str, now: datetime
 ) -> Invoice:
-    """A tenant's invoice of a month, of the current one when none is named; a draft while it is not over at `now`, or
-    while device time of it is still to be charged.
+    """A tenant's invoice of a month, of the current one when none is named.
+
+    A draft while it is not over at `now`, or while device time of it is still to be charged.
 
     Raises NotFound, BadInput.
     """
@@ -212,7 +218,10 @@ def invoice_text(
 
 
 def models(connection: Connection, running: Sequence[PlatformModel] | None, *, now: datetime) -> Json:
-    """The models that run, with their prices by currency; of a stopped platform (None) those that have a price."""
+    """The models that run, with their prices by currency.
+
+    Of a stopped platform (None) those that have a price.
+    """
     priced: dict[str, Json] = {}
     for (model, currency), version in current_prices(connection, now).items():
         priced.setdefault(model, {})[currency] = _price_json(version)

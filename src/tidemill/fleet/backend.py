@@ -1,4 +1,7 @@
-"""Backends run processes on nodes: those of one machine (`fleet.local`), or of a Ray cluster (`fleet.ray`)."""
+"""Backends run processes on nodes.
+
+Those of one machine (`fleet.local`), or of a Ray cluster (`fleet.ray`).
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

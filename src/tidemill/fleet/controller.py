@@ -257,7 +257,10 @@ class FleetController:
         )
 
     def _mark(self, decided: Plan, snapshot: FleetSnapshot) -> None:
-        """Note whose the devices of reservations are. It need not outlive a restart: the plan then says it again."""
+        """Note whose the devices of reservations are.
+
+        It need not outlive a restart: the plan then says it again.
+        """
         lasting = {each.id for each in snapshot.reservations}
         anew = {each.reservation for each in decided.reserve}
         self._reserved = {
@@ -271,7 +274,10 @@ class FleetController:
     def _keep_colocated(
         self, snapshot: FleetSnapshot, decided: Plan, devices: Mapping[str, Device], now: float
     ) -> None:
-        """Where a model has colocated replicas: one on the devices of each ordinary one, as long as there are lines."""
+        """Where a model has colocated replicas.
+
+        One on the devices of each ordinary one, as long as there are lines.
+        """
         going = {each.replica for each in decided.stop_replicas}
         hosts = {
             view.devices: view
@@ -349,7 +355,10 @@ class FleetController:
 
 
 def _planned(snapshot: FleetSnapshot) -> FleetSnapshot:
-    """What of a fleet is a matter of planning: not the replicas that share their slots with whatever else is there."""
+    """What of a fleet is a matter of planning.
+
+    Not the replicas that share their slots with whatever else is there.
+    """
     shared = {view.model for view in snapshot.replicas if view.shared}
     if not shared:
         return snapshot

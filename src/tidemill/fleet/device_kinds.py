@@ -13,7 +13,10 @@ _FORM = re.compile(r"sxm\d*|pcie|nvl|\d+|ascend|kunlun|hygon")
 
 
 def kind_of(name: str, memory_bytes: int) -> str:
-    """The catalogue's kind of a device that a tool calls `name`; a name of its own for one that is not in it."""
+    """The catalogue's kind of a device that a tool calls `name`.
+
+    A name of its own for one that is not in it.
+    """
     called = slug(name)
     words = called.split("-")
     fitting = []
@@ -44,7 +47,10 @@ def memory_of(kind: str) -> int:
 
 
 def canonical(kind: str) -> str:
-    """The catalogue's name of a kind that somebody calls `H800`; the kind itself where the catalogue has none."""
+    """The catalogue's name of a kind that somebody calls `H800`.
+
+    The kind itself where the catalogue has none.
+    """
     if kind == CPU:
         return kind
     try:

@@ -20,8 +20,9 @@ _CUDA = ("CUDA_VISIBLE_DEVICES",)
 
 
 def visible_devices(devices: Sequence[Device]) -> dict[str, str]:
-    """The variables for a process that holds `devices`. One that holds CPU slots alone sees no accelerator; one that
-    holds nothing is left with what the node shows it.
+    """The variables for a process that holds `devices`.
+
+    One that holds CPU slots alone sees no accelerator; one that holds nothing is left with what the node shows it.
     """
     if not devices:
         return {}

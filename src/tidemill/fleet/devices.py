@@ -1,4 +1,6 @@
-"""Devices of a machine: found by the vendors' own tools, or declared; on a machine with none, the slots of its CPU.
+"""Devices of a machine: found by the vendors' own tools, or declared.
+
+On a machine with none, the slots of its CPU.
 
 Each tool's output is read by a pure function that is tested on recorded output (tests/fleet/test_devices.py). None of
 them was run on such a device by us: where a figure looks wrong, declare the devices in `[nodes.local]`.

@@ -1,4 +1,7 @@
-"""The processes of a replica's engine: one, or one on each node that the replica is on. They start and end together."""
+"""The processes of a replica's engine: one, or one on each node that the replica is on.
+
+They start and end together.
+"""
 
 import asyncio
 from collections.abc import Sequence
@@ -15,8 +18,10 @@ class EngineProcesses:
     """What runs of an engine now; none before `start`."""
 
     def __init__(self, name: str, recipe: Recipe, backend: Backend, log: Path, *, idle_class: bool) -> None:
-        """`idle_class`: they get only what others leave of their devices. `log`: the first one's; the others' beside
-        it."""
+        """`idle_class`: they get only what others leave of their devices.
+
+        `log`: the first one's; the others' beside it.
+        """
         self._name = name
         self._recipe = recipe
         self._backend = backend

@@ -106,8 +106,11 @@ class DemandHistory:
 
 
 def pasts_of(bins: Mapping[str, list[DemandBin]], current: int) -> dict[str, DemandSeries]:
-    """Each model's past until the bin that is not over yet, without gaps. A bin in which the platform was up, or any
-    model was asked, and this one was not, is one of no demand; of the others nothing is known."""
+    """Each model's past until the bin that is not over yet, without gaps.
+
+    A bin in which the platform was up, or any model was asked, and this one was not, is one of no demand; of the others
+    nothing is known.
+    """
     known = {each.number for of_model in bins.values() for each in of_model if each.number < current}
     if not known:
         return {}

@@ -255,7 +255,10 @@ class LocalBackend:
         return name in self._secret or name.startswith("TIDEMILL_")
 
     async def _wait_for_orphans(self, devices: set[str]) -> None:
-        """Until what an earlier process ran on these devices has gone: two on one device would not fit its memory."""
+        """Until what an earlier process ran on these devices has gone.
+
+        Two on one device would not fit its memory.
+        """
         while True:
             self._orphans = {pid: held for pid, held in self._orphans.items() if alive(pid)}
             if not any(held & devices for held in self._orphans.values()):

@@ -95,8 +95,9 @@ class RayBackend:
     kind = "ray"
 
     def __init__(self, address: str, *, log_fd: Callable[[], int]) -> None:
-        """`address` is what `ray.init` takes: `auto`, `HOST:PORT`. `log_fd` opens a file for what the bridge has to
-        say.
+        """`address` is what `ray.init` takes: `auto`, `HOST:PORT`.
+
+        `log_fd` opens a file for what the bridge has to say.
         """
         self._address = address
         self._log_fd = log_fd
@@ -294,8 +295,10 @@ class RayBackend:
         raise CannotStart(f"{launch.name} cannot be started: {why}.")
 
     def _resources(self, launch: ProcessSpec, node_id: str) -> dict[str, float]:
-        """What Ray shall set aside for a process: its devices. One of no device, or of the idle class, which gets only
-        what the holder of its cores leaves, takes nothing that counts.
+        """What Ray shall set aside for a process: its devices.
+
+        One of no device, or of the idle class, which gets only what the holder of its cores leaves, takes nothing that
+        counts.
         """
         if not launch.devices or launch.idle_class:
             return {"CPU": 0.001}
@@ -308,8 +311,9 @@ def device_resource(node: RayNode) -> str:
 
 
 def devices_of(node: RayNode, name: str) -> tuple[Device, ...]:
-    """The devices of a node, numbered as they come. Their kind is what the node's label `tidemill.kind` says, or
-    Ray's accelerator type in small letters.
+    """The devices of a node, numbered as they come.
+
+    Their kind is what the node's label `tidemill.kind` says, or Ray's accelerator type in small letters.
     """
     resource = device_resource(node)
     count = int(node.resources.get(resource, 0.0))
@@ -322,8 +326,9 @@ def devices_of(node: RayNode, name: str) -> tuple[Device, ...]:
 
 
 def unique_names(nodes: Sequence[RayNode]) -> dict[str, str]:
-    """A name for each node, by Ray's id: its label `tidemill.name`, else Ray's name of it, with a piece of the id where
-    several have the same.
+    """A name for each node, by Ray's id.
+
+    Its label `tidemill.name`, else Ray's name of it, with a piece of the id where several have the same.
     """
     named = {node.id: node.labels.get(NAME_LABEL) or node.name for node in nodes}
     count: dict[str, int] = {}

@@ -207,7 +207,10 @@ class Bridge:
         return False
 
     def _end(self, key: str) -> None:
-        """End a process at once. The shim kills what there is when its actor is gone, after the orphans' grace."""
+        """End a process at once.
+
+        The shim kills what there is when its actor is gone, after the orphans' grace.
+        """
         actor = self._actors.get(key)
         if actor is not None:
             actor.tell.remote("kill")

@@ -1,4 +1,7 @@
-"""What the platform and its bridge to a Ray cluster (`fleet.ray_bridge`) say to each other: JSON, a line each."""
+"""What the platform and its bridge to a Ray cluster (`fleet.ray_bridge`) say to each other.
+
+JSON, a line each.
+"""
 
 from typing import Any, Literal
 

@@ -180,13 +180,19 @@ class Replica:
         return self._ending
 
     def sleep(self, why: str, *, on_drained: "OnDrained | None" = None) -> None:
-        """Drain it, then have it take its weights out of its devices; one that cannot is ended. Returns at once."""
+        """Drain it, then have it take its weights out of its devices; one that cannot is ended.
+
+        Returns at once.
+        """
         if self.ready and self._ending is None:
             self.move(Phase.DRAINING, why)
             self._dozing = asyncio.create_task(self._doze(why, on_drained))
 
     def wake(self, why: str) -> None:
-        """Have it put its weights into its devices again; one that cannot is started anew there. Returns at once."""
+        """Have it put its weights into its devices again; one that cannot is started anew there.
+
+        Returns at once.
+        """
         if self.phase is Phase.ASLEEP and self._ending is None:
             self.move(Phase.WARMING, f"it wakes: {why}")
             self._dozing = asyncio.create_task(self._wake())
@@ -225,7 +231,10 @@ class Replica:
         await self._stop_process()
 
     def lost(self, why: str) -> None:
-        """A node of it is gone, and it with that. What is left on others is ended before their devices are free."""
+        """A node of it is gone, and it with that.
+
+        What is left on others is ended before their devices are free.
+        """
         if self._task is not None and self._task is not asyncio.current_task():
             self._task.cancel()
         if self._dozing is not None:

@@ -161,13 +161,17 @@ class ReplicaSet:
         return self._replica(name).end(why, on_drained=self._on_drained)
 
     def sleep(self, name: str, why: str) -> None:
-        """Drain a replica and take its weights out of its devices, which are then anybody's; returns at once. Raises
-        NotFound."""
+        """Drain a replica and take its weights out of its devices, which are then anybody's; returns at once.
+
+        Raises NotFound.
+        """
         self._replica(name).sleep(why, on_drained=self._on_drained)
 
     def wake(self, name: str, why: str) -> None:
-        """Have one that sleeps take its devices again; returns at once. Raises NotFound; Conflict for one that has
-        slept through a roll, which is ended."""
+        """Have one that sleeps take its devices again; returns at once.
+
+        Raises NotFound; Conflict for one that has slept through a roll, which is ended.
+        """
         replica = self._replica(name)
         if replica.version != self.version(replica.model):
             replica.end("it sleeps with weights of another version", on_drained=self._on_drained)
@@ -175,8 +179,9 @@ class ReplicaSet:
         replica.wake(why)
 
     def set_batch_only(self, name: str, *, batch_only: bool, why: str) -> None:
-        """Lend a replica to batches, or take it back for people. Raises NotFound, and Conflict for one of the idle
-        class, which is no good for people.
+        """Lend a replica to batches, or take it back for people.
+
+        Raises NotFound, and Conflict for one of the idle class, which is no good for people.
         """
         replica = self._replica(name)
         if replica.colocated and not batch_only:
@@ -255,8 +260,10 @@ class ReplicaSet:
                 replica.move(Phase.GONE, "it is started when there are devices for it")
 
     def keep_minimum(self) -> None:
-        """Give devices to replicas that have none yet, and add those that are missing: of all models, or where plans
-        decide, of those whose number is fixed and that share the CPU slots."""
+        """Give devices to replicas that have none yet, and add those that are missing.
+
+        Of all models, or where plans decide, of those whose number is fixed and that share the CPU slots.
+        """
         for recipe in self.recipes.values():
             if not self.keeps_minimum and not recipe.shares:
                 continue

@@ -227,8 +227,10 @@ class Rolls:
         return all(device.kind == "cpu" for device in replica.devices)
 
     def _room(self, model: str, instead_of: Replica | None = None) -> Sequence[Device] | None:
-        """Devices for another replica of the model, rather on a node where no other one stays; None: there are none
-        that nobody holds."""
+        """Devices for another replica of the model, rather on a node where no other one stays.
+
+        None: there are none that nobody holds.
+        """
         recipe = self._replicas.recipes[model]
         if recipe.devices is None:
             return share_of_slots(recipe, 0, self._replicas.nodes) or None

@@ -233,7 +233,10 @@ class Shim:
         self._signal_all(signal.SIGCONT)  # one that was suspended would never hear of it
 
     def _signal_all(self, number: int) -> None:
-        """The process group in one go, so that no member sees another end before it hears of it; then the others."""
+        """The process group in one go, so that no member sees another end before it hears of it.
+
+        Then the others.
+        """
         leftovers = self._leftovers()
         others = [pid for pid in leftovers if group_of(pid) != self._pid]
         if self._code is None or len(others) < len(leftovers):

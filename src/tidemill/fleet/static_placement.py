@@ -1,4 +1,6 @@
-"""Where replicas go when nobody plans: those that a configuration wants at all times, on the first devices that fit.
+"""Where replicas go when nobody plans.
+
+Those that a configuration wants at all times, on the first devices that fit.
 
 With the tide running, `tides.plan` decides instead.
 """
@@ -11,7 +13,10 @@ from tidemill.tides.placement import equal_parts
 
 
 def share_of_slots(recipe: Recipe, index: int, nodes: Sequence[Node]) -> tuple[Device, ...]:
-    """The CPU slots of a replica that does not say how many it wants: its part, when all that may be share a node."""
+    """The CPU slots of a replica that does not say how many it wants.
+
+    Its part, when all that may be share a node.
+    """
     for node in nodes:
         slots = [device for device in node.devices if device.kind == "cpu"]
         if node.up and slots:

@@ -1,4 +1,6 @@
-"""What the gateways report of a model, made into the figures that a plan needs: rates, lateness, idleness, capacity.
+"""What the gateways report of a model, made into the figures that a plan needs.
+
+Rates, lateness, idleness, capacity.
 
 All instants here are of one monotonic clock, in seconds: a wall clock that jumps changes nothing.
 """
@@ -78,8 +80,10 @@ class ModelTraffic:
         self._last_busy = max(self._last_busy, now)
 
     def rate(self, now: float) -> float:
-        """Work a second that arrives, tokens of prefill. An average that fades would never be none: it is, once
-        nobody has been there for as long as it averages over."""
+        """Work a second that arrives, tokens of prefill.
+
+        An average that fades would never be none: it is, once nobody has been there for as long as it averages over.
+        """
         self._decay(now)
         return max(self._rate, 0.0) if self.idle_s(now) < NOW_TAU_S else 0.0
 

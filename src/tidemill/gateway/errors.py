@@ -1,4 +1,7 @@
-"""The errors of the data plane, one class for each code. `gateway.protocols` writes them in the form of each API."""
+"""The errors of the data plane, one class for each code.
+
+`gateway.protocols` writes them in the form of each API.
+"""
 
 from tidemill.errors import NotFound, TidemillError, Unavailable
 

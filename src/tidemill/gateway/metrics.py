@@ -1,5 +1,6 @@
-"""What a gateway process counts for `/metrics`: plain integers on the way of a request, sent to the supervisor once a
-second, which adds up all processes.
+"""What a gateway process counts for `/metrics`.
+
+Plain integers on the way of a request, sent to the supervisor once a second, which adds up all processes.
 """
 
 from collections.abc import Mapping

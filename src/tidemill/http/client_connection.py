@@ -227,7 +227,10 @@ class EngineConnection(asyncio.Protocol):
 
     @property
     def reused_and_silent(self) -> bool:
-        """True when a kept connection broke before any byte came back: the engine had closed it while it was idle."""
+        """True when a kept connection broke before any byte came back.
+
+        The engine had closed it while it was idle.
+        """
         return self.served > 0 and not self._got_bytes
 
     async def _wait(self) -> None:

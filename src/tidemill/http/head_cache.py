@@ -1,5 +1,7 @@
-"""Heads that were seen before. A client sends the same head with each request, an engine with each answer, but for
-the length of the body and, once a second, the date.
+"""Heads that were seen before.
+
+A client sends the same head with each request, an engine with each answer, but for the length of the body and, once a
+second, the date.
 
 A head that httptools has parsed is kept as the bytes before and behind the digits of its Content-Length. A message on
 the same connection that begins with the same bytes, other digits in between, is the same head with another length,
@@ -29,7 +31,10 @@ class KnownHead:
 
     @classmethod
     def of(cls, message: bytes, headers: dict[bytes, bytes]) -> "KnownHead | None":
-        """The head of a whole message, of which the parser has found `headers`; None for one that is not plain."""
+        """The head of a whole message, of which the parser has found `headers`.
+
+        None for one that is not plain.
+        """
         for name in _UNUSUAL:
             if name in headers:
                 return None
@@ -42,7 +47,10 @@ class KnownHead:
         return cls(message[: found.start(1)], found[1], message[found.end(1) : end + 4], headers)
 
     def body_of(self, data: bytes) -> bytes | None:
-        """The body, if `data` is exactly one message with this head, and `headers` are then its headers; else None."""
+        """The body, if `data` is exactly one message with this head, and `headers` are then its headers.
+
+        Else None.
+        """
         before, after = self._before, self._after
         if not data.startswith(before):
             return None

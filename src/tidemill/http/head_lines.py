@@ -1,4 +1,7 @@
-"""Lines of an answer's head, as bytes: the status line for each status, and the content types that are sent often."""
+"""Lines of an answer's head, as bytes.
+
+The status line for each status, and the content types that are sent often.
+"""
 
 from http import HTTPStatus
 

@@ -1,5 +1,6 @@
-"""A request body that its handler takes piece by piece: an upload is never held in memory, and what somebody sends
-who has no key is not taken at all.
+"""A request body that its handler takes piece by piece.
+
+An upload is never held in memory, and what somebody sends who has no key is not taken at all.
 """
 
 import asyncio

@@ -40,8 +40,9 @@ class HttpServer:
         lets_in: Callable[[Exchange], bool] = lambda exchange: True,
         max_connections: int = MAX_CONNECTIONS,
     ) -> None:
-        """`lets_in`: whether a large body shall be taken before the handler is called; else the handler is called at
-        once, and takes the body itself (`Exchange.incoming`), or does not.
+        """`lets_in`: whether a large body shall be taken before the handler is called.
+
+        Else the handler is called at once, and takes the body itself (`Exchange.incoming`), or does not.
         """
         self.loop = loop
         self.handler = handler

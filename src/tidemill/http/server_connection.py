@@ -1,4 +1,6 @@
-"""A client's connection: flow control, deadlines, and the order of its exchanges. `RequestParser` parses.
+"""A client's connection: flow control, deadlines, and the order of its exchanges.
+
+`RequestParser` parses.
 
 What an attacker may send is answered with 4xx and the connection closed: what follows on it cannot be trusted. Each
 buffer and wait has a bound.
@@ -242,7 +244,10 @@ class ServerConnection(asyncio.Protocol):
         self.work.start(exchange)
 
     def _received_again(self, known: CachedHead, body: bytes) -> None:
-        """Take a request whose head is known, but for its length. The parser is where it was: between two requests."""
+        """Take a request whose head is known, but for its length.
+
+        The parser is where it was: between two requests.
+        """
         exchange = Exchange(self, known.method, known.path, self.work.new_request_id(), known.head.headers)
         if known.query:
             exchange.query = known.query

@@ -1,5 +1,6 @@
-"""Interactive requests over a day: a daily curve with a trough below half of its peak, and within it the bursts and the
-lengths of a recorded trace.
+"""Interactive requests over a day.
+
+A daily curve with a trough below half of its peak, and within it the bursts and the lengths of a recorded trace.
 
 The traces are the Azure LLM inference traces of 2023 (Patel et al., "Splitwise", ISCA 2024; CC-BY 4.0), an hour each.
 A model with several times the trace's rate gets as many copies of it, each from another place on: laid upon each
@@ -50,7 +51,10 @@ class Trace(msgspec.Struct, frozen=True):
 
 
 def read_trace(path: Path, bin_s: float) -> Trace:
-    """Read an Azure trace (TIMESTAMP, ContextTokens, GeneratedTokens). Raises BadInput for a file that is none."""
+    """Read an Azure trace (TIMESTAMP, ContextTokens, GeneratedTokens).
+
+    Raises BadInput for a file that is none.
+    """
     counts: dict[int, list[float]] = {}
     begin: float | None = None
     try:
@@ -71,8 +75,11 @@ def read_trace(path: Path, bin_s: float) -> Trace:
 
 
 def daily_curve(at_s: float, trough: float = 0.3) -> float:
-    """Demand relative to its peak at a second of the day: least at 4:30, a first peak late in the morning, a second one
-    in the evening. An assumption in the form that published days have (FIELD: a trough below half of the peak)."""
+    """Demand relative to its peak at a second of the day.
+
+    Least at 4:30, a first peak late in the morning, a second one in the evening. An assumption in the form that
+    published days have (FIELD: a trough below half of the peak).
+    """
     hour = at_s / 3600 % 24
     wave = 0.5 - 0.5 * math.cos((hour - 4.5) / 24 * 2 * math.pi)
     humps = 0.25 * math.exp(-(((hour - 10.5) / 2.2) ** 2)) + 0.3 * math.exp(-(((hour - 20.5) / 2.5) ** 2))

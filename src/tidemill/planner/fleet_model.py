@@ -97,8 +97,10 @@ class SimulatedModel(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def measured(self, bins: Sequence[ArrivalBin], dt_s: float) -> float:
-        """Work a second that a replica does within the objective when requests come as in these bins: the fewest
-        replicas that keep it are tried out, as a load test would."""
+        """Work a second that a replica does within the objective when requests come as in these bins.
+
+        The fewest replicas that keep it are tried out, as a load test would.
+        """
         low, high = 1, 4096
         while low < high:
             middle = (low + high) // 2
@@ -143,8 +145,11 @@ class StepOutcome(msgspec.Struct, frozen=True, gc=False):
 
 
 def late_share(prefill_rate: float, most: float, queue: float, step_s: float, spec: SimulatedModel) -> float:
-    """Share of requests whose first token comes too late: the queue before them, their own prefill, and the random
-    wait behind others (M/M/1: share * exp(-time * (1 - share) / service time))."""
+    """Share of requests whose first token comes too late.
+
+    The queue before them, their own prefill, and the random wait behind others (M/M/1: share * exp(-time * (1 - share)
+    / service time)).
+    """
     service = spec.prompt / most
     left = spec.objective.ttft_s - queue / most - service - step_s
     if left <= 0:

@@ -59,8 +59,10 @@ def reactive(interactive_devices: int, rules: Rules) -> SchedulingPolicy:
 
 
 def kueue_like(rules: Rules) -> SchedulingPolicy:
-    """One fleet, quota and reclaim: replicas follow the load that is there and preempt, jobs borrow; no forecast, and
-    no filler inside."""
+    """One fleet, quota and reclaim: replicas follow the load that is there and preempt, jobs borrow.
+
+    No forecast, and no filler inside.
+    """
     firm = msgspec.structs.replace(rules, lend_replicas=False, batch_inside=0.0)
     return SchedulingPolicy(name="quota and reclaim", decide=lambda snapshot: plan(_as_it_comes(snapshot), firm))
 

@@ -1,4 +1,6 @@
-"""The day that `bench/tides_sim.py` simulates: 256 devices in nodes of eight, four models, three queues of jobs.
+"""The day that `bench/tides_sim.py` simulates.
+
+256 devices in nodes of eight, four models, three queues of jobs.
 
 The models' step times are rooflines of an H100 SXM (3.35 TB/s, 990 TFLOP/s dense in 8 bits, about 60% of either
 reached), 8-bit weights, rounded: weights read once a step (`base`), two operations a parameter and token (`prefill`),

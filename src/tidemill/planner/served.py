@@ -62,7 +62,10 @@ class ServedModel:
         self._step_s = step_s
 
     def step(self, came: ArrivalBin, lines: bool, filler: bool) -> tuple[StepOutcome | None, float]:
-        """Work for a step. Returns what one replica did, and how much of what all could do was used, in replicas."""
+        """Work for a step.
+
+        Returns what one replica did, and how much of what all could do was used, in replicas.
+        """
         dt, spec, load = self._step_s, self.spec, self.load
         work = spec.work(came)
         self.asked += came.requests

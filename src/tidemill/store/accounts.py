@@ -70,7 +70,10 @@ def _move(connection: Connection, account: Account, currency: str, amount: int) 
 
 
 def tenant_balance(connection: Connection, tenant_id: str, *, lock: bool = False) -> Nanos:
-    """What a tenant has left, in nanos of its currency. With `lock`, nobody else moves it until the commit."""
+    """What a tenant has left, in nanos of its currency.
+
+    With `lock`, nobody else moves it until the commit.
+    """
     query = select(accounts.c.balance).where(accounts.c.account == tenant_account(tenant_id))
     if lock:
         query = query.with_for_update()  # SQLite's BEGIN IMMEDIATE has locked the whole file already
@@ -146,7 +149,9 @@ def unbalanced_transactions(connection: Connection, limit: int = 100) -> list[tu
 
 
 def verify_books(connection: Connection) -> dict[str, tuple[Discrepancy, ...]]:
-    """Compare each account's kept balance with the sum of its entries, by currency; an empty tuple is a clean book.
+    """Compare each account's kept balance with the sum of its entries, by currency.
+
+    An empty tuple is a clean book.
 
     The total of all accounts of a currency shows up as the account `all:accounts`, which must be zero.
     """

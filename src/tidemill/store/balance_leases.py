@@ -16,8 +16,9 @@ from tidemill.store.tables.usage import device_meters
 
 
 def extend_lease(connection: Connection, *, worker_id: str, tenant_id: str, need: int, slices: int) -> int:
-    """Lease `need` nanos more to a worker, or a `slices`-th of what is free if that is more; all that is free at the
-    most. Returns the nanos granted, 0 when the balance is used up.
+    """Lease `need` nanos more to a worker, or a `slices`-th of what is free if that is more.
+
+    All that is free at the most. Returns the nanos granted, 0 when the balance is used up.
     """
     balance = tenant_balance(connection, tenant_id, lock=True)
     free = balance - leased(connection, tenant_id)

@@ -114,7 +114,10 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def create_batch(connection: Connection, batch: Batch, *, max_open: int) -> None:
-    """Enter a new batch. Raises NotFound for its input file, BadInput for one that is no input, TooManyBatches."""
+    """Enter a new batch.
+
+    Raises NotFound for its input file, BadInput for one that is no input, TooManyBatches.
+    """
     connection.execute(
         select(tenants.c.tenant_id).where(tenants.c.tenant_id == batch.tenant_id).with_for_update(key_share=True)
     )
@@ -203,7 +206,10 @@ def any_batch(connection: Connection, batch_id: str) -> Batch | None:
 
 
 def ask_to_cancel(connection: Connection, *, tenant_id: str, batch_id: str, now: datetime) -> Batch:
-    """Have a batch cancelled. One that is being cancelled stays so. Raises NotFound; Conflict when it is too late."""
+    """Have a batch cancelled.
+
+    One that is being cancelled stays so. Raises NotFound; Conflict when it is too late.
+    """
     _step(connection, batch_id, ("validating", "in_progress"), BatchStatus.CANCELLING, now, tenant_id=tenant_id)
     batch = find_batch(connection, tenant_id=tenant_id, batch_id=batch_id)
     if batch.status not in (BatchStatus.CANCELLING, BatchStatus.CANCELLED):
@@ -267,7 +273,10 @@ def finish_batch(
     error: File | None,
     now: datetime,
 ) -> bool:
-    """The batch is over, and its files are there. May be repeated after a kill; False when it was over already."""
+    """The batch is over, and its files are there.
+
+    May be repeated after a kill; False when it was over already.
+    """
     for file in (output, error):
         if file is not None:
             add_output(connection, file)

@@ -47,7 +47,10 @@ def no_room(error: OSError) -> InsufficientStorage | None:
 
 
 class PendingBlob:
-    """A blob that is being written, by one thread at a time. It ends with `keep` or `discard`, or with its process."""
+    """A blob that is being written, by one thread at a time.
+
+    It ends with `keep` or `discard`, or with its process.
+    """
 
     def __init__(self, blobs: "BlobStore", path: Path, fd: int) -> None:
         self._blobs = blobs
@@ -70,7 +73,10 @@ class PendingBlob:
             raise no_room(error) or error from error
 
     def keep(self, file_id: str) -> None:
-        """Make it the blob `file_id`, on disk once this returns. Blocking. Raises like `write`; then discard it."""
+        """Make it the blob `file_id`, on disk once this returns.
+
+        Blocking. Raises like `write`; then discard it.
+        """
         try:
             self._sync()
             self._path.rename(self._blobs.path(file_id))

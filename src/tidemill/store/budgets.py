@@ -35,8 +35,10 @@ class BudgetPeriod(msgspec.Struct, frozen=True):
 
 
 def extend_budget_lease(connection: Connection, *, worker_id: str, period: BudgetPeriod, need: int, slices: int) -> int:
-    """Lease `need` nanos more to a worker, or a `slices`-th of what is free if that is more; all that is free at the
-    most. Returns the nanos granted, 0 when the budget is used up; a budget that was removed binds nobody any more.
+    """Lease `need` nanos more to a worker, or a `slices`-th of what is free if that is more.
+
+    All that is free at the most. Returns the nanos granted, 0 when the budget is used up; a budget that was removed
+    binds nobody any more.
     """
     limit, spent = _locked(connection, period)
     if limit is None:
@@ -122,8 +124,10 @@ def warned(connection: Connection) -> frozenset[tuple[str, str]]:
 
 
 def verify_budgets(connection: Connection, *, zone: str) -> list[str]:
-    """Say of which periods what is kept is not the sum of their records; nothing if all is well. `zone`: the
-    installation's."""
+    """Say of which periods what is kept is not the sum of their records; nothing if all is well.
+
+    `zone`: the installation's.
+    """
     wrong = []
     query = select(limits, budgets.c.period, budgets.c.spent).join(budgets, budgets.c.limit_id == limits.c.limit_id)
     for row in connection.execute(query.order_by(limits.c.limit_id, budgets.c.period)):

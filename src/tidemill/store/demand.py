@@ -39,7 +39,10 @@ def bin_of(unix_s: float) -> int:
 
 
 def refresh_bins(connection: Connection, first: int, *, decode_weight: int) -> None:
-    """Compute the bins from `first` on anew. An answer's token weighs as much as `decode_weight` of a prompt."""
+    """Compute the bins from `first` on anew.
+
+    An answer's token weighs as much as `decode_weight` of a prompt.
+    """
     columns = usage_records.c
     begins = (columns.started_at - columns.started_at % _BIN_US).label("begins")
     work = columns.prompt_tokens - columns.cached_tokens + decode_weight * columns.completion_tokens

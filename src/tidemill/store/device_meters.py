@@ -1,4 +1,6 @@
-"""Meters of device time: begun with a hold, read while they run, ended. Each microsecond is charged once.
+"""Meters of device time: begun with a hold, read while they run, ended.
+
+Each microsecond is charged once.
 
 A reading moves `billed_until` and posts the charge in one transaction, so one that is repeated, or made again after a
 kill, charges nothing twice. The tenant's account is locked before its meters, in this order everywhere.
@@ -212,8 +214,9 @@ def open_meters(
 
 
 def to_be_read(connection: Connection, *, tenant_id: str, before: datetime) -> bool:
-    """Whether device time of a tenant before that instant may still be charged: meters run that were not read since, or
-    a reservation should have begun.
+    """Whether device time of a tenant before that instant may still be charged.
+
+    Meters run that were not read since, or a reservation should have begun.
     """
     running = select(device_meters.c.meter_id).where(
         device_meters.c.tenant_id == tenant_id,

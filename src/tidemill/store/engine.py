@@ -29,7 +29,10 @@ SQLITE_BUSY_TIMEOUT_S = 10
 
 
 class StoreUnavailable(Unavailable):
-    """The database does not answer. The message says why, with the names of hosts and files: for operators only."""
+    """The database does not answer.
+
+    The message says why, with the names of hosts and files: for operators only.
+    """
 
 
 class Store:

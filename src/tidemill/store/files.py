@@ -102,7 +102,10 @@ def list_files(
     after: str | None = None,
     ascending: bool = False,
 ) -> list[File]:
-    """A page of a tenant's files by age, behind the file `after`. Raises NotFound when there is no such file."""
+    """A page of a tenant's files by age, behind the file `after`.
+
+    Raises NotFound when there is no such file.
+    """
     query = select(files).where(files.c.tenant_id == tenant_id, _alive(now))
     if purpose is not None:
         query = query.where(files.c.purpose == purpose)
@@ -117,7 +120,10 @@ def list_files(
 
 
 def delete_file(connection: Connection, *, tenant_id: str, file_id: str, now: datetime) -> None:
-    """Forget a file; its blob is to be removed after the commit. Raises NotFound, Conflict while a batch reads it."""
+    """Forget a file; its blob is to be removed after the commit.
+
+    Raises NotFound, Conflict while a batch reads it.
+    """
     connection.execute(select(files.c.file_id).where(files.c.file_id == file_id).with_for_update())
     find_file(connection, tenant_id=tenant_id, file_id=file_id, now=now)
     reader = connection.execute(

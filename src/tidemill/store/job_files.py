@@ -168,7 +168,9 @@ class JobFiles:
         return sorted(found, key=lambda each: each.path)
 
     def open_artifact(self, job_id: str, path: str) -> int:
-        """Open an artefact for reading; gives its file descriptor. Raises NotFound, also for what lies elsewhere.
+        """Open an artefact for reading; gives its file descriptor.
+
+        Raises NotFound, also for what lies elsewhere.
 
         Each part of the path is opened below the one before and never through a link, so that no name leads out of
         the directory, whatever a job puts there.

@@ -232,7 +232,10 @@ def list_attempts(connection: Connection, job_id: str) -> list[Attempt]:
 
 
 def ask_to_cancel(connection: Connection, job_id: str, *, now: datetime, tenant_id: str | None = None) -> Job:
-    """Have a job cancelled; one that waits is cancelled at once. Raises NotFound; Conflict when it is over."""
+    """Have a job cancelled; one that waits is cancelled at once.
+
+    Raises NotFound; Conflict when it is over.
+    """
     job = find_job(connection, job_id, tenant_id=tenant_id)
     at, waits = to_micros(now), jobs.c.state == JobState.QUEUED.value
     # One statement: it may be put back in the queue at the same time, and what it is once its row is locked decides.

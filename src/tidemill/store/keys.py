@@ -1,4 +1,7 @@
-"""API keys: made here, shown once, stored as a digest. A key may be bound to models and networks, and may expire."""
+"""API keys: made here, shown once, stored as a digest.
+
+A key may be bound to models and networks, and may expire.
+"""
 
 import hashlib
 import secrets
@@ -52,7 +55,10 @@ class Key(msgspec.Struct, frozen=True):
 
 
 def digest_of(secret: str) -> str:
-    """The SHA-256 of a key in hex. A key has 190 random bits, so a slow hash would protect nothing further."""
+    """The SHA-256 of a key in hex.
+
+    A key has 190 random bits, so a slow hash would protect nothing further.
+    """
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
@@ -128,7 +134,9 @@ def revoke_key(connection: Connection, *, key: str, now: datetime) -> Key:
 
 
 def rotate_key(connection: Connection, *, key: str, overlap: timedelta, now: datetime) -> tuple[Key, Key, str]:
-    """Make a successor of a key and let the key expire after `overlap`: (the old key, the new one, its secret).
+    """Make a successor of a key and let the key expire after `overlap`.
+
+    Returns the old key, the new one, and its secret.
 
     The successor has the same name, policies and limits, and lives as long as the old one was made for. Raises
     NotFound, and Conflict for a key that works no more.

@@ -1,4 +1,6 @@
-"""What gateway processes have of the limits per minute and of the concurrency limits: reports in, grants out.
+"""What gateway processes have of the limits per minute and of the concurrency limits.
+
+Reports in, grants out.
 
 One transaction serves any number of limits. Each limit's row is locked first, in the order of their ids, so that two
 processes decide one after the other and never wait for each other in a ring.
@@ -150,12 +152,18 @@ def _write_rows(
 
 
 def release_slots(connection: Connection, worker_id: str) -> None:
-    """Free the slots of a worker that is gone. What it spent of limits per minute goes on counting for its minute."""
+    """Free the slots of a worker that is gone.
+
+    What it spent of limits per minute goes on counting for its minute.
+    """
     connection.execute(delete(slot_shares).where(slot_shares.c.worker_id == worker_id))
 
 
 def rates_in_force(connection: Connection, second: int) -> dict[str, int]:
-    """What counts against each limit per minute in this second, by limit id; permits that gateways hold included."""
+    """What counts against each limit per minute in this second, by limit id.
+
+    Permits that gateways hold included.
+    """
     used: dict[str, int] = {}
     for row in connection.execute(select(rate_shares.c.limit_id, rate_shares.c.booked)):
         used[row.limit_id] = used.get(row.limit_id, 0) + windows.in_force(_decode_booked(row.booked), second)

@@ -1,4 +1,7 @@
-"""Limits: set, listed, removed. What gateways have taken of them is in `store.limit_leases` and `store.budgets`."""
+"""Limits: set, listed, removed.
+
+What gateways have taken of them is in `store.limit_leases` and `store.budgets`.
+"""
 
 from datetime import datetime
 from typing import Any
@@ -16,7 +19,9 @@ from tidemill.suggestions import did_you_mean
 
 
 def set_limit(connection: Connection, wanted: Limit, *, now: datetime) -> Limit:
-    """Put a limit in force. One on the same scope and of the same kind is changed; what was used of it goes on.
+    """Put a limit in force.
+
+    One on the same scope and of the same kind is changed; what was used of it goes on.
 
     The id of `wanted` is not looked at. Returns the limit as it is now.
     """

@@ -58,8 +58,9 @@ def create_reservation(connection: Connection, reservation: Reservation) -> None
 
 
 def find_reservation(connection: Connection, reservation_id: str, *, lock: bool = False) -> Reservation:
-    """A reservation by its id; with `lock` nobody else changes it until the commit. Raises NotFound with the nearest
-    one.
+    """A reservation by its id; with `lock` nobody else changes it until the commit.
+
+    Raises NotFound with the nearest one.
     """
     query = select(reservations).where(reservations.c.reservation_id == reservation_id)
     row = connection.execute(query.with_for_update() if lock else query).first()
@@ -113,7 +114,9 @@ def step_reservation(
 
 
 def give_up(connection: Connection, reservation_id: str, reason: str, *, now: datetime) -> bool:
-    """End a reservation before its time, at `now`, or at its start if that is to come; False when it was over.
+    """End a reservation before its time, at `now`, or at its start if that is to come.
+
+    False when it was over.
 
     Its meter is ended by the job book, at that instant however late it comes to it.
     """

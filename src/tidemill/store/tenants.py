@@ -37,7 +37,10 @@ def check_name(kind: str, name: str) -> str:
 
 
 def create_tenant(connection: Connection, *, name: str, currency: str, now: datetime) -> Tenant:
-    """Add a tenant. Raises Conflict when the name is taken, BadInput or MoneyError when a value is unusable."""
+    """Add a tenant.
+
+    Raises Conflict when the name is taken, BadInput or MoneyError when a value is unusable.
+    """
     name = check_name("tenant", name)
     check_currency(currency)
     if connection.execute(select(tenants.c.tenant_id).where(tenants.c.name == name)).first():

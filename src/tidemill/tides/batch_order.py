@@ -1,5 +1,7 @@
-"""In which order the lines of batches are sent: so that deadlines hold, and lines that begin alike come one after the
-other, so that the beginning is computed once (HyGen's and BlendServe's prefix sharing, arXiv 2501.14808, 2411.16102).
+"""In which order the lines of batches are sent.
+
+So that deadlines hold, and lines that begin alike come one after the other, so that the beginning is computed once
+(HyGen's and BlendServe's prefix sharing, arXiv 2501.14808, 2411.16102).
 
 The two don't conflict as long as time is left: a line whose deadline is further off than *all* lines take together may
 be sent at any place. Those are put by prefix. The others go first, by deadline, and only equal deadlines by prefix. So
@@ -23,8 +25,10 @@ class BatchLineView(msgspec.Struct, frozen=True, gc=False):
 
 
 def order(lines: Sequence[BatchLineView], now: float, rate: float, margin: float = 0.7) -> list[int]:
-    """The places of the lines in the order to send them. `rate` is the work a second that batches get; of the time
-    to a deadline, the share `margin` is counted on."""
+    """The places of the lines in the order to send them.
+
+    `rate` is the work a second that batches get; of the time to a deadline, the share `margin` is counted on.
+    """
     if not lines:
         return []
     total_s = sum(line.work for line in lines) / max(rate, 1e-9)

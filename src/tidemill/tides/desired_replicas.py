@@ -61,7 +61,10 @@ def _by_work(model: ModelView, work: float, have: int, rules: Rules) -> int:
 
 
 def _too_late(model: ModelView, serving: Sequence[ReplicaView], now: float, ready: int, rules: Rules) -> bool:
-    """Whether missed objectives ask for one more replica: the last one has settled, and the others are busy."""
+    """Whether missed objectives ask for one more replica.
+
+    The last one has settled, and the others are busy.
+    """
     if model.late <= 1 - model.objective.percentile + 1e-9 or ready < len(serving) or ready == 0:
         return False
     if any(now - replica.since < rules.late_settle_s for replica in serving):

@@ -1,5 +1,6 @@
-"""What interactive work is to be expected of a model: from its own history, by time of day and weekday, corrected by
-how today goes, and with how wrong that was before.
+"""What interactive work is to be expected of a model.
+
+From its own history, by time of day and weekday, corrected by how today goes, and with how wrong that was before.
 
 No model is trained: the profile of a moment is a weighted median of what came at this time on the days before, recent
 days and the same weekday counting more; the level is that of the last bins relative to their profile, and is believed

@@ -38,8 +38,11 @@ class JobQueue:
             self._push(name)
 
     def _push(self, queue: str) -> None:
-        """A queue whose next job is within its quota goes before one that would borrow; of borrowers, the one that has
-        the least for its weight, so that a large job is not always the last; an urgent one goes first."""
+        """A queue whose next job is within its quota goes before one that would borrow.
+
+        Of borrowers, the one that has the least for its weight, so that a large job is not always the last; an urgent
+        one goes first.
+        """
         jobs = self._jobs[queue]
         if not jobs:
             return

@@ -128,7 +128,10 @@ class SchedulingRound:
 
 
 def _how_many(builder: PlanBuilder, job: JobView, zones: tuple[str, ...]) -> int:
-    """The devices that a job asks for: all, or when it can do with fewer, as many as are free and it may have."""
+    """The devices that a job asks for.
+
+    All, or when it can do with fewer, as many as are free and it may have.
+    """
     count = max(job.devices, 1)
     if job.gang:
         return count
@@ -159,8 +162,11 @@ def _over_limit(share: QueueUse, job: JobView) -> str:
 
 
 def _no_firm_room(builder: PlanBuilder, job: JobView, firm: int) -> str:
-    """What can't be preempted must leave room for all that is guaranteed: it runs within its queue's quota, or on what
-    is nobody's; and beside minimum replicas and reservations, also those to come."""
+    """What can't be preempted must leave room for all that is guaranteed.
+
+    It runs within its queue's quota, or on what is nobody's; and beside minimum replicas and reservations, also those
+    to come.
+    """
     if job.preemptible:
         return ""
     queues, count = builder.queues, least(job)

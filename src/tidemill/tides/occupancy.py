@@ -1,5 +1,7 @@
-"""Who holds which device while a plan is being made, and what can be had: free now, coming free, or from somebody
-who may be preempted."""
+"""Who holds which device while a plan is being made, and what can be had.
+
+Free now, coming free, or from somebody who may be preempted.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping

@@ -1,5 +1,8 @@
-"""Which devices a piece of work gets: the best kind, one node, and nodes that are in use already, so that whole ones
-are left for gangs. A model's minimum of replicas is spread instead, where that costs nobody more."""
+"""Which devices a piece of work gets.
+
+The best kind, one node, and nodes that are in use already, so that whole ones are left for gangs. A model's minimum of
+replicas is spread instead, where that costs nobody more.
+"""
 
 from collections.abc import Collection, Iterable, Sequence
 
@@ -139,8 +142,10 @@ def _must_span(occupancy: Occupancy, request: PlacementRequest, kind: str) -> bo
 
 
 def equal_parts(count: int, largest: int) -> tuple[int, int]:
-    """Nodes, and devices of each, for what is in equal parts on as few nodes as can be. `largest`: devices of the
-    largest node, at least 1."""
+    """Nodes, and devices of each, for what is in equal parts on as few nodes as can be.
+
+    `largest`: devices of the largest node, at least 1.
+    """
     nodes = next(nodes for nodes in range(-(-count // largest), count + 1) if count % nodes == 0)
     return nodes, count // nodes
 
@@ -191,7 +196,10 @@ def _equal_parts(
 def find_preemptions(
     occupancy: Occupancy, layers: Sequence[DevicePool], request: PlacementRequest
 ) -> list[PreemptionCandidate] | None:
-    """The jobs and replicas that lose least if a request preempts them; None when that is not enough either."""
+    """The jobs and replicas that lose least if a request preempts them.
+
+    None when that is not enough either.
+    """
     assert request.may_preempt is not None
     allowed = {candidate.name for candidate in occupancy.candidates.values() if request.may_preempt(candidate)}
     if not allowed:

@@ -49,7 +49,10 @@ class PlanBuilder:
         return job.reservation is not None and job.reservation in self.reserved
 
     def give(self, placement: Placement, work: str, why: str) -> bool:
-        """Preempt those that a placement needs gone. True when it can start now; else its devices are promised."""
+        """Preempt those that a placement needs gone.
+
+        True when it can start now; else its devices are promised.
+        """
         for candidate in placement.victims:
             self._tell(candidate, why)
         if not placement.ready:

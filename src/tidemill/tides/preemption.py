@@ -94,8 +94,10 @@ def preemptible_by_reserved_job(reservation: str) -> PreemptionRule:
 
 
 def preemptible_by_model(model: ModelView, *, below_minimum: bool) -> PreemptionRule:
-    """Jobs and other models' replicas; what another model has above its minimum only for a minimum. Of its own
-    replicas those that are lent to batches."""
+    """Jobs and other models' replicas; what another model has above its minimum only for a minimum.
+
+    Of its own replicas those that are lent to batches.
+    """
 
     def may_preempt(candidate: PreemptionCandidate) -> bool:
         if candidate.replica is not None and candidate.replica.model == model.name:
@@ -106,8 +108,10 @@ def preemptible_by_model(model: ModelView, *, below_minimum: bool) -> Preemption
 
 
 def preemptible_by_batches(queues: QueueQuotas, now: float, rules: Rules) -> PreemptionRule:
-    """For batches that would miss their deadline: replicas that are lent to others, and jobs that borrow, are not
-    urgent and have run for `Rules.min_run_s`."""
+    """For batches that would miss their deadline.
+
+    Replicas that are lent to others, and jobs that borrow, are not urgent and have run for `Rules.min_run_s`.
+    """
 
     def may_preempt(candidate: PreemptionCandidate) -> bool:
         if candidate.job is None:
@@ -132,8 +136,11 @@ def preemptible_by_job(job: JobView, queues: QueueQuotas, now: float, rules: Rul
 
 
 def may_preempt(job: JobView, victim: JobView, queues: QueueQuotas, now: float, rules: Rules) -> bool:
-    """True if a job that waits may preempt a running one. A quota is reclaimed at once, but from a job that would soon
-    be done and whose deadline is urgent: that is waited for as long as any job that has just begun."""
+    """True if a job that waits may preempt a running one.
+
+    A quota is reclaimed at once, but from a job that would soon be done and whose deadline is urgent: that is waited
+    for as long as any job that has just begun.
+    """
     if not victim.preemptible or victim.reservation is not None:
         return False
     held = len(victim.on) or victim.devices

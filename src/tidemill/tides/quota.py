@@ -99,8 +99,10 @@ def is_urgent(job: JobView, now: float, rules: Rules) -> bool:
 
 
 def priority_order(job: JobView, rules: Rules) -> tuple[float, str]:
-    """The order by priority and age: one level of priority is worth `ageing_s` of waiting. It doesn't change while
-    time passes, so that no two jobs ever take devices from each other in turns."""
+    """The order by priority and age: one level of priority is worth `ageing_s` of waiting.
+
+    It doesn't change while time passes, so that no two jobs ever take devices from each other in turns.
+    """
     return (job.submitted_at - job.priority * rules.ageing_s, job.id)
 
 

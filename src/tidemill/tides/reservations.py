@@ -16,7 +16,10 @@ def unmarked(reservation: str) -> str:
 
 
 def keep_reservations(builder: PlanBuilder) -> None:
-    """Set aside what reservations in force, and those that begin soon, are owed; make others give it back in time."""
+    """Set aside what reservations in force, and those that begin soon, are owed.
+
+    Make others give it back in time.
+    """
     for reservation in sorted(builder.snapshot.reservations, key=lambda each: (each.start, each.id)):
         if reservation.end <= builder.now:
             continue
@@ -60,7 +63,10 @@ def _hand_back(builder: PlanBuilder, device: str) -> None:
 
 
 def _call_back(builder: PlanBuilder, reservation: ReservationView, owed: int) -> list[str]:
-    """Free devices are kept for it from a while before its start; others are called back as late as is safe."""
+    """Free devices are kept for it from a while before its start.
+
+    Others are called back as late as is safe.
+    """
     begins_in_s = reservation.start - builder.now
     rules = builder.rules
     work = f"reservation {reservation.id}"
@@ -133,8 +139,10 @@ def lendable(builder: PlanBuilder) -> tuple[str, ...]:
 
 
 def firm_room(builder: PlanBuilder) -> int:
-    """Devices that work which can't be preempted may have: those up, less minimum replicas, and all that is reserved
-    now or will be."""
+    """Devices that work which can't be preempted may have.
+
+    Those up, less minimum replicas, and all that is reserved now or will be.
+    """
     snapshot, occupancy = builder.snapshot, builder.occupancy
     ours = sum(occupancy.total.values())
     minimum = sum(model.min_replicas * model.devices for model in snapshot.models)

@@ -61,7 +61,10 @@ POLICY = RoutingPolicy()
 
 
 class RequestWork(msgspec.Struct, frozen=True, gc=False):
-    """What a request adds to a replica's work in flight: `prefill` until its first token, `decode` until its end."""
+    """What a request adds to a replica's work in flight.
+
+    `prefill` until its first token, `decode` until its end.
+    """
 
     prefill: int
     decode: int
@@ -88,7 +91,9 @@ def choose(
     worst: ReplicaHealth = ReplicaHealth.AVOID,
     policy: RoutingPolicy = POLICY,
 ) -> int | None:
-    """The index of the replica to send a request with `prompt` tokens to; None when none stands at `worst` or better.
+    """The index of the replica to send a request with `prompt` tokens to.
+
+    None when none stands at `worst` or better.
 
     A better standing goes first, then the least cost, then the emptier cache, then the earlier replica.
     """

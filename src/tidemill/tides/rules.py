@@ -4,7 +4,10 @@ import msgspec
 
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True):
-    """What an operator may want to set otherwise; the defaults are those of the simulated fleet (docs/tides.md)."""
+    """What an operator may want to set otherwise.
+
+    The defaults are those of the simulated fleet (docs/tides.md).
+    """
 
     # How many replicas
     target: float = 0.75

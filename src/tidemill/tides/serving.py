@@ -105,8 +105,10 @@ def _staying(builder: PlanBuilder, replicas: Iterable[ReplicaView]) -> list[Repl
 
 
 def in_order_of_leaving(builder: PlanBuilder, replicas: Sequence[ReplicaView], model: ModelView) -> list[ReplicaView]:
-    """Those that are not ready yet, then the least busy, the youngest; last of all a minimum of them that is on as many
-    nodes as it can be."""
+    """Those that are not ready yet, then the least busy, the youngest.
+
+    Last of all a minimum of them that is on as many nodes as it can be.
+    """
     ordered = sorted(
         replicas, key=lambda each: (_PHASE_ORDER[each.phase], each.in_flight + each.filler, -each.since, each.id)
     )
@@ -126,8 +128,10 @@ def _nodes_of(builder: PlanBuilder, devices: Iterable[str]) -> frozenset[str]:
 
 
 def scale_down(builder: PlanBuilder, serving: Serving) -> None:
-    """Stop the replicas that nobody needs, or lend them to batches that have work for them; take those back that people
-    need again."""
+    """Stop the replicas that nobody needs, or lend them to batches that have work for them.
+
+    Take those back that people need again.
+    """
     for replica in serving.unknown:
         builder.evict(
             replica_candidate(replica, PreemptionTier.SURPLUS, 0, 0.0), f"{replica.model} is no longer served"
@@ -215,8 +219,10 @@ def scale_up(builder: PlanBuilder, serving: Serving, sleepers: Sleepers) -> None
 
 
 def _take_back(builder: PlanBuilder, serving: Serving, model: ModelView) -> None:
-    """Replicas lent to batches are taken back where people lack some, which takes no time: for the minimum those on
-    other nodes rather than those beside the ones that people have."""
+    """Replicas lent to batches are taken back where people lack some, which takes no time.
+
+    For the minimum those on other nodes rather than those beside the ones that people have.
+    """
     need, here = serving.needs[model.name], _staying(builder, serving.interactive[model.name])
     missing = need.count - len(here)
     if not builder.rules.lend_replicas or missing <= 0:

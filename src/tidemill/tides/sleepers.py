@@ -29,8 +29,11 @@ class Sleepers:
         self._woken: set[str] = set()
 
     def place(self, request: PlacementRequest, model: str) -> Placement | None:
-        """Devices for a replica of the model: free ones, else such as are coming, else of somebody who is preempted,
-        the least important first; each time a sleeper's own rather than others."""
+        """Devices for a replica of the model.
+
+        Free ones, else such as are coming, else of somebody who is preempted, the least important first; each time a
+        sleeper's own rather than others.
+        """
         occupancy = self._builder.occupancy
         homes = [frozenset(each.devices) for each in self._by_model[model] if each.id not in self._woken]
         if not homes:
@@ -59,8 +62,10 @@ class Sleepers:
         return None
 
     def settle(self) -> None:
-        """At the end of a plan: who is preempted may sleep rather than end, as many of a model as it says; and sleepers
-        that cannot be woken any more end."""
+        """At the end of a plan: who is preempted may sleep rather than end, as many of a model as it says.
+
+        And sleepers that cannot be woken any more end.
+        """
         builder = self._builder
         limit = {model.name: model.sleepers for model in builder.snapshot.models}
         asleep: Counter[str] = Counter()

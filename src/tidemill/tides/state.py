@@ -1,5 +1,7 @@
-"""What the tide sees: devices, models, replicas and work, at one moment. Plain values, from the live fleet or a
-simulated one; instants are seconds of any clock that all of a snapshot shares (live: Unix time).
+"""What the tide sees: devices, models, replicas and work, at one moment.
+
+Plain values, from the live fleet or a simulated one; instants are seconds of any clock that all of a snapshot shares
+(live: Unix time).
 
 Demand and capacity are rates of *work*, in tokens of prefill a second (see `tides.routing.RequestWork`): an answer's
 token weighs as much as `Policy.decode_weight` tokens of a prompt.
@@ -74,8 +76,10 @@ class ReplicaView(msgspec.Struct, frozen=True):
 
 
 class Demand(msgspec.Struct, frozen=True):
-    """Interactive work that is expected, in tokens of prefill a second: over the time that a new replica needs to get
-    ready and the interval after it."""
+    """Interactive work that is expected, in tokens of prefill a second.
+
+    Over the time that a new replica needs to get ready and the interval after it.
+    """
 
     expected: float = 0.0
     high: float = 0.0
@@ -188,7 +192,10 @@ class ReservationView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BacklogView(msgspec.Struct, frozen=True, kw_only=True):
-    """Batches of one model that are not done, most urgent first: (work left in tokens of prefill, deadline)."""
+    """Batches of one model that are not done, most urgent first.
+
+    Each part is (work left in tokens of prefill, deadline).
+    """
 
     model: str
     parts: tuple[tuple[float, float], ...] = ()

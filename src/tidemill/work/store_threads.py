@@ -28,8 +28,9 @@ class StoreThreads:
         return await asyncio.get_running_loop().run_in_executor(self._executor, lambda: call(*args, **kwargs))
 
     async def surely(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call it again and again until it does not fail: for what must be written down, however long the store does
-        not answer.
+        """Call it again and again until it does not fail.
+
+        For what must be written down, however long the store does not answer.
         """
         tries = 0
         while True:

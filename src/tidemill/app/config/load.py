@@ -48,7 +48,10 @@ _PRICES: dict[str, type[msgspec.Struct]] = {"prices": PriceConfig, "device_price
 
 
 def load_config(path: Path | None) -> Config:
-    """Read a configuration file; the default without one. Raises ConfigError with the file and the line or key."""
+    """Read a configuration file; the default without one.
+
+    Raises ConfigError with the file and the line or key.
+    """
     if path is None:
         return default_config()
     try:

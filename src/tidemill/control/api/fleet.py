@@ -126,7 +126,10 @@ async def get_fleet_why(platform: Running) -> Why:
 
 @post("/fleet/drain", status_code=200, responses=FAILURES)
 async def drain_fleet(platform: Running, data: JSONBody[DrainBody]) -> Drained:
-    """Take a node or a device out: nothing new starts there; what runs there goes on elsewhere, or ends in order."""
+    """Take a node or a device out: nothing new starts there.
+
+    What runs there goes on elsewhere, or ends in order.
+    """
     name = check_text("name", data.name, longest=160)
     await platform.drain(name, check_text("why", data.why, longest=512, empty=True))
     return Drained(name, True)

@@ -97,7 +97,10 @@ async def create_key(platform: Running, data: JSONBody[KeyRequest]) -> NewKey:
 
 @post("/keys/rotate", responses=CONFLICT)
 async def rotate_key(platform: Running, data: JSONBody[RotateRequest]) -> RotatedKey:
-    """Make a successor of a key, with its name, policies and limits; the key itself expires after the overlap."""
+    """Make a successor of a key, with its name, policies and limits.
+
+    The key itself expires after the overlap.
+    """
     now = datetime.now(UTC)
     made = await change(
         platform, lambda connection: changes.rotate_key(connection, key=data.key, overlap=data.overlap, now=now)
@@ -107,7 +110,10 @@ async def rotate_key(platform: Running, data: JSONBody[RotateRequest]) -> Rotate
 
 @post("/keys/revoke", status_code=200, responses=FAILURES)
 async def revoke_key(platform: Running, data: JSONBody[RevokeRequest]) -> KeySchema:
-    """Revoke an API key: once this is answered, no gateway takes it any more. Doing it again changes nothing."""
+    """Revoke an API key: once this is answered, no gateway takes it any more.
+
+    Doing it again changes nothing.
+    """
     now = datetime.now(UTC)
     revoked = await change(platform, lambda connection: changes.revoke_key(connection, key=data.key, now=now))
     return convert(revoked, KeySchema)

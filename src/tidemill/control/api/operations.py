@@ -1,4 +1,7 @@
-"""/api/v1/status, /api/v1/meter/reconcile, /api/v1/ledger/check: how the platform does, and whether it counts right."""
+"""/api/v1/status, /api/v1/meter/reconcile, /api/v1/ledger/check.
+
+How the platform does, and whether it counts right.
+"""
 
 from typing import Annotated, Any
 
@@ -74,6 +77,9 @@ class LedgerCheck(Answer):
 
 @get("/ledger/check", responses=FAILURES)
 async def check(platform: Running) -> LedgerCheck:
-    """Compare balances with entries, budgets with usage records, and meters with charges. A big store takes minutes."""
+    """Compare balances with entries, budgets with usage records, and meters with charges.
+
+    A big store takes minutes.
+    """
     found = await read_drained(platform, lambda connection: check_ledger(connection, zone=platform.zone))
     return LedgerCheck(found["equal"], LedgerChecked(**found["checked"]), found["differences"])

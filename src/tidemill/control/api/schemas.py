@@ -1,4 +1,7 @@
-"""What the requests and answers of the admin API have in common. Amounts are decimal strings, never JSON numbers."""
+"""What the requests and answers of the admin API have in common.
+
+Amounts are decimal strings, never JSON numbers.
+"""
 
 from typing import Annotated, Any
 

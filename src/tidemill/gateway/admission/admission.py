@@ -1,4 +1,6 @@
-"""Admission: what a request takes of its tenant's limits, money and turn, before work starts; all of it or nothing.
+"""Admission: what a request takes of its tenant's limits, money and turn, before work starts.
+
+All of it or nothing.
 
 The limits come first (`gateway.admission.rate_limits`), then the money (`gateway.admission.holds`), then, if the model
 is full, the queue (`gateway.admission.fair_queue`).
@@ -138,7 +140,10 @@ class Admission:
         return self._limits.plan(context.principal, context.request.model) if self._limits is not None else None
 
     def _queue(self, context: RequestContext) -> ModelQueue | None:
-        """Where the request may have to wait. A line that goes to a replica lent to batches takes nobody's place."""
+        """Where the request may have to wait.
+
+        A line that goes to a replica lent to batches takes nobody's place.
+        """
         route = context.route
         if self._queues is None or (route.batch_only and context.principal.tier is PriceTier.BATCH and route.lends):
             return None
@@ -182,7 +187,10 @@ class Admission:
 
 
 def _turn(context: RequestContext) -> tuple[str, int, int, Priority]:
-    """What the queue has to know of a request: whose it is, with what weight, how much work, of which class."""
+    """What the queue has to know of a request.
+
+    Whose it is, with what weight, how much work, of which class.
+    """
     request, principal = context.request, context.principal
     work = sum(estimate(request, context.exchange.body))
     return principal.tenant_id, principal.weight, work, priority_of(request, principal)

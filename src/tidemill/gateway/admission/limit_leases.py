@@ -1,4 +1,6 @@
-"""This process's shares of the limits: renewed in the background, so that a request seldom waits for the store.
+"""This process's shares of the limits.
+
+Renewed in the background, so that a request seldom waits for the store.
 
 All that is due is reported in one transaction, and while that is under way, the next gathers. Once a second whatever
 has changed is reported, and what is not needed goes back. A request that finds nothing at hand waits for the next
@@ -227,8 +229,9 @@ class LimitLeases:
             await asyncio.wait([self._task], timeout=STORE_PATIENCE_S)
 
     async def give_back(self) -> None:
-        """At the end of this process: keep no permits. What was spent goes on counting; slots are freed by whoever
-        closes the process's log (`meter.loader`).
+        """At the end of this process: keep no permits.
+
+        What was spent goes on counting; slots are freed by whoever closes the process's log (`meter.loader`).
         """
         self._closing = True
         await self.beat()

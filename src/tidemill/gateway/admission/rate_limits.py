@@ -1,4 +1,6 @@
-"""A tenant's limits at the door of a model: what a request takes of them, and what it is told when there is no more.
+"""A tenant's limits at the door of a model.
+
+What a request takes of them, and what it is told when there is no more.
 
 A request takes one permit of each limit on requests a minute, its estimated tokens of each on tokens a minute, and a
 slot of each on concurrent requests: all of it or nothing. Budgets are purses beside the balance (`meter.leasing`).
@@ -124,7 +126,10 @@ class LimitReservation:
 
 
 class RateLimits:
-    """The limits of one gateway process. `zone` is the operator's time zone, which bounds the days of budgets."""
+    """The limits of one gateway process.
+
+    `zone` is the operator's time zone, which bounds the days of budgets.
+    """
 
     def __init__(self, shares: LimitLeases, zone: str, *, wall: Callable[[], float] = time.time) -> None:
         self.shares = shares
@@ -140,7 +145,10 @@ class RateLimits:
         self.shares.refresh(snapshot.limit_ids)
 
     def plan(self, principal: Principal, model: str) -> BoundLimits | None:
-        """The limits that bind this request; None when none does. The lines of batches are bound by budgets only."""
+        """The limits that bind this request; None when none does.
+
+        The lines of batches are bound by budgets only.
+        """
         if not principal.limits:
             return None
         name = (principal.key_id, model, principal.tier)
@@ -167,7 +175,10 @@ class RateLimits:
         return (principal.tenant_id, *(budget.period(now_us) for budget in plan.budgets))
 
     def enter_now(self, plan: BoundLimits, request: ModelRequest, body: bytes) -> LimitReservation | None:
-        """Take what the request needs if all of it is at hand. The hot path. Raises RateLimited when it never fits."""
+        """Take what the request needs if all of it is at hand.
+
+        The hot path. Raises RateLimited when it never fits.
+        """
         tokens = self._tokens(plan, request, body)
         second = self.shares.second()
         for rate in plan.requests:
@@ -182,7 +193,10 @@ class RateLimits:
         return LimitReservation(self.shares, plan, tokens, second)
 
     def plan_of_count(self, principal: Principal, model: str) -> BoundLimits | None:
-        """What binds a request that only counts: limits on requests a minute, the same as those of its messages."""
+        """What binds a request that only counts.
+
+        Limits on requests a minute, the same as those of its messages.
+        """
         plan = self.plan(principal, model)
         if plan is None or not plan.requests:
             return None
@@ -262,7 +276,10 @@ class RateLimits:
         return "".join(lines).encode("ascii", "replace")
 
     def _tokens(self, plan: BoundLimits, request: ModelRequest, body: bytes) -> int:
-        """The tokens to take of the limits on tokens a minute. Raises RateLimited for a prompt that never fits."""
+        """The tokens to take of the limits on tokens a minute.
+
+        Raises RateLimited for a prompt that never fits.
+        """
         if not plan.tokens:
             return 0
         prompt, answer = estimate(request, body)

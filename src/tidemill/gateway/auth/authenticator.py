@@ -77,8 +77,10 @@ class Authenticator:
         return self.admit(exchange) or await self._refresh_and_admit(exchange)
 
     async def _refresh_and_admit(self, exchange: Exchange) -> Principal:
-        """Refresh the snapshot and look the key up again: it may have been made a moment ago, and may be a good one
-        even if the store does not answer."""
+        """Refresh the snapshot and look the key up again.
+
+        It may have been made a moment ago, and may be a good one even if the store does not answer.
+        """
         may_ask = time.monotonic() - self._asked_at > ASK_EVERY_S
         if self._renewing is not None:  # it may have looked a moment before now
             await asyncio.wait([self._renewing], timeout=STORE_PATIENCE_S)
@@ -95,8 +97,9 @@ class Authenticator:
         return principal
 
     def price(self, model: str, principal: Principal) -> PricePoint:
-        """The price in force for a tenant. Raises BadRequest when the model is not sold in its currency, NotAllowed
-        when it is not for this key.
+        """The price in force for a tenant.
+
+        Raises BadRequest when the model is not sold in its currency, NotAllowed when it is not for this key.
         """
         if principal.rules is not None:
             principal.rules.check_model(model)

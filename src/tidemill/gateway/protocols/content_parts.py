@@ -1,4 +1,6 @@
-"""What a model answers, as a row of parts: thinking, text and tool calls. OpenAI's chat chunks are taken apart here.
+"""What a model answers, as a row of parts: thinking, text and tool calls.
+
+OpenAI's chat chunks are taken apart here.
 
 Anthropic's Messages and OpenAI's Responses both write an answer as such a row, each part opened, filled piece by piece,
 and closed. A `StreamWriter` says how; `PartStream` calls it, event by event, and keeps nothing of what has passed.
@@ -27,7 +29,10 @@ class PartKind(Enum):
 
 
 class AnswerPart(msgspec.Struct):
-    """One part of an answer. `text` is filled only when the answer is whole; of a call it is its arguments."""
+    """One part of an answer.
+
+    `text` is filled only when the answer is whole; of a call it is its arguments.
+    """
 
     kind: PartKind
     index: int
@@ -212,7 +217,10 @@ class PartStream:
         out.append(self._writer.piece(part, text, logprobs))
 
     def _call(self, call: _Call, out: list[bytes]) -> None:
-        """A piece of a tool call. Its index tells which; engines that send none send whole calls, or one at a time."""
+        """A piece of a tool call.
+
+        Its index tells which; engines that send none send whole calls, or one at a time.
+        """
         function = call.function or _Function()
         index = call.index
         if index is None:

@@ -1,4 +1,6 @@
-"""Reading the members of a JSON object that is left undecoded: one pass, and only what is asked for is decoded.
+"""Reading the members of a JSON object that is left undecoded.
+
+One pass, and only what is asked for is decoded.
 
 Each reader raises BadRequest, which names the parameter.
 """

@@ -1,4 +1,6 @@
-"""JSON strings that pass from one API's form to another's undecoded: told apart, joined and quoted again.
+"""JSON strings that pass from one API's form to another's undecoded.
+
+Told apart, joined and quoted again.
 
 A text that an engine or a client has written is valid JSON already. Taking it apart to put it together again would
 cost a copy and an escape of each chunk; between its quotation marks it can stay as it is.

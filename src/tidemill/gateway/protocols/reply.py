@@ -13,7 +13,10 @@ class Reply(Protocol):
     """Writes one answer in the form of its endpoint."""
 
     def events(self, events: bytes, counts: TokenCounts) -> bytes:
-        """Whole events of the engine's stream, as the client shall get them; `counts` is what it counted so far."""
+        """Whole events of the engine's stream, as the client shall get them.
+
+        `counts` is what it counted so far.
+        """
         ...
 
     def end(self, counts: TokenCounts) -> bytes:

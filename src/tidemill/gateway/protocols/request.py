@@ -112,7 +112,10 @@ def size_of(fields: Fields) -> int:
 
 
 def _prompt_count(value: msgspec.Raw, name: str) -> int:
-    """How many prompts a `prompt` or `input` holds: a string or a list of token ids is one. Raises BadRequest."""
+    """How many prompts a `prompt` or `input` holds: a string or a list of token ids is one.
+
+    Raises BadRequest.
+    """
     first = memoryview(value)[0]
     if first == ord('"'):
         return 1

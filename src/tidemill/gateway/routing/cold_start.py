@@ -1,4 +1,6 @@
-"""Waiting for a model that has no replica now: the request that asks for it is what wakes it, and is answered.
+"""Waiting for a model that has no replica now.
+
+The request that asks for it is what wakes it, and is answered.
 
 A model at zero replicas (`ModelSpec.wakes`) costs nothing; its first request waits here, before it holds any money or
 place, while the fleet starts a replica. So many may wait, and so long, as the model says; a client that leaves frees

@@ -1,4 +1,6 @@
-"""What a gateway process sees of each model's traffic, as the tide needs it: counts since the last report.
+"""What a gateway process sees of each model's traffic, as the tide needs it.
+
+Counts since the last report.
 
 The hot path adds integers; nothing is kept for a single request.
 """

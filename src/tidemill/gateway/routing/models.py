@@ -115,8 +115,10 @@ class ModelRoute:
         self.batch_only = [replica for replica in replicas if replica.spec.batch_only]
 
     def open_to(self, filler: bool) -> list[RoutedReplica]:
-        """The replicas that a request may go to. A batch's line (`filler`) keeps to those that are lent to batches,
-        as long as there is one."""
+        """The replicas that a request may go to.
+
+        A batch's line (`filler`) keeps to those that are lent to batches, as long as there is one.
+        """
         return self.batch_only if filler and self.batch_only and self.lends else self.ordinary
 
     @property
@@ -174,7 +176,10 @@ class ModelRoute:
         return replica if replica.breaker.calm else None
 
     def pick(self) -> RoutedReplica:
-        """A ready replica with the fewest requests in flight, for small work beside the requests. Raises NoReplica."""
+        """A ready replica with the fewest requests in flight, for small work beside the requests.
+
+        Raises NoReplica.
+        """
         ready = [replica for replica in self.ordinary if replica.spec.ready]
         if not ready:
             raise self.no_replica(0.0)

@@ -1,4 +1,6 @@
-"""What the caches of the engines hold, as far as the requests that went there tell: hashes of prompts' beginnings.
+"""What the caches of the engines hold, as far as the requests that went there tell.
+
+Hashes of prompts' beginnings.
 
 A prompt is hashed as raw JSON, never decoded, up to edges that lie a block or a sixteenth of the way apart. So a
 prompt of 500 KB has about a hundred keys, and its common part with another one is known to within 6%. Each key covers

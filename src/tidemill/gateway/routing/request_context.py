@@ -1,4 +1,7 @@
-"""What is known of a request from its key and its body on: one struct that admission, routing and proxy share."""
+"""What is known of a request from its key and its body on.
+
+One struct that admission, routing and proxy share.
+"""
 
 from tidemill.gateway.auth.snapshot import PricePoint, Principal
 from tidemill.gateway.protocols.request import ModelRequest

@@ -178,7 +178,10 @@ class RouteSelector:
         return ReplicaAttempt(replicas[chosen], self._prompt, views[chosen].cached, keys, filler=self._filler)
 
     def _session(self) -> int | None:
-        """What the client says belongs together, within its tenant: requests that share a session share a home."""
+        """What the client says belongs together, within its tenant.
+
+        Requests that share a session share a home.
+        """
         given = self._context.exchange.headers.get(b"x-session-id")
         if given is None:
             fields = self._context.request.ask.fields
@@ -189,7 +192,10 @@ class RouteSelector:
         return spread_key(b"%b\0%b" % (self._context.principal.tenant_id.encode(), given))
 
     def _split_key(self) -> int:
-        """A session stays in its arm; without one, the tenant does (for vectors always: they must be comparable)."""
+        """A session stays in its arm.
+
+        Without one, the tenant does (for vectors always: they must be comparable).
+        """
         session = self._session() if self._context.request.ask.generates else None
         if session is None:
             session = spread_key(self._context.principal.tenant_id.encode())

@@ -1,4 +1,6 @@
-"""What the gateway processes of one machine tell each other of replicas: prompts that were sent, and work in flight.
+"""What the gateway processes of one machine tell each other of replicas.
+
+Prompts that were sent, and work in flight.
 
 A file in memory that all of them map. Each writes to a part of its own and reads those of the others; nobody locks,
 nobody waits, and no system call is made. All of it is a hint: what is lost or half-written costs a cache hit, never

@@ -1,4 +1,6 @@
-"""The tables, by subject. Amounts are nanos in 64-bit integers; instants are integers of microseconds since 1970 UTC.
+"""The tables, by subject.
+
+Amounts are nanos in 64-bit integers; instants are integers of microseconds since 1970 UTC.
 
 Instants are integers because SQLite has no timestamp type and a text form sorts only while every writer agrees
 on it. `tidemill.clock` converts at the edge. Importing this package loads every table, as migrations need it.

@@ -114,7 +114,10 @@ class ActiveBatch:
         self._tries.pop(place, None)
 
     def give_up_rest(self) -> None:
-        """Write down that the lines without a result were not executed. Blocking. Raises OSError; may be repeated."""
+        """Write down that the lines without a result were not executed.
+
+        Blocking. Raises OSError; may be repeated.
+        """
         if self.outcome is BatchStatus.EXPIRED and len(self.results.done) == len(self.index):
             self.outcome = BatchStatus.COMPLETED  # the last line was just in time
         failure = _GIVEN_UP.get(self.outcome)
@@ -130,8 +133,11 @@ class ActiveBatch:
 
 
 def in_order(index: LineIndex, deadline: float) -> list[int]:
-    """The places of a batch's lines in the order to send them: as they come in the file, but those whose prompts begin
-    alike one after the other, so that an engine computes the beginning once."""
+    """The places of a batch's lines in the order to send them.
+
+    As they come in the file, but those whose prompts begin alike one after the other, so that an engine computes the
+    beginning once.
+    """
     if not any(index.beginnings):
         return list(range(len(index)))
     lines = [BatchLineView(0.0, deadline, str(each) if each else "") for each in index.beginnings]

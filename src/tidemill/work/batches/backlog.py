@@ -1,4 +1,7 @@
-"""How much work the unfinished batches still are, by model and deadline: what the fleet is planned for."""
+"""How much work the unfinished batches still are, by model and deadline.
+
+What the fleet is planned for.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -37,8 +40,10 @@ def backlogs(batches: Iterable[ActiveBatch], waiting: Iterable[Batch]) -> list[B
 
 
 def line_work(active: ActiveBatch) -> float:
-    """The work of one line of a batch, tokens of prefill: the mean of those that are done; before there are enough, by
-    the bytes of the file."""
+    """The work of one line of a batch, tokens of prefill: the mean of those that are done.
+
+    Before there are enough, by the bytes of the file.
+    """
     counts = active.results.counts
     if counts.completed >= MIN_DONE and counts.input_tokens + counts.output_tokens > 0:
         work = counts.input_tokens - counts.cached_tokens + POLICY.decode_weight * counts.output_tokens

@@ -111,7 +111,10 @@ class Lifecycle:
         active.close()
 
     def sweep(self, *, orphans: bool) -> None:
-        """Remove files whose time is over and what killed processes have left; `orphans`: blobs without a row too."""
+        """Remove files whose time is over and what killed processes have left.
+
+        `orphans`: blobs without a row too.
+        """
         while True:
             with self._store.write() as connection:
                 expired = delete_expired(connection, site=self._blobs.site, now=PROCESS_CLOCK.now())

@@ -172,7 +172,10 @@ class BatchRunner:
                     await asyncio.to_thread(self._lifecycle.note, active)
 
     def _dispatch(self) -> None:
-        """Begin as many lines as there are slots for, the most urgent batch's first; end batches that are done."""
+        """Begin as many lines as there are slots for, the most urgent batch's first.
+
+        End batches that are done.
+        """
         now = asyncio.get_running_loop().time()
         batches = sorted(self._active.values(), key=lambda active: active.deadline)
         if not self._full:

@@ -7,7 +7,10 @@ class Slack(Protocol):
     """Admission of filler work."""
 
     def slots(self, model: str) -> int:
-        """How many lines of batches may be in flight at a model now, in all. May change from one moment to the next."""
+        """How many lines of batches may be in flight at a model now, in all.
+
+        May change from one moment to the next.
+        """
         ...
 
 
@@ -27,7 +30,10 @@ class ConfiguredSlack:
 
 
 class TideSlack(ConfiguredSlack):
-    """As many as the tide says, for the models that it says something of (`app.tide`); else the configured number."""
+    """As many as the tide says, for the models that it says something of (`app.tide`).
+
+    Else the configured number.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,6 @@
-"""One attempt at a job after the other: begun, run, settled; recovered where an earlier process has left it.
+"""One attempt at a job after the other: begun, run, settled.
+
+Recovered where an earlier process has left it.
 
 Whatever happens to one, its devices come back, what it has used is billed, and the other jobs go on.
 """
@@ -149,8 +151,9 @@ class AttemptRunner:
         self._let_go(active)
 
     async def take_up(self, active: ActiveJob) -> None:
-        """It has devices as far as the store knows, and nobody sees to it: since a kill, or as the answer to the commit
-        of its beginning was lost.
+        """It has devices as far as the store knows, and nobody sees to it.
+
+        Since a kill, or as the answer to the commit of its beginning was lost.
         """
         recovery = JobRecovery(self._store, self._files, self._ledger, active.job)
         attempt = await self._threads.do(recovery.attempt)

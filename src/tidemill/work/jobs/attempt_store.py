@@ -1,5 +1,7 @@
-"""What the job controller writes into the store: attempts begun and ended together with their meters. Blocks on the
-store."""
+"""What the job controller writes into the store: attempts begun and ended together with their meters.
+
+Blocks on the store.
+"""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -96,7 +98,9 @@ class AttemptStore:
             return start_meters(connection, job_id=attempt.job_id, attempt=attempt.attempt, at=now)
 
     def begin_billing(self, job: Job, attempt: Attempt, now: datetime) -> list[DeviceMeter]:
-        """The reservation that it ran on is over: bill it like any other from there on, however late that is noticed.
+        """The reservation that it ran on is over.
+
+        Bill it like any other from there on, however late that is noticed.
 
         Gives its meters: none when it has ended by now, those that there are when this is repeated. Raises
         InsufficientBalance, NoPrice.

@@ -86,7 +86,10 @@ class JobController:
     # What the tide sees and says
 
     def on_change(self, changed: Callable[[], None]) -> None:
-        """`changed` is called when a job, queue or reservation has come, gone or changed: a reason to plan anew."""
+        """`changed` is called when a job, queue or reservation has come, gone or changed.
+
+        A reason to plan anew.
+        """
         self._listeners.append(changed)
 
     def views(self) -> Sequence[JobView]:
@@ -138,15 +141,18 @@ class JobController:
     # Open, close
 
     async def open(self) -> None:
-        """Recover what is unfinished. Returns once what an earlier process has left is known; its devices may still be
-        held until their processes have ended.
+        """Recover what is unfinished.
+
+        Returns once what an earlier process has left is known; its devices may still be held until their processes have
+        ended.
         """
         await self._look()
         self._tasks = [asyncio.create_task(self._keep_looking()), asyncio.create_task(self._keep_billing())]
 
     async def close(self, grace_s: float | None = None) -> None:
-        """Have every job checkpoint and end, within its own grace or `grace_s` if that is less; all go on at the next
-        start. Returns when they have ended and are billed.
+        """Have every job checkpoint and end, within its own grace or `grace_s` if that is less.
+
+        All go on at the next start. Returns when they have ended and are billed.
         """
         if self._closing is None:
             self._attempts.closing = True

@@ -1,4 +1,7 @@
-"""On which kinds of devices a job may run: those that it names, and that have a price in its tenant's currency."""
+"""On which kinds of devices a job may run.
+
+Those that it names, and that have a price in its tenant's currency.
+"""
 
 from collections.abc import Mapping
 
@@ -13,7 +16,9 @@ UNPRICED = "none-has-a-price"
 
 
 def kinds_of(job: Job, currency: str, prices: DevicePrices) -> tuple[str, ...]:
-    """The kinds for a job, the best first. One that names none is not for processors as long as there is anything else.
+    """The kinds for a job, the best first.
+
+    One that names none is not for processors as long as there is anything else.
 
     On what its tenant has reserved it runs without a price.
     """

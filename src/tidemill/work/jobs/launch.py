@@ -1,4 +1,6 @@
-"""One attempt at a job: its processes started, watched, asked to go, and how it ended. Knows nothing of money or store.
+"""One attempt at a job: its processes started, watched, asked to go, and how it ended.
+
+Knows nothing of money or store.
 
 A gang is one: when one of its processes fails or is lost, the others are ended too. A process is one for each node, or
 with `per_device` one for each device; ranks count from 0 in the order of the devices.

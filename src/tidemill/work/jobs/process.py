@@ -1,4 +1,6 @@
-"""The last step before a job's command: a clean environment, another user if there shall be one, then exec.
+"""The last step before a job's command.
+
+A clean environment, another user if there shall be one, then exec.
 
     python -I -S job_exec.py '{"argv": ["python", "train.py"], "user": null}'
 

@@ -1,4 +1,6 @@
-"""What an earlier process of the platform has left of a job: how its attempt ended, and for how long it had run.
+"""What an earlier process of the platform has left of a job.
+
+How its attempt ended, and for how long it had run.
 
 After a kill of the platform alone, the shims see to the end of their commands within the jobs' grace and write it down.
 After a kill of everything, or the loss of the machine, nobody has: then the attempt counts up to its last reading.

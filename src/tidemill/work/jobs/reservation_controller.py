@@ -1,4 +1,6 @@
-"""Reservations as they come and go: begun and billed on time, ended on time, or when the balance is used up.
+"""Reservations as they come and go.
+
+Begun and billed on time, ended on time, or when the balance is used up.
 
 All blocks on the store, in one thread at a time. A reservation is billed for its booked time, from `starts_at` on, used
 or not: also for the time in which the platform did not run, as the devices were kept all the same.

@@ -55,7 +55,10 @@ class CostConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class DevicePriceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[device_prices.KIND]` or `[device_prices.KIND.CNY]`: amounts for a device and hour, written as strings."""
+    """`[device_prices.KIND]` or `[device_prices.KIND.CNY]`.
+
+    Amounts for a device and hour, written as strings.
+    """
 
     hour: str
     preemptible_hour: str | None = None

@@ -156,7 +156,10 @@ def _check_upstream(key: str, model: ModelConfig) -> None:
 
 
 def _is_address(text: str) -> bool:
-    """True if an HTTP client can go there. The gateway processes would find out too, but only once they start."""
+    """True if an HTTP client can go there.
+
+    The gateway processes would find out too, but only once they start.
+    """
     try:
         parts = urlsplit(text)
         port = parts.port

@@ -1,4 +1,7 @@
-"""What models say of each other: aliases, fallbacks, splits, and prices against costs. See docs/routing.md."""
+"""What models say of each other: aliases, fallbacks, splits, and prices against costs.
+
+See docs/routing.md.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -75,7 +78,10 @@ def _check_other(key: str, name: str, other: str, models: Mapping[str, ModelConf
 
 
 def _check_loss(key: str, model: ModelConfig, other: str, target: ModelConfig) -> None:
-    """Whether the price covers the cost is known per tenant; that there is a cost to compare with, already here."""
+    """Whether the price covers the cost is known per tenant.
+
+    That there is a cost to compare with, already here.
+    """
     if target.cost is None and target.bills_tokens and not model.allow_loss:
         raise ConfigError(
             f"{key}: the cost of {other!r} is not known, so requests might be sold at a loss.",

@@ -10,7 +10,10 @@ T = TypeVar("T")
 
 
 def require_range(key: str, value: float, low: float, high: float, unit: str = "") -> None:
-    """Raises ConfigError unless `low <= value <= high`; NaN is refused. `unit` follows the bounds in the message."""
+    """Raises ConfigError unless `low <= value <= high`; NaN is refused.
+
+    `unit` follows the bounds in the message.
+    """
     if not low <= value <= high:
         bounds = f"{_shown(low)} to {_shown(high)}{unit and ' '}{unit}"
         raise ConfigError(f"{key} must be from {bounds}, not {_shown(value)}.")

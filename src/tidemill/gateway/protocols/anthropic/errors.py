@@ -24,7 +24,10 @@ _TYPES = {
 
 
 def error_body(error: TidemillError, request_id: str) -> bytes:
-    """The JSON body of an error answer. `code` and `param` are as in the OpenAI form, for whoever looks for them."""
+    """The JSON body of an error answer.
+
+    `code` and `param` are as in the OpenAI form, for whoever looks for them.
+    """
     kind = _TYPES.get(error.status) or ("invalid_request_error" if error.status < 500 else "api_error")
     detail = {"type": kind, "message": str(error), "code": error.code}
     if error.param is not None:

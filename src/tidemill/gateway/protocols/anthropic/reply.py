@@ -161,7 +161,10 @@ class AnthropicReply:
 
 
 def _input_of(arguments: msgspec.Raw) -> msgspec.Raw:
-    """A tool call's arguments as an object; what is no object is wrapped as Anthropic's documentation says."""
+    """A tool call's arguments as an object.
+
+    What is no object is wrapped as Anthropic's documentation says.
+    """
     text = plain(arguments)
     if not text.strip():
         return msgspec.Raw(b"{}")

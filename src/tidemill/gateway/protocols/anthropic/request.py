@@ -1,4 +1,6 @@
-"""Reading Anthropic's Messages requests: translated to an OpenAI chat, so that every engine understands them.
+"""Reading Anthropic's Messages requests.
+
+Translated to an OpenAI chat, so that every engine understands them.
 
 Parameters that have a counterpart are translated, those that mean something only at Anthropic are refused by name,
 and those that are not known pass through. The messages themselves are in `anthropic_messages`.

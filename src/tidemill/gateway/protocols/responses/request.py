@@ -1,4 +1,6 @@
-"""Reading requests of OpenAI's Responses API: translated to an OpenAI chat, so that every engine understands them.
+"""Reading requests of OpenAI's Responses API.
+
+Translated to an OpenAI chat, so that every engine understands them.
 
 Parameters that have a counterpart are translated, those that only OpenAI's own service can honour are refused by
 name, and those that are not known pass through. The input items are in `responses_items`.
@@ -249,7 +251,10 @@ def _text(fields: Fields, chat: Fields) -> None:
 
 
 def _reasoning(fields: Fields, chat: Fields) -> None:
-    """Effort. A summary is not written, as the whole reasoning is in the answer: 'auto' is content with that."""
+    """Effort.
+
+    A summary is not written, as the whole reasoning is in the answer: 'auto' is content with that.
+    """
     reasoning = object_of(fields, "reasoning")
     if given(reasoning, "effort"):
         chat["reasoning_effort"] = reasoning["effort"]
