@@ -66,13 +66,6 @@ def test_the_operator_page_names_every_key_of_the_configuration() -> None:
             assert f"`{key}`" in page or f"`[{key}" in page, f"{key} of {struct.__name__}"
 
 
-def test_the_architecture_page_names_files_that_exist() -> None:
-    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
-    policies = (ROOT / "docs/policies.md").read_text(encoding="utf-8")
-    for name in re.findall(r"`((?:\w+/)+\w+\.py)`", page + policies):
-        assert (ROOT / ("" if name.startswith("tests/") else "src/tidemill") / name).is_file(), name
-
-
 def test_the_api_page_names_every_route(embedded: Platform) -> None:
     page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
     routes = httpx.get(f"http://127.0.0.1:{embedded.port}/").json()["routes"]

@@ -5,9 +5,9 @@ import pytest
 
 from tests.planner.test_fleet_model import SPEC
 from tidemill.planner.arrivals import ArrivalBin, Day, Trace, history_of, requests_of
+from tidemill.planner.model_run import DemandStream
 from tidemill.planner.policies import SchedulingPolicy, alone, kueue_like, reactive, static, tide
 from tidemill.planner.scenario import a_day, fleet, peak_replicas
-from tidemill.planner.served import DemandStream
 from tidemill.planner.simulate import Scenario, Simulation, SimulationResult
 from tidemill.planner.work_model import SimJob, SimulatedBatchSpec, SimulatedJobSpec
 from tidemill.tides.rules import RULES

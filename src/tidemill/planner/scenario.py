@@ -13,7 +13,7 @@ import msgspec
 
 from tidemill.planner.arrivals import Day, Trace, daily_curve, history_of, requests_of
 from tidemill.planner.fleet_model import SimulatedModel
-from tidemill.planner.served import FORECAST_S, DemandStream
+from tidemill.planner.model_run import FORECAST_S, DemandStream
 from tidemill.planner.simulate import Scenario
 from tidemill.planner.work_model import SimulatedBatchSpec, SimulatedJobSpec
 from tidemill.tides.forecast import DAY_S

@@ -12,8 +12,8 @@ import random
 import msgspec
 
 from tidemill.planner.fleet_model import SimulatedLoad
+from tidemill.planner.model_run import FORECAST_S, DemandStream, ServedModel
 from tidemill.planner.policies import SchedulingPolicy
-from tidemill.planner.served import FORECAST_S, DemandStream, ServedModel
 from tidemill.planner.work_model import SimBatch, SimJob, SimulatedBatchSpec, SimulatedJobSpec
 from tidemill.tides.forecast import DemandSeries, forecast
 from tidemill.tides.state import (

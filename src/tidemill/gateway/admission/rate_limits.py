@@ -24,7 +24,7 @@ from tidemill.gateway.protocols.request import ModelRequest
 from tidemill.ledger.limits import Limit, LimitKind, scope_of, span_of, title_of
 from tidemill.ledger.money import format_amount
 from tidemill.ledger.pricing import PriceTier
-from tidemill.ledger.windows import WINDOW_S
+from tidemill.ledger.windows import RATE_WINDOW_S
 from tidemill.meter.balance_leases import PurseId
 from tidemill.store.budgets import BudgetPeriod
 
@@ -290,7 +290,7 @@ class RateLimits:
                 f"This request is too large for {scope_of(limit)}: its prompt is taken for {prompt:,} tokens, and the"
                 f" limit is {title_of(limit, '')}.",
                 hint="Send a shorter prompt, or ask your operator to raise the limit.",
-                retry_after_s=WINDOW_S,
+                retry_after_s=RATE_WINDOW_S,
             )
         return min(prompt + answer, fewest)
 
@@ -320,5 +320,5 @@ def estimate(request: ModelRequest, body: bytes) -> tuple[int, int]:
 def _tightest(what: bytes, rates: tuple[RateLease, ...], second: int) -> LimitState:
     """The rate with the least left."""
     tightest = min(rates, key=lambda rate: rate.remaining(second)) if len(rates) > 1 else rates[0]
-    reset_s = max(tightest.share.last_used + WINDOW_S + 1 - second, 0)
+    reset_s = max(tightest.share.last_used + RATE_WINDOW_S + 1 - second, 0)
     return LimitState(what, tightest.limit.amount, tightest.remaining(second), reset_s)

@@ -1,0 +1,45 @@
+"""What pages and docstrings say: files that they name exist, and a docstring begins with one short line."""
+
+import re
+from pathlib import Path
+
+from tests.source.allowed import LONG_FIRST_LINES
+from tests.source.tree import SOURCE, Source
+from tests.support.paths import ROOT
+
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]
+FIRST_LINE = 100
+FILE = re.compile(r"`((?:[\w.-]+/)+[\w-]+\.(?:py|toml|md))`")
+"""A path of a file, as pages name it; one without a folder is a file of the reader's."""
+
+
+def missing_files(page: Path, *roots: Path) -> list[str]:
+    """Files that a page names and that are below none of these directories."""
+    named = FILE.findall(page.read_text(encoding="utf-8"))
+    return [name for name in named if not any((root / name).is_file() for root in roots)]
+
+
+def long_first_lines(source: Source) -> list[tuple[str, str]]:
+    return [(file, line) for file, line in source.first_lines() if len(line) > FIRST_LINE]
+
+
+def test_files_that_the_pages_name_exist() -> None:
+    roots = (ROOT / "src/tidemill", ROOT)
+    missing = {page.relative_to(ROOT).as_posix(): found for page in PAGES if (found := missing_files(page, *roots))}
+    assert missing == {}
+
+
+def test_a_docstring_begins_with_one_line_of_at_most_100_characters() -> None:
+    """The first line says what a caller gets; what else there is to say follows in a paragraph."""
+    found = long_first_lines(SOURCE)
+    assert len(found) <= LONG_FIRST_LINES, f"begin these with a short line, or others of {len(found)}: {found[:20]}"
+    assert len(found) > LONG_FIRST_LINES - 10, f"write {len(found)} into LONG_FIRST_LINES: it may only shrink"
+
+
+def test_these_rules_can_fail(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("See `a/b.py` and `a/gone.py`, and write `tidemill.toml`.")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/b.py").write_text(f'"""{"x" * 101}"""\n\ndef f():\n    """{"x" * 100}"""\n')
+    assert missing_files(page, tmp_path) == ["a/gone.py"]
+    assert [file for file, _ in long_first_lines(Source(tmp_path))] == ["a/b.py"]
