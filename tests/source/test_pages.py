@@ -29,6 +29,20 @@ def test_files_that_the_pages_name_exist() -> None:
     assert missing == {}
 
 
+def test_each_term_of_the_glossary_has_a_line_and_a_file() -> None:
+    rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \|$", (ROOT / "docs/glossary.md").read_text("utf-8"), re.MULTILINE)
+    terms = {term: (meaning, file) for term, meaning, file in rows if term not in ("term", "---")}
+    assert len(terms) >= 30 and list(terms) == sorted(terms, key=lambda term: term.removeprefix("the "))
+    assert all(FILE.fullmatch(file) for _, file in terms.values())
+
+
+def test_each_decision_is_in_the_index_with_its_status_and_date() -> None:
+    index = (ROOT / "docs/decisions/README.md").read_text(encoding="utf-8")
+    for page in sorted(ROOT.glob("docs/decisions/0*.md")):
+        row = rf"^\| \[{page.name[:4]}\]\({re.escape(page.name)}\) \| .+ \| .+ \| \d{{4}}-\d\d-\d\d \|$"
+        assert re.search(row, index, re.MULTILINE), f"{page.name} is not in docs/decisions/README.md"
+
+
 def test_a_docstring_begins_with_one_line_of_at_most_100_characters() -> None:
     """The first line says what a caller gets; what else there is to say follows in a paragraph."""
     found = long_first_lines(SOURCE)
