@@ -1,4 +1,6 @@
-"""Wall-clock time: a clock that tolerates jumps, and instants as aware UTC datetimes or as integers of microseconds.
+"""Wall-clock time: a clock that tolerates jumps, and instants as datetimes or microseconds.
+
+Datetimes are aware UTC; microseconds are integers since 1970.
 
 Durations are measured by the monotonic clock everywhere. `JumpTolerantClock` is for instants that people have named:
 one jump of the wall clock must not expire a deadline or end a reservation.

@@ -1,4 +1,6 @@
-"""The batch runner's process: `python -m tidemill.app.batch_worker`, started and spoken to by the supervisor.
+"""The batch runner's process, started and spoken to by the supervisor.
+
+Run as `python -m tidemill.app.batch_worker`.
 
 The supervisor writes JSON lines to its standard input: first a `RunnerSpec`, then `RunnerCommand`s. The end of
 standard input is the supervisor's death; what is in flight may then end for a moment, and the process goes too.
@@ -199,7 +201,10 @@ async def _obey(commands: Commands, known: RunnerModels, more: Callable[[], None
 
 
 async def _close(runner: BatchRunner, commands: Commands, grace_s: float) -> None:
-    """Let lines in flight end for `grace_s` seconds, or less when the supervisor says stop once more or dies."""
+    """Let lines in flight end for `grace_s` seconds.
+
+    It is less when the supervisor says stop once more or dies.
+    """
     closing = asyncio.create_task(runner.close(grace_s))
     await finish_within(closing, commands, RunnerCommand, orphan_grace_s=_ORPHAN_GRACE_S)
     if not closing.done():

@@ -38,7 +38,9 @@ class FirstTenant(NamedTuple):
 
 
 def prepare_store(store: Store, config: Config, keep_key: Callable[[str], None]) -> FirstTenant | None:
-    """Bring the store up to date with the program and the configuration, in one transaction after the migration.
+    """Bring the store up to date with the program and the configuration.
+
+    It is one transaction after the migration.
 
     Returns the first tenant when it was made now. Its key is handed to `keep_key` before the commit, as a kill behind
     it would leave a tenant whose key nobody knows. Raises ConfigError when the configuration contradicts the store.

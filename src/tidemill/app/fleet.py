@@ -150,7 +150,10 @@ class Fleet:
         return [(replica, incarnation or None, counters)] if counters is not None else []
 
     async def _on_drained(self, replica: Replica) -> None:
-        """A replica that is about to end has its counters read once more, or the records could not be reconciled."""
+        """Read the counters of a replica that is about to end.
+
+        Else its records could not be reconciled.
+        """
         if self.keep is None:
             return
         spec = self._spec(replica.model, self._config.models[replica.model])

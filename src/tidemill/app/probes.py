@@ -1,4 +1,6 @@
-"""Looking after upstreams: a coarse question whether each is well, asked by the supervisor for all gateway processes.
+"""Probes of upstreams: whether each is well.
+
+It is a coarse question, asked by the supervisor for all gateway processes.
 
 Engines of one's own are watched by their own guard (`fleet.replica`). What a probe sees of an upstream comes on top of
 what the gateways learn from real requests (`gateway.routing.circuit_breaker`): it finds an outage that no request has

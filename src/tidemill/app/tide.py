@@ -1,5 +1,7 @@
-"""The tide on this platform: what the gateways report, what is remembered and what waits, made into what the fleet's
-controller plans with; and how many lines of batches may run at each moment.
+"""The tide on this platform: what the fleet's controller plans with.
+
+It is made of what the gateways report, what is remembered and what waits. And how many lines of batches may run at each
+moment.
 """
 
 import asyncio

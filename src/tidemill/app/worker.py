@@ -250,8 +250,9 @@ async def _obey(
 
 
 async def _let_finish(server: HttpServer, commands: Commands, grace_s: float) -> bool:
-    """Let open requests finish for `grace_s` seconds, or less when the supervisor says stop once more or dies; True
-    when all of them did.
+    """Let open requests finish for `grace_s` seconds; True when all of them did.
+
+    It is less when the supervisor says stop once more or dies.
     """
     stopping = asyncio.create_task(server.stop(grace_s))
     await finish_within(stopping, commands, GatewayCommand, orphan_grace_s=ORPHAN_GRACE_S)
@@ -267,7 +268,10 @@ async def _sweep(routes: ModelRoutes) -> None:
 
 
 async def _tell_load(routes: ModelRoutes, queues: FairQueues) -> None:
-    """Tell the supervisor of the load when it has changed, and at once when somebody waits for a model at zero."""
+    """Tell the supervisor of the load when it has changed.
+
+    It is told at once when somebody waits for a model at zero.
+    """
     wanted = asyncio.Event()
     routes.activator.on_wanted = wanted.set
     told: GatewayReport | None = None
@@ -333,7 +337,10 @@ async def _keep_shares(shares: LimitLeases) -> None:
 
 
 async def _keep_house(authenticator: Authenticator, meter: GatewayMeter) -> None:
-    """Once a second: news from the store, and idle leases back to it, unless it is away: they are needed then."""
+    """Once a second, take news from the store, and give idle leases back to it.
+
+    Not while it is away: they are needed then.
+    """
     while True:
         await asyncio.sleep(1.0)
         try:

@@ -18,7 +18,9 @@ _COUNTED = {"accounts": accounts, "transactions": transactions, "budgets": budge
 
 
 def check_ledger(connection: Connection, *, zone: str) -> Json:
-    """Compare balances with entries, transactions with zero, budgets with usage records, and meters with their charges.
+    """Compare each kept sum with what it is the sum of.
+
+    Balances with entries, transactions with zero, budgets with usage records, and meters with their charges.
 
     It reads all entries: a big store takes minutes. `differences` is empty if all is well.
     """

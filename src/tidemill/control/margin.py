@@ -1,5 +1,6 @@
-"""The margin of a month: what each model brought in, by tenant, against what its replicas cost, idle time included,
-and what upstreams bill for its tokens.
+"""The margin of a month, by model and tenant.
+
+What each model brought in, against what its replicas cost, idle time included, and what upstreams bill for its tokens.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

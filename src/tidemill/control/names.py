@@ -21,8 +21,10 @@ _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks
 
 
 def check_text(param: str, text: str, *, longest: int, empty: bool = False) -> str:
-    """Return `text` stripped, or raise BadInput when it is too long, has control characters or (unless `empty`) is
-    empty. A database need not be asked for what no name can be: PostgreSQL fails at a NUL.
+    """Return `text` stripped. Raises BadInput.
+
+    It must not be too long, have control characters or (unless `empty`) be empty. A database need not be asked for what
+    no name can be: PostgreSQL fails at a NUL.
     """
     text = text.strip()
     if not text.isprintable():
@@ -75,7 +77,9 @@ def read_duration(param: str, text: str) -> timedelta:
 
 
 def read_expiry(param: str, text: str, *, zone: str, now: datetime) -> datetime:
-    """When something ends: a time from now such as 90d, a day in the operator's zone (to its end), or an instant.
+    """Read when something ends.
+
+    It is a time from now such as 90d, a day in the operator's zone (to its end), or an instant.
 
     Raises BadInput, also for what is over.
     """

@@ -101,7 +101,10 @@ class Process(Protocol):
         ...
 
     async def stop(self, grace_s: float, signal: str | None = None) -> ProcessEnd:
-        """Signal its whole process group (`launch.stop_signal`, or another), kill what is left after `grace_s`."""
+        """Signal its whole process group, and kill what is left after `grace_s`.
+
+        The signal is `launch.stop_signal`, or another.
+        """
         ...
 
     def kill(self) -> None:

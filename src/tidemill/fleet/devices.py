@@ -56,7 +56,9 @@ def read_nvidia(text: str) -> list[FoundDevice]:
 
 
 def read_ascend(text: str) -> list[FoundDevice]:
-    """The table of `npu-smi info`: two lines a chip, the first with its name, the second with its HBM in MB.
+    """Devices in the table of `npu-smi info`.
+
+    It has two lines a chip, the first with its name, the second with its HBM in MB.
 
     A card may carry two chips (910C); what processes see counts the chips.
     """
@@ -120,7 +122,9 @@ _TOOLS = (
 
 
 def discover(node: str, kind_of: Callable[[str, int], str] | None = None) -> tuple[Device, ...]:
-    """The devices of this machine: accelerators where there are any, else the cores that this process may use.
+    """The devices of this machine.
+
+    Accelerators where there are any, else the cores that this process may use.
 
     `kind_of` gives the kind of a device by its name and memory. Runs the vendors' tools; not for the event loop.
     """
@@ -163,7 +167,9 @@ def _allowed(found: Sequence[FoundDevice], given: str | None) -> Sequence[FoundD
 
 
 def cpu_slots(node: str, count: int | None = None, memory_bytes: int = 0, first: int = 0) -> tuple[Device, ...]:
-    """Slots of this machine's CPU: one for each core that this process may use, or `count` that share them in turn.
+    """Slots of this machine's CPU.
+
+    One for each core that this process may use, or `count` that share them in turn.
 
     `memory_bytes` of each; 0: its share of the machine's memory.
     """

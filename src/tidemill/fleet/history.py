@@ -1,4 +1,6 @@
-"""The tide's memory: demand by five minutes, what is expected from it, and what was measured of the models.
+"""What the tide remembers of demand, expects from it, and has measured of models.
+
+Demand is kept by five minutes.
 
 Demand is read off the usage records, so there is a past from the first start on, and no second count to go wrong
 (`store.demand`). It is kept for five weeks: the forecast looks at four.

@@ -1,4 +1,7 @@
-"""Processes of this machine: each behind a shim of its own (`fleet.shim`), so that none outlives what started it."""
+"""Processes of this machine, each behind a shim of its own (`fleet.shim`).
+
+So none outlives what started it.
+"""
 
 import asyncio
 import contextlib
@@ -155,8 +158,10 @@ class LocalBackend:
     def __init__(
         self, devices: Sequence[Device], *, owner: str, secret: Collection[str] = (), log_bytes: int = _LOG_BYTES
     ) -> None:
-        """`owner` tells this platform's processes from another's on the machine, and stays the same over restarts;
-        `secret` are variables of this process's environment that no command gets to see.
+        """`owner` tells this platform's processes from another's on the machine.
+
+        It stays the same over restarts; `secret` are variables of this process's environment that no command gets to
+        see.
         """
         self.devices = tuple(devices)
         self._owner = owner

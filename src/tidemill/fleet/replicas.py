@@ -1,4 +1,6 @@
-"""All replicas of the fleet: started and stopped one by one, each with a name that stays, and a history that is kept.
+"""All replicas of the fleet, started and stopped one by one.
+
+Each has a name that stays, and a history that is kept.
 
 Who decides which there are is somebody else: the tide's loop (`fleet.controller`), a roll (`fleet.roll`), or, where
 nobody plans, `keep_minimum`.

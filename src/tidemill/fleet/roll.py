@@ -57,7 +57,10 @@ class Rolls:
     """The rolls of all models: one at a time for each."""
 
     def __init__(self, replicas: ReplicaSet, keep: Callable[[str, WeightsVersion], Awaitable[None]]) -> None:
-        """`keep` stores what a model has been rolled to, before the first old replica is drained for the last time."""
+        """`keep` stores what a model has been rolled to.
+
+        It is called before the first old replica is drained for the last time.
+        """
         self._replicas = replicas
         self._keep = keep
         self._states: dict[str, RollState] = {}

@@ -1,4 +1,4 @@
-"""The shim: a small process between the platform and a command, which it starts, watches and ends for certain.
+"""The shim: a small process that starts, watches and ends a command for the platform.
 
     python shim.py < {"argv": ["/usr/bin/env"], ...}
 
@@ -373,8 +373,11 @@ def complain(text: str) -> None:
 
 
 def _lower_session() -> None:
-    """Where sessions share the processor as wholes (sched_autogroup, as on most desktops and many servers), a class
-    counts within its session only, and this one is a session of its own: it gets the least weight, 1.4% of a core."""
+    """Give this session the least weight, 1.4% of a core.
+
+    Where sessions share the processor as wholes (sched_autogroup, as on most desktops and many servers), a class counts
+    within its session only, and this one is a session of its own.
+    """
     with suppress(OSError):  # this kernel has none
         fd = os.open("/proc/self/autogroup", os.O_WRONLY)
         os.write(fd, b"19")

@@ -29,8 +29,10 @@ def share_of_slots(recipe: Recipe, index: int, nodes: Sequence[Node]) -> tuple[D
 def first_fit(
     recipe: Recipe, nodes: Sequence[Node], taken: Collection[str], apart: Collection[str] = ()
 ) -> tuple[Device, ...] | None:
-    """Free devices for one replica: all of one kind and node, or of one that spans nodes in equal parts of several, the
-    best kind first, and nodes other than those named `apart` where there is a choice; None when there are not enough.
+    """Free devices for one replica; None when there are not enough.
+
+    All of one kind and node, or of one that spans nodes in equal parts of several, the best kind first, and nodes other
+    than those named `apart` where there is a choice.
     """
     assert recipe.devices is not None
     kinds = recipe.kinds or tuple(dict.fromkeys(device.kind for node in nodes for device in node.devices))

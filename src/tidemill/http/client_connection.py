@@ -50,7 +50,10 @@ class AnswerSink(Protocol):
     """Who is called as an answer comes in. It is called no more once `EngineConnection.sink` is None."""
 
     def arrived(self) -> None:
-        """Something has changed: the head is there, bytes are there, the body is complete, or the engine is lost."""
+        """Told when anything has changed.
+
+        The head is there, bytes are there, the body is complete, or the engine is lost.
+        """
         ...
 
     def chunk(self, data: bytes, framed: bytes) -> None:

@@ -100,7 +100,10 @@ class Exchange:
 
     @property
     def from_here(self) -> bool:
-        """The client is on this machine (the source of a connection to an address of one's own cannot be forged)."""
+        """True if the client is on this machine.
+
+        The source of a connection to an address of one's own cannot be forged.
+        """
         return self.carrier.from_here
 
     @property

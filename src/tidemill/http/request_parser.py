@@ -105,7 +105,9 @@ class RequestParser:
                 raise httptools.HttpParserError("head too large")
 
     def _without_offer(self, rest: bytes) -> bytes:
-        """The head once more without an offer to change protocols, such as Java's `Upgrade: h2c`, and what follows it.
+        """The head once more without an offer to change protocols, and what follows it.
+
+        Such as Java's `Upgrade: h2c`.
 
         The offer may be ignored (RFC 9110, 7.8), but the parser has stopped behind the head.
         """

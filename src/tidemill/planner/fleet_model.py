@@ -57,8 +57,10 @@ class SimulatedModel(msgspec.Struct, frozen=True, kw_only=True):
         return self.prompt + self.output / 2
 
     def capacity(self) -> float:
-        """Work a second that a replica does on interactive requests alone within the objective, were they to come
-        evenly."""
+        """Work a second that one replica does within the objective, on interactive requests alone.
+
+        Were they to come evenly.
+        """
         low, high = 0.0, 1e4
         for _ in range(60):
             middle = (low + high) / 2

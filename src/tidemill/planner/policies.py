@@ -48,8 +48,10 @@ def static(peak: Mapping[str, int], interactive_devices: int, rules: Rules) -> S
 
 
 def reactive(interactive_devices: int, rules: Rules) -> SchedulingPolicy:
-    """Two fleets; replicas follow the load that is there, as a horizontal autoscaler does, and what they leave is not
-    lent."""
+    """Two fleets; replicas follow the load that is there, as a horizontal autoscaler does.
+
+    What they leave is not lent.
+    """
 
     def decide(snapshot: FleetSnapshot) -> Plan:
         ours, rest = _parted(snapshot, interactive_devices)

@@ -1,5 +1,6 @@
-"""A simulated fleet, run by the policies of `tidemill.tides` themselves, over a day of interactive requests, batches
-and jobs.
+"""A simulated fleet, run by the policies of `tidemill.tides` themselves.
+
+It has a day of interactive requests, batches and jobs.
 
 Time goes in steps of a few seconds (the bins of the arrivals), a plan is made each `plan_every_s`. See `fleet_model`
 for how replicas are simulated. Replicas start in exactly their model's time, a job that is preempted needs exactly its

@@ -1,4 +1,6 @@
-"""Budgets: what was spent of them in each day or month, and the slices of them that gateways may spend unasked.
+"""Budgets: what was spent of them, and the slices that gateways may spend unasked.
+
+What was spent is kept for each day or month.
 
 Invariant, kept by every function here: for each budget and period, what is spent and what is out on leases are
 together never more than the budget (as it was when the lease was given). What is spent is the sum of the charges of

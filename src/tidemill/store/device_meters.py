@@ -99,7 +99,10 @@ def begin_meters(
 
 
 def start_meters(connection: Connection, *, job_id: str, attempt: int, at: datetime) -> list[DeviceMeter]:
-    """Have the meters of an attempt count from `at`, when its processes ran, not from when it got its devices."""
+    """Have the meters of an attempt count from `at`, when its processes ran.
+
+    Not from when it got its devices.
+    """
     connection.execute(
         update(device_meters)
         .where(
@@ -116,7 +119,9 @@ def start_meters(connection: Connection, *, job_id: str, attempt: int, at: datet
 def read_meters(
     connection: Connection, tenant_id: str, readings: Sequence[MeterReading], *, zone: str
 ) -> dict[str, bool]:
-    """Read meters of one tenant and charge for what has passed, in one ledger transaction for each billing month.
+    """Read meters of one tenant and charge for what has passed.
+
+    It is one ledger transaction for each billing month.
 
     Says of each whether its hold could be renewed in full; where not, what is left of it stays. A meter that has ended
     is passed over.

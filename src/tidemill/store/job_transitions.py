@@ -1,4 +1,4 @@
-"""The steps of a job's state and of its attempts, as the job controller takes them (`work.jobs.controller`).
+"""The steps of a job's state and of its attempts, as `work.jobs.controller` takes them.
 
 Each step names the states that it may leave, in the statement that takes it.
 """

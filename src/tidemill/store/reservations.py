@@ -1,4 +1,6 @@
-"""Reservations: whole devices that are kept for a tenant from one instant to another, paid for used or not.
+"""Reservations: whole devices that are kept for a tenant for a time.
+
+They are paid for used or not.
 
 booked -> active -> ended
 booked, active -> cancelled (by the operator, or as the balance does not cover it)

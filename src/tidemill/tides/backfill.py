@@ -85,7 +85,10 @@ def _starting(builder: PlanBuilder, model: ModelView) -> int:
 
 
 def _weight(model: ModelView, need: DesiredBatchReplicas, have: int) -> float:
-    """The least goes first: the model with the most time that its batches still take, at the rate that they need."""
+    """The order of models to fill; the least goes first.
+
+    That is the model with the most time that its batches still take, at the rate that they need.
+    """
     return (have + 1) * max(model.capacity, 1.0) / max(need.rate, 1e-9)
 
 

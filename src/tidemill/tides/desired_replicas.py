@@ -115,8 +115,11 @@ class DesiredBatchReplicas(msgspec.Struct, frozen=True, gc=False):
 
 
 def batch_need(backlog: BacklogView, now: float, startup_s: float, rules: Rules) -> DesiredBatchReplicas:
-    """The work of a model's batches, and the rate at which their deadlines hold (earliest deadline first: for each
-    deadline, all that is due by then has to be done in the part of the time that is meant for it)."""
+    """The work of a model's batches, and the rate at which their deadlines hold.
+
+    Earliest deadline first: for each deadline, all that is due by then has to be done in the part of the time that is
+    meant for it.
+    """
     total, rate = 0.0, 0.0
     urgent: float | None = None
     for work, deadline in sorted(backlog.parts, key=lambda part: part[1]):

@@ -56,8 +56,11 @@ OUTLOOK = ForecastSettings()
 
 
 def forecast(history: DemandSeries, horizon_s: float, outlook: ForecastSettings = OUTLOOK) -> Demand:
-    """The most work a second that is expected in any bin until `horizon_s` after the end of the history, and its
-    quantile. Costs a few milliseconds for four weeks: ask once a bin."""
+    """The most work a second that is expected until `horizon_s` from now, and its quantile.
+
+    It is the most of any bin until then, counted from the end of the history. Costs a few milliseconds for four weeks:
+    ask once a bin.
+    """
     ahead = max(math.ceil(horizon_s / history.bin_s), 1)
     view = _View(history, outlook)
     last = len(history.values)

@@ -74,7 +74,10 @@ class JobQueue:
 
 
 class GangReservation(msgspec.Struct, frozen=True):
-    """Devices of a kind that are kept for the gang that is first in the queue, and when it will have all of them."""
+    """Devices of a kind that are kept for the gang that is first in the queue.
+
+    And when it will have all of them.
+    """
 
     job: JobView
     count: int

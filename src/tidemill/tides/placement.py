@@ -52,8 +52,11 @@ class Placement(msgspec.Struct, frozen=True, gc=False):
 
 
 def place(occupancy: Occupancy, request: PlacementRequest) -> Placement | None:
-    """Give devices out: free ones, else with those that are coming, else with those of others who are preempted (the
-    caller tells these). None, and nothing changed but promises released, when there are not so many to be had."""
+    """Give devices out for a request; None when there are not so many to be had.
+
+    Free ones, else with those that are coming, else with those of others who are preempted (the caller tells these).
+    With None nothing has changed but promises released.
+    """
     # What was promised to a job before its reservation was in force is not of that.
     mine = [device for device in occupancy.release(request.work) if occupancy.zone[device] in request.zones]
     if not request.now and len(mine) >= request.count:

@@ -123,7 +123,10 @@ def preemptible_by_batches(queues: QueueQuotas, now: float, rules: Rules) -> Pre
 
 
 def preemptible_by_job(job: JobView, queues: QueueQuotas, now: float, rules: Rules) -> PreemptionRule:
-    """Other jobs as `may_preempt` says, and replicas that are lent to batches for `Rules.min_fill_s` or longer."""
+    """Other jobs as `may_preempt` says, and replicas that are lent for a while.
+
+    They are lent to batches for `Rules.min_fill_s` or longer.
+    """
 
     def may_preempt_candidate(candidate: PreemptionCandidate) -> bool:
         if candidate.job is not None:

@@ -1,4 +1,4 @@
-"""The order of jobs: queues with a quota of their own, borrowing what others leave, and getting it back.
+"""The order of jobs: queues with quota, borrowing and reclaim.
 
 The terms and the order are those of Kueue (kueue.sigs.k8s.io): a queue may borrow beyond its quota, who is within its
 quota reclaims from borrowers, and borrowers share by weight. The rule for gangs is EASY backfill (Lifka, "The ANL/IBM

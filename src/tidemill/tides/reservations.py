@@ -1,4 +1,7 @@
-"""Reservations: devices that a tenant rents are there when they begin, and its alone unless it lends them."""
+"""Reservations: devices that a tenant rents are there when they begin.
+
+They are its alone unless it lends them.
+"""
 
 from collections import defaultdict
 

@@ -73,7 +73,10 @@ class RequestWork(msgspec.Struct, frozen=True, gc=False):
 def work_of(
     prompt: int, cached: int, output_bound: int, choices: int = 1, policy: RoutingPolicy = POLICY
 ) -> RequestWork:
-    """The work of a request with `prompt` tokens, `cached` of them cached, and at most `output_bound` a choice."""
+    """The work of a request with `prompt` tokens, `cached` of them cached.
+
+    It produces at most `output_bound` a choice.
+    """
     answer = min(output_bound, policy.expected_output) * choices
     return RequestWork(max(prompt - cached, 0), answer * policy.decode_weight)
 
@@ -117,7 +120,9 @@ def mixed(key: int, seat: int) -> int:
 
 
 def home(session: int, seats: Sequence[int]) -> int:
-    """The index of a session's home among the replicas with these `seats` (64-bit numbers, fixed for each name).
+    """The index of a session's home among the replicas with these `seats`.
+
+    Seats are 64-bit numbers, fixed for each name.
 
     By rendezvous (Thaler and Ravishankar, 1998): every gateway process comes to the same home without asking the
     others, and a replica more or less moves only the sessions that it gains or had. `seats` must not be empty.

@@ -60,8 +60,10 @@ class Serving:
         }
 
     def batch_replicas(self, builder: PlanBuilder, model: ModelView, times: float = 1.0) -> int:
-        """Replicas that the deadlines of a model's batches need beside what fits into the interactive ones, at so many
-        times the rate that they ask for."""
+        """Replicas that the deadlines of a model's batches need beside the interactive ones.
+
+        At so many times the rate that they ask for.
+        """
         need = self.batches.get(model.name)
         if need is None or need.rate <= 0:
             return 0

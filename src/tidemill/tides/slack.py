@@ -129,8 +129,11 @@ def _by_cache(load: ReplicaLoad, kept: float) -> int:
 
 
 def _by_steps(load: ReplicaLoad, objective: Objective, rules: SlackRules) -> int:
-    """So many that a step, with all of them decoding and the prompts of a burst between, stays within the objective
-    per token. An answer feels the mean step over the time that it takes: so long a burst counts."""
+    """Fillers that fit into a step within the objective per token.
+
+    With all of them decoding and the prompts of a burst between. An answer feels the mean step over the time that it
+    takes: so long a burst counts.
+    """
     if load.steps is None:
         return 1 << 30
     others = load.kv_used - load.filler * load.kv_per_filler

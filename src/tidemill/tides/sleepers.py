@@ -1,4 +1,6 @@
-"""Replicas that sleep: their weights lie in the host's memory, and whoever else may have their devices meanwhile.
+"""Replicas that sleep: their weights lie in the host's memory.
+
+Whoever else may have their devices meanwhile.
 
 An engine that loads its weights anew takes minutes; one that wakes takes seconds (vLLM's sleep mode, SGLang's memory
 saver). So a replica that is given up may sleep instead of ending, and one that is wanted wakes, where its own devices

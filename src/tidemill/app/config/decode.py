@@ -1,4 +1,7 @@
-"""Tables of TOML as structs: unknown keys are refused with the nearest right name, values with their key."""
+"""Tables of TOML as structs.
+
+Unknown keys are refused with the nearest right name, values with their key.
+"""
 
 import re
 from typing import Any, TypeVar

@@ -39,7 +39,10 @@ class Models(Answer):
 
 
 class PriceSchema(Rates):
-    """A price version: in force from `valid_from` until the next of its model and currency, and never edited."""
+    """A price version, which is never edited.
+
+    It is in force from `valid_from` until the next of its model and currency.
+    """
 
     id: str
     model: str

@@ -109,7 +109,10 @@ async def get_usage(
     after: Annotated[str | None, QueryParameter(description="`next` of the page of records before.")] = None,
     limit: Annotated[int, QueryParameter(description=f"Records in a page, 1 to {MAX_PAGE_RECORDS}.")] = PAGE_RECORDS,
 ) -> UsageStatementSchema:
-    """What a tenant has used: sums by model and in all, exactly those of the usage records settled until now."""
+    """What a tenant has used, by model and in all.
+
+    The sums are exactly those of the usage records settled until now.
+    """
     found = await read_drained(
         platform,
         lambda connection: queries.usage(

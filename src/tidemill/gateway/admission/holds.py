@@ -1,4 +1,6 @@
-"""Money set aside: the most that a request can cost is held in every purse that it is paid from, or in none.
+"""Holds: the most that a request can cost is set aside before it runs.
+
+It is held in every purse that it is paid from, or in none.
 
 A purse is the tenant's balance, or a budget. The prompt is bounded by its bytes, as a token has at least one. Only when
 a purse does not cover that bound is the engine asked to count the prompt exactly. What remains in a purse may still be
@@ -85,7 +87,9 @@ async def hold_scarce(
     purses: tuple[PurseId, ...],
     count_prompt: CountPrompt,
 ) -> Hold:
-    """Hold what a request needs from purses of which one is nearly used up, or not leased to this process yet.
+    """Hold what a request needs from purses that are nearly used up.
+
+    Or that are not leased to this process yet.
 
     Raises NotCovered when one does not cover it, Unavailable when the store does not answer.
     """

@@ -237,8 +237,9 @@ class RateLimits:
                 share.patient -= amount
 
     def headers(self, plan: BoundLimits, dialect: Dialect = OPENAI) -> bytes:
-        """Header lines for every answer: the tightest limits, as the API's clients read them, and the warnings of soft
-        budgets.
+        """Header lines of limits, for every answer.
+
+        They are the tightest limits, as the API's clients read them, and the warnings of soft budgets.
         """
         second = self.shares.second()
         lines = b""

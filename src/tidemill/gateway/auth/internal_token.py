@@ -1,4 +1,6 @@
-"""The platform's own way in: lines of batches come by the road of any other request, in their tenant's name.
+"""The platform's own credentials, by which lines of batches come in.
+
+They come as any other request does, in their tenant's name.
 
     Authorization: Tidemill TOKEN
     x-tidemill-tenant: ten_...      whose request it is

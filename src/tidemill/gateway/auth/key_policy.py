@@ -73,8 +73,10 @@ def within(address: IPv4Address | IPv6Address, networks: Collection[Network]) ->
 
 
 def client_address(exchange: Exchange, proxies: Collection[Network]) -> IPv4Address | IPv6Address | None:
-    """Where a request comes from: the connection's other end or, where that is a trusted proxy, whoever it was handed
-    on for, by X-Forwarded-For read from its end: what stands before the first that is not trusted may be made up.
+    """The address that a request comes from.
+
+    It is the connection's other end or, where that is a trusted proxy, whoever it was handed on for, by X-Forwarded-For
+    read from its end: what stands before the first that is not trusted may be made up.
     """
     address = _address(exchange.peer)
     if not proxies or address is None or not within(address, proxies):

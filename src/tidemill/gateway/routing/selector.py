@@ -125,7 +125,10 @@ class RouteSelector:
         return candidates
 
     def _may_sell(self, route: ModelRoute) -> bool:
-        """What the tenant pays for the model it asked for covers what this one costs, or the operator said yes."""
+        """True if what the tenant pays covers the cost of this model, or loss is allowed.
+
+        It pays the price of the model that it asked for.
+        """
         cost = route.spec.cost
         if cost is None or self._asked.spec.allow_loss:
             return True

@@ -1,4 +1,7 @@
-"""Alembic's entry: migrations run on the connection that `store.migrate` hands over, in its transaction."""
+"""Alembic's entry.
+
+Migrations run on the connection that `store.migrate` hands over, in its transaction.
+"""
 
 from alembic import context
 

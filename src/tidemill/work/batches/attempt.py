@@ -51,7 +51,10 @@ class NoAnswer(Exception):
 
 
 class SendLine(Protocol):
-    """The way into the data plane: the road of any other request, with its admission, metering and billing."""
+    """Sends a line into the data plane, as any other request.
+
+    With its admission, metering and billing.
+    """
 
     async def __call__(self, call: LineCall) -> LineAnswer:
         """Raises Lost."""

@@ -1,4 +1,6 @@
-"""The batch runner: lines of batches go through the platform's own data plane, as many at a time as there is slack.
+"""The batch runner: lines of batches go through the platform's own data plane.
+
+As many at a time as there is slack.
 
 The data plane meters and bills a line as it does any request, under a request id that is the line's own. What is
 recorded of a line, and when it is run again, is written down in docs/batch.md.

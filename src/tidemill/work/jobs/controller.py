@@ -1,4 +1,6 @@
-"""The job controller: every unfinished job of this platform, in memory for the scheduler and in the store durably.
+"""The job controller: every unfinished job of this platform.
+
+It has them in memory for the scheduler, and in the store durably.
 
 The plan says when a job starts and when it gives its devices back (`start`, `preempt`); the controller does it, bills
 it and recovers what an earlier process has left (`work.jobs.attempt_runner`). What tenants and operators ask for comes

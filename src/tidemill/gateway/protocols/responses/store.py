@@ -1,4 +1,6 @@
-"""The shelf of kept responses: filled behind the answers, off their way, and read when a client comes back.
+"""The store of kept responses.
+
+It is filled behind the answers, off their way, and read when a client comes back.
 
 A finished response waits here in memory, within a bound, until a thread of its own has written it down. From then on
 all gateway processes have it; this one has it from the start.
