@@ -61,7 +61,7 @@ def standing() -> PlatformMetrics:
         waiting=0,
         lag_s=0.25,
         started_at=1_700_000_000.0,
-        trough=BatchBacklog({"in_progress": 2}, 1500),
+        backlog=BatchBacklog({"in_progress": 2}, 1500),
     )
 
 
@@ -97,7 +97,7 @@ def test_batches_are_left_out_while_the_store_is_away() -> None:
     assert page["tidemill_batches_open{status=in_progress}"] == 2
     assert page["tidemill_batches_open{status=validating}"] == 0
     assert page["tidemill_batch_lines_left"] == 1500
-    without = samples(msgspec.structs.replace(standing(), trough=None))
+    without = samples(msgspec.structs.replace(standing(), backlog=None))
     assert not any("batch" in name for name in without)
     assert without["tidemill_log_records_total"] == 3
 

@@ -31,7 +31,7 @@ class BatchBacklog(msgspec.Struct, frozen=True):
     lines_left: int
 
 
-def read_trough(connection: Connection) -> BatchBacklog:
+def read_backlog(connection: Connection) -> BatchBacklog:
     """What is in the store of unfinished batches."""
     rows = connection.execute(
         select(
@@ -62,7 +62,7 @@ class PlatformMetrics(msgspec.Struct, frozen=True, kw_only=True):
     lag_s: float
     started_at: float
     """Seconds since 1970 UTC."""
-    trough: BatchBacklog | None
+    backlog: BatchBacklog | None
     """None when the store does not answer."""
 
 
@@ -76,13 +76,13 @@ def families(now: PlatformMetrics) -> Iterator[Metric]:
     yield from _fleet(now)
     yield from _hedges(now.figures)
     yield from _meter(now)
-    if now.trough is not None:
-        trough = GaugeMetricFamily("tidemill_batches_open", "Batches that are not finished.", labels=["status"])
+    if now.backlog is not None:
+        backlog = GaugeMetricFamily("tidemill_batches_open", "Batches that are not finished.", labels=["status"])
         for status in sorted(UNFINISHED):
-            trough.add_metric([status], now.trough.open.get(status, 0))
-        yield trough
+            backlog.add_metric([status], now.backlog.open.get(status, 0))
+        yield backlog
         yield _gauge(
-            "tidemill_batch_lines_left", "Lines of unfinished batches without a result.", now.trough.lines_left
+            "tidemill_batch_lines_left", "Lines of unfinished batches without a result.", now.backlog.lines_left
         )
 
 

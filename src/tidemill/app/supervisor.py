@@ -27,7 +27,7 @@ from tidemill.app.fleet import Fleet
 from tidemill.app.gateways import Gateways
 from tidemill.app.jobs import job_controller, job_files, job_limits
 from tidemill.app.meter_service import MeterService
-from tidemill.app.metrics import BatchBacklog, PlatformMetrics, families, read_trough
+from tidemill.app.metrics import BatchBacklog, PlatformMetrics, families, read_backlog
 from tidemill.app.platform_state import PlatformState, ServedModelState, model_states, reachable
 from tidemill.app.rolls import PlatformRolls
 from tidemill.app.tide import Tide
@@ -157,7 +157,7 @@ class Supervisor:
         return self._rolling.states()
 
     def fleet(self) -> FleetStatus:
-        return self._tide.standing()
+        return self._tide.status()
 
     async def drain(self, name: str, why: str) -> None:
         await self._tide.drain(name, why)
@@ -173,9 +173,9 @@ class Supervisor:
         """The figures of `/metrics`, as of now. Those that only the store has are left out while it is away."""
         try:
             async with asyncio.timeout(METRICS_PATIENCE_S):
-                trough = await asyncio.to_thread(self._read_trough)
+                backlog = await asyncio.to_thread(self._read_backlog)
         except (TidemillError, TimeoutError):
-            trough = None
+            backlog = None
         processes = self._gateways.processes
         loader = self._metering.loader
         return list(
@@ -194,14 +194,14 @@ class Supervisor:
                     ),
                     lag_s=max(time.monotonic() - loader.complete_at, 0.0),
                     started_at=self._started_at.timestamp(),
-                    trough=trough,
+                    backlog=backlog,
                 )
             )
         )
 
-    def _read_trough(self) -> BatchBacklog:
+    def _read_backlog(self) -> BatchBacklog:
         with self.store.read() as connection:
-            return read_trough(connection)
+            return read_backlog(connection)
 
     # Start, stop
 

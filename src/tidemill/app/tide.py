@@ -25,7 +25,7 @@ from tidemill.fleet.history import DemandHistory
 from tidemill.fleet.recipe import Recipe
 from tidemill.fleet.replica import Replica, ReplicaLoadSample
 from tidemill.fleet.static_placement import share_of_slots
-from tidemill.fleet.status import FleetStatus, standing
+from tidemill.fleet.status import FleetStatus, fleet_status
 from tidemill.fleet.traffic import CapacityMeter, ModelTraffic
 from tidemill.gateway.routing.demand import DemandReport
 from tidemill.store.drains import drain, read_drained, undrain
@@ -328,10 +328,10 @@ class Tide:
 
     # What operators ask for
 
-    def standing(self) -> FleetStatus:
+    def status(self) -> FleetStatus:
         """How the fleet stands, as of the last plan."""
         replicas = list(self._fleet.replicas.replicas.values())
-        return standing(self.nodes(), replicas, self._drained, self.controller.last)
+        return fleet_status(self.nodes(), replicas, self._drained, self.controller.last)
 
     async def drain(self, name: str, why: str) -> None:
         """Take a node or a device out: nothing new starts there, and what runs there moves. Raises NotFound."""

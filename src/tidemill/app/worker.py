@@ -52,16 +52,16 @@ from tidemill.meter.log import UsageLog
 from tidemill.store.engine import open_store
 
 SWEEP_S = 0.25
-FILES_OF_ONES_OWN = 128
+RESERVED_FILES = 128
 """Open files that a gateway process needs for itself: the usage log, the store, files of tenants."""
-FIGURES_EVERY_S = 1.0
-SWEEP_SHELF_S = 600.0
+METRICS_EVERY_S = 1.0
+SWEEP_RESPONSES_S = 600.0
 REPORT_S = 0.1
 """How often the supervisor is told of the load, while it changes: so often the tide decides on filler."""
 ORPHAN_GRACE_S = 5.0
 """How long open requests may go on after the supervisor was killed."""
 
-SHELF_GRACE_S = 5.0
+RESPONSES_GRACE_S = 5.0
 """How long a stop waits for kept responses to be written."""
 
 log = structlog.get_logger()
@@ -189,12 +189,12 @@ async def serve(spec: WorkerSpec, commands: Commands) -> None:
         asyncio.create_task(chore)
         for chore in (
             _sweep(routes),
-            _tell_load(routes, queues),
+            _report_load(routes, queues),
             _keep_house(authenticator, meter),
             _watch_disk(meter, stop),
-            _keep_shares(limits.shares),
-            _tell_figures(meter, routes, queues),
-            *([_sweep_shelf(response_store)] if spec.index == 0 else []),
+            _keep_limit_leases(limits.shares),
+            _report_metrics(meter, routes, queues),
+            *([_sweep_responses(response_store)] if spec.index == 0 else []),
         )
     ]
     grace_s = await _obey(commands, authenticator, routes, queues, meter, stop)
@@ -203,7 +203,7 @@ async def serve(spec: WorkerSpec, commands: Commands) -> None:
         await server.cut_off()
     for chore in chores:
         chore.cancel()
-    await response_store.close(within_s=SHELF_GRACE_S)
+    await response_store.close(within_s=RESPONSES_GRACE_S)
     await limits.shares.give_back()
     await meter.leasing.return_idle(all_of_it=True)
     meter.log.close()
@@ -219,7 +219,7 @@ def _room_for_connections() -> int:
     Each may need one more, toward an engine.
     """
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max((files - FILES_OF_ONES_OWN) // 2, 1)
+    return max((files - RESERVED_FILES) // 2, 1)
 
 
 async def _obey(
@@ -267,7 +267,7 @@ async def _sweep(routes: ModelRoutes) -> None:
         routes.sweep(loop.time())
 
 
-async def _tell_load(routes: ModelRoutes, queues: FairQueues) -> None:
+async def _report_load(routes: ModelRoutes, queues: FairQueues) -> None:
     """Tell the supervisor of the load when it has changed.
 
     It is told at once when somebody waits for a model at zero.
@@ -290,7 +290,7 @@ async def _tell_load(routes: ModelRoutes, queues: FairQueues) -> None:
             report(load)
 
 
-async def _sweep_shelf(response_store: ResponseStore) -> None:
+async def _sweep_responses(response_store: ResponseStore) -> None:
     """Forget responses that are too old; one process does it for all."""
     while True:
         try:
@@ -299,14 +299,14 @@ async def _sweep_shelf(response_store: ResponseStore) -> None:
             log.warning("responses that are too old cannot be deleted now: the store does not answer")
         except Exception:
             log.exception("responses that are too old cannot be deleted")
-        await asyncio.sleep(SWEEP_SHELF_S)
+        await asyncio.sleep(SWEEP_RESPONSES_S)
 
 
-async def _tell_figures(meter: GatewayMeter, routes: ModelRoutes, queues: FairQueues) -> None:
+async def _report_metrics(meter: GatewayMeter, routes: ModelRoutes, queues: FairQueues) -> None:
     """Once a second, where anything has changed: what `/metrics` shows of this process."""
     told = b""
     while True:
-        await asyncio.sleep(FIGURES_EVERY_S)
+        await asyncio.sleep(METRICS_EVERY_S)
         figures = figures_of(meter, routes, queues)
         encoded = msgspec.json.encode(figures)
         if encoded != told and _heard():
@@ -329,7 +329,7 @@ def _heard() -> bool:
     return not unread
 
 
-async def _keep_shares(shares: LimitLeases) -> None:
+async def _keep_limit_leases(shares: LimitLeases) -> None:
     """Once a second: report what was taken of limits, and give back what is not needed."""
     while True:
         await asyncio.sleep(BEAT_S)

@@ -14,10 +14,10 @@ GIB = 2**30
 
 
 @app.command(name="list")
-def list_(*, place: Target = HERE) -> None:
+def list_(*, target: Target = HERE) -> None:
     """List the replicas, and what is planned for each model. Work is in tokens of prefill a second."""
-    found = running(place).fleet()
-    if place.json:
+    found = running(target).fleet()
+    if target.json:
         print_json(found)
         return
     print_table(
@@ -76,10 +76,10 @@ def list_(*, place: Target = HERE) -> None:
 
 
 @app.command
-def devices(*, place: Target = HERE) -> None:
+def devices(*, target: Target = HERE) -> None:
     """List the nodes' devices and who holds them."""
-    found = running(place).fleet()
-    if place.json:
+    found = running(target).fleet()
+    if target.json:
         print_json({"nodes": found["nodes"], "devices": found["devices"]})
         return
     print_table(
@@ -98,10 +98,10 @@ def devices(*, place: Target = HERE) -> None:
 
 
 @app.command
-def why(*, place: Target = HERE) -> None:
+def why(*, target: Target = HERE) -> None:
     """Say what each device does, until when and why; and what each waiting piece of work waits for."""
-    found = running(place).fleet_why()
-    if place.json:
+    found = running(target).fleet_why()
+    if target.json:
         print_json(found)
         return
     print_table(
@@ -114,7 +114,7 @@ def why(*, place: Target = HERE) -> None:
 
 
 @app.command
-def drain(name: str, /, *, why: str = "", place: Target = HERE) -> None:
+def drain(name: str, /, *, why: str = "", target: Target = HERE) -> None:
     """Take a node or a device out: nothing new starts there; what runs there goes on elsewhere, or ends in order.
 
     Parameters
@@ -124,15 +124,15 @@ def drain(name: str, /, *, why: str = "", place: Target = HERE) -> None:
     why
         For whoever asks later.
     """
-    done = running(place).drain(name, why)
-    if place.json:
+    done = running(target).drain(name, why)
+    if target.json:
         print_json(done)
         return
     print_text(f"{done['name']} is drained. `tidemill fleet undrain {done['name']}` puts it back.")
 
 
 @app.command
-def undrain(name: str, /, *, place: Target = HERE) -> None:
+def undrain(name: str, /, *, target: Target = HERE) -> None:
     """Put a node or a device back.
 
     Parameters
@@ -140,8 +140,8 @@ def undrain(name: str, /, *, place: Target = HERE) -> None:
     name
         What was drained.
     """
-    done = running(place).undrain(name)
-    if place.json:
+    done = running(target).undrain(name)
+    if target.json:
         print_json(done)
         return
     print_text(f"{done['name']} is back.")

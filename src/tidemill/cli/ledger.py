@@ -13,13 +13,13 @@ DIFFERS = 1
 
 
 @app.command
-def check(*, place: Target = HERE) -> int:
+def check(*, target: Target = HERE) -> int:
     """Check that the ledger agrees with itself: balances, transactions, budgets, and meters of devices.
 
     Exit code 0 if all is equal, 1 if anything differs. It reads all entries: a big store takes minutes.
     """
-    found = source(place).check_ledger()
-    if place.json:
+    found = source(target).check_ledger()
+    if target.json:
         print_json(found)
     else:
         counts = ", ".join(f"{grouped(count)} {name}" for name, count in found["checked"].items())

@@ -40,25 +40,25 @@ class PlatformSource(Protocol):
     def reservations(self, tenant: str | None, *, over: bool) -> Json: ...
 
 
-def running(place: Target) -> AdminClient:
+def running(target: Target) -> AdminClient:
     """The running platform, for a command that changes something. Raises Unavailable when it does not run."""
-    url = place.remote()
-    directory = place.directory()
+    url = target.remote()
+    directory = target.directory()
     if url is None and not is_running(directory):
         raise Unavailable(
             f"The platform on {directory} is not running; this command needs it.",
             hint=f"Start it: tidemill up --data {directory}",
         )
-    return AdminClient(url or _control_url(directory), admin_token(place))
+    return AdminClient(url or _control_url(directory), admin_token(target))
 
 
-def source(place: Target) -> "AdminClient | OfflinePlatform":
+def source(target: Target) -> "AdminClient | OfflinePlatform":
     """The platform if it runs, else its data, for a command that only reads."""
-    if place.remote() is not None or is_running(place.directory()):
-        return running(place)
+    if target.remote() is not None or is_running(target.directory()):
+        return running(target)
     from tidemill.cli.offline import OfflinePlatform
 
-    directory = place.directory()
+    directory = target.directory()
     complain(f"the platform on {directory} is stopped; this is what its data says.", kind="note")
     if unloaded(directory):
         complain("it was killed: usage of its last moments is missing until it has been started again.", kind="note")
@@ -91,13 +91,13 @@ def is_running(directory: Path) -> bool:
         os.close(fd)
 
 
-def data_plane_url(place: Target, url: str | None) -> str:
+def data_plane_url(target: Target, url: str | None) -> str:
     """Where tenants send requests: `url`, else that of the platform that runs here. Raises Unavailable, BadInput."""
     if url is not None:
         return url
-    if place.remote() is not None:
+    if target.remote() is not None:
         raise BadInput("The address of the data plane is not known.", hint="Give it with --url.")
-    directory = place.directory()
+    directory = target.directory()
     if not is_running(directory):
         raise Unavailable(f"The platform on {directory} is not running; this command needs it.", hint="Or give --url.")
     return _runtime(directory, "url")
@@ -116,15 +116,15 @@ def _runtime(directory: Path, key: str) -> str:
         ) from error
 
 
-def admin_token(place: Target) -> str:
+def admin_token(target: Target) -> str:
     """The admin token: TIDEMILL_ADMIN_TOKEN, or the file in the data directory. Raises Unavailable."""
     token = os.environ.get(TOKEN_VARIABLE, "").strip()
     if token:
         return token
-    if place.remote() is not None and place.data is None:
+    if target.remote() is not None and target.data is None:
         # The token of the platform here goes to no address elsewhere unless both were named.
         raise Unavailable(f"The admin token of that platform is not known; set {TOKEN_VARIABLE}.")
-    path = place.directory() / TOKEN_FILE
+    path = target.directory() / TOKEN_FILE
     try:
         return path.read_text().strip()
     except OSError as error:

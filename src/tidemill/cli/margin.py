@@ -13,11 +13,11 @@ from tidemill.cli.target import HERE, Target
 def margin(
     *,
     month: Annotated[str | None, Parameter(help="The month, such as 2026-11; the current one if not given.")] = None,
-    place: Target = HERE,
+    target: Target = HERE,
 ) -> None:
     """Set what each model earned, by tenant, against what its replicas and upstreams cost, idle time included."""
-    found = running(place).margin(month)
-    if place.json:
+    found = running(target).margin(month)
+    if target.json:
         print_json(found)
         return
     print_text(f"Margin of {found['month']} in {found['currency']}, as of {found['as_of'][:16].replace('T', ' ')}Z\n")

@@ -10,10 +10,10 @@ app = App(name="meter")
 
 
 @app.command
-def reconcile(*, place: Target = HERE) -> None:
+def reconcile(*, target: Target = HERE) -> None:
     """Compare the usage records with the engines' own token counters, and name the differences."""
-    platform = running(place)
-    if place.json:
+    platform = running(target)
+    if target.json:
         print_json(platform.reconcile())
     else:
         print_text(platform.reconcile_text())

@@ -17,10 +17,10 @@ _LOOK_EVERY_S = 0.3
 
 
 @app.command(name="list")
-def list_(*, place: Target = HERE) -> None:
+def list_(*, target: Target = HERE) -> None:
     """List the models, how they do, and their prices per million tokens."""
-    found = source(place).models()
-    if place.json:
+    found = source(target).models()
+    if target.json:
         print_json(found)
         return
     rows = []
@@ -54,7 +54,7 @@ def roll(
     path: str,
     version: str = "",
     wait: Annotated[bool, Parameter(negative="--no-wait")] = True,
-    place: Target = HERE,
+    target: Target = HERE,
 ) -> None:
     """Roll a model to other weights, replica by replica, without a request that fails.
 
@@ -71,17 +71,17 @@ def roll(
     wait
         Stay until it is over.
     """
-    client = running(place)
+    client = running(target)
     given = Path(path).expanduser()
     state = client.roll(name, str(given.absolute()) if given.exists() else path, version)
     said = -1
     while wait and state["ended_at"] is None:
-        if state["done"] != said and not place.json:
+        if state["done"] != said and not target.json:
             said = state["done"]
             complain(f"{name}: {said} of {state['of']} replicas run {state['version']}", kind="note")
         time.sleep(_LOOK_EVERY_S)
         state = next(each for each in client.rolls()["rolls"] if each["model"] == name)
-    if place.json:
+    if target.json:
         print_json(state)
     elif state["ended_at"] is None:
         print_text(f"{name} is being rolled to {state['version']}; `tidemill fleet list` shows its replicas.")

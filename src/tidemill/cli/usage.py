@@ -15,7 +15,7 @@ def usage(
     tenant: str,
     month: str | None = None,
     records: Annotated[bool, Parameter(negative="")] = False,
-    place: Target = HERE,
+    target: Target = HERE,
 ) -> None:
     """What a tenant has used and what it cost: exact sums, and with --records each request.
 
@@ -28,8 +28,8 @@ def usage(
     records
         Each request too.
     """
-    found = source(place).usage(tenant, month, records=records)
-    if place.json:
+    found = source(target).usage(tenant, month, records=records)
+    if target.json:
         print_json(found)
         return
     when = f"{found['month']}, {found['zone']}" if found["month"] else "all time"

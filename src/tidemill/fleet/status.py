@@ -93,7 +93,7 @@ class FleetStatus(msgspec.Struct, frozen=True, kw_only=True):
     waiting: tuple[WaitStatus, ...]
 
 
-def standing(
+def fleet_status(
     nodes: Sequence[Node], replicas: Sequence[Replica], drained: Mapping[str, str], last: LastPlan | None
 ) -> FleetStatus:
     """How the fleet stands. `drained`: nodes and devices that were taken out, and why."""

@@ -82,10 +82,10 @@ class SchedulingRound:
             why_not = _never(builder, job) or _over_limit(share, job) or _no_firm_room(builder, job, self._firm)
             placement = None if why_not else self._place(job)
             if placement is not None:
-                standing = _standing(share, job, len(placement.devices))
+                quota = _quota_in_words(share, job, len(placement.devices))
                 builder.queues.add(job, len(placement.devices))
-                if builder.give(placement, name, f"job {job.id} needs its devices: {standing}"):
-                    builder.start_jobs.append(StartJob(job.id, placement.devices, standing))
+                if builder.give(placement, name, f"job {job.id} needs its devices: {quota}"):
+                    builder.start_jobs.append(StartJob(job.id, placement.devices, quota))
                     builder.begun.append(
                         msgspec.structs.replace(
                             job, phase=JobPhase.RUNNING, on=placement.devices, started_at=builder.now
@@ -182,7 +182,7 @@ def _no_firm_room(builder: PlanBuilder, job: JobView, firm: int) -> str:
     )
 
 
-def _standing(share: QueueUse, job: JobView, devices: int) -> str:
+def _quota_in_words(share: QueueUse, job: JobView, devices: int) -> str:
     queue = share.view
     if share.owns(devices):
         return f"queue {queue.name} has {share.used + devices} of its {queue.quota} devices"

@@ -221,7 +221,7 @@ class ResponsesReply:
         return response
 
     def _kept(self, response: dict[str, object]) -> msgspec.Raw:
-        """The response as JSON, put on the shelf if the client wants that; it says whether it was."""
+        """The response as JSON, put into the store if the client wants that; it says whether it was."""
         encoded = _encode(response)
         if self._request.keeps and not self._request.keep(f"resp_{self._suffix}", encoded):
             encoded = _encode({**response, "store": False})

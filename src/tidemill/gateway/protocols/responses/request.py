@@ -115,7 +115,7 @@ class ResponsesRequest(ModelRequest, kw_only=True):
         return self.response_store is not None and self.response_store.keeps(self.store)
 
     def keep(self, response_id: str, response: bytes) -> bool:
-        """Put the finished response on the shelf; False when it has no room."""
+        """Put the finished response into the store; False when it has no room."""
         if self.response_store is None:
             return False
         kept = FinishedResponse(response_id, self.tenant_id, self.previous_id, self.items, response)

@@ -67,7 +67,7 @@ class ResponseStoreRules(msgspec.Struct, frozen=True):
 
 
 class FinishedResponse(msgspec.Struct, frozen=True):
-    """A finished response on its way to the shelf."""
+    """A finished response on its way to the store."""
 
     response_id: str
     tenant_id: str
@@ -178,7 +178,7 @@ class ResponseStore:
         if gone is not None:
             self._waiting_bytes -= _size(gone)
 
-    # In the shelf's thread
+    # In the store's thread
 
     def _write(self, batch: list[KeptResponse]) -> None:
         with self._store.write() as connection:
