@@ -6,7 +6,7 @@ What a block is for follows from its language; comments before it, which a reade
     ```python                                run with the platform's Python
     ```text                                  what the block before it prints
     ```toml  after <!-- file: NAME -->       saved under that name
-    ```sh    after <!-- keeps running -->    run in a terminal of its own, beside the rest
+    ```sh    after <!-- keeps running -->    its first line runs in a terminal of its own, beside the rest
     <!-- Ctrl-C -->                          stops that one
 
 In an expected output `...` stands for anything, and ids, keys, dates and times for any other of their kind. After
@@ -122,7 +122,10 @@ class Reader:
             elif name:
                 (self._directory / name).write_text(text, encoding="utf-8")
             elif step.kind == "sh" and running:
-                self._start(text, where)
+                lasting, _, others = text.partition("\n")
+                self._start(lasting, where)
+                if others:
+                    self._run(others, where)
                 output = ""
             elif step.kind in ("sh", "python"):
                 output = self._run(text if step.kind == "sh" else _python(text), where) or "\n"
@@ -144,12 +147,14 @@ class Reader:
             text = re.sub(rf"\b{named}\b", ours, text)
         ports = "--port {} --control-port {}".format(*self._ports.values())
         # Not to install anything anew: -o takes the installation for what it is.
-        return re.sub(
-            r'^make up(?: ARGS="(.*)")?$',
+        text = re.sub(
+            r'^make up(?: ARGS="(.*)")?(?=$| +#)',
             lambda found: f'make -o .venv/.tidemill-installed up ARGS="{found[1] or ""} {ports}"',
             text,
             flags=re.MULTILINE,
         )
+        # Nor to run the tests in the tests: -n prints what would be done.
+        return re.sub(r"^make test(?=$| )", "make -n test", text, flags=re.MULTILINE)
 
     def _run(self, commands: str, where: str) -> str:
         assert self._shell.stdin is not None and self._shell.stdout is not None
