@@ -6,13 +6,17 @@ import msgspec
 
 
 class TokenCounts(msgspec.Struct, frozen=True, gc=False):
-    """Token counts as an engine reports them. `prompt` includes `cached`, `completion` includes `reasoning`."""
+    """Counts as an engine reports them. `prompt` includes `cached` and `cache_write`, `completion` `reasoning`."""
 
     prompt: int = 0
     cached: int = 0
     completion: int = 0
     reasoning: int = 0
     """0 also where the engine does not tell."""
+    cache_write: int = 0
+    """Prompt tokens that were written into a cache which the client asked for, and are priced so."""
+    searches: int = 0
+    """Search units of a ranking, where the engine bills by them."""
 
 
 class Counters(msgspec.Struct, frozen=True):
