@@ -7,11 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.ledger.values import NOVEMBER, PRICES, months, record, version
+from tests.support.prices import token_price
+from tidemill.ledger.components import INPUT, MAX_PRICE
 from tidemill.ledger.invoice import Invoice, make_invoice, sum_month
 from tidemill.ledger.invoice_text import WIDTH, display_width, printable, to_text, wrap
 from tidemill.ledger.money import MAX_NANOS, Nanos, format_amount, parse_amount
 from tidemill.ledger.posting import credit_grant
-from tidemill.ledger.pricing import MAX_PRICE, Price
 from tidemill.ledger.usage import TokenUsage, UsageRecord
 
 names = st.text(max_size=120)
@@ -119,9 +120,9 @@ def test_amounts_are_not_cut_and_their_points_stand_under_each_other(month: list
 
 
 def test_the_largest_figures_take_a_second_line() -> None:
-    huge = msgspec.structs.replace(version("prc_huge", "m" * 128, "0 0 0"), price=Price(MAX_PRICE - 1, 0, 0))
+    huge = msgspec.structs.replace(version("prc_huge", "m" * 128, "0 0 0"), price=token_price(MAX_PRICE - 1, 0, 0))
     month = [record(f"req_{n}", price=huge, usage=TokenUsage(2**28, 0, 0), cap=Nanos(10**9)) for n in range(3)]
-    big = [msgspec.structs.replace(one, charge_input=Nanos(MAX_NANOS // 3), uncollected=Nanos(1)) for one in month]
+    big = [msgspec.structs.replace(one, charges={INPUT: Nanos(MAX_NANOS // 3)}, uncollected=Nanos(1)) for one in month]
     invoice = make_invoice(
         sum_month(big, tenant_id="acme", currency="CNY", period=NOVEMBER),
         tenant_name="Acme",

@@ -30,7 +30,7 @@ class Ask(msgspec.Struct):
     """A request on its way to an engine: a JSON object in OpenAI's form, its values still undecoded."""
 
     path: bytes
-    """The endpoint below the engine's base URL: `/chat/completions`, `/completions`, `/embeddings`."""
+    """The endpoint below the engine's base URL: `/chat/completions`, `/completions`, `/embeddings`, `/rerank`."""
     fields: dict[str, msgspec.Raw]
     stream: bool
     wants_usage: bool
@@ -45,6 +45,10 @@ class Ask(msgspec.Struct):
     """How many prompts it carries; more than one only in a text completion."""
     generates: bool = True
     """False for embeddings: nothing is produced token by token, nothing is limited."""
+    documents: int = 0
+    """How many documents it has ranked."""
+    searches_bound: int = 0
+    """The most search units that this can come to."""
     filler: bool = False
     """It can wait: an engine that orders its requests by priority takes people's before it."""
 

@@ -1,4 +1,4 @@
-"""The catalogue of price components: all that a request can be billed for, each with its unit and the scale of its price.
+"""The catalogue of price components: all that a request can be billed for, with its unit and the scale of its price.
 
 A price is a rate for each component, a usage record a quantity of each. To bill something new, add it here, to the
 documentation, and to what counts it.
@@ -78,7 +78,7 @@ CATALOGUE: Mapping[Component, ComponentSpec] = {
 }
 """In the order of an invoice."""
 
-BASE = (Component.INPUT, Component.CACHED_INPUT, Component.OUTPUT)
+BASE = INPUT, CACHED_INPUT, OUTPUT = Component.INPUT, Component.CACHED_INPUT, Component.OUTPUT
 """The components that every price has a rate of, and every record a count: the tokens of a prompt and an answer. The
 log and the database have a place of their own for each; the others are kept where there are any."""
 
