@@ -117,6 +117,7 @@ class Fleet:
             queue_seconds=model.queue_seconds,
             lacks=next((engine.lacks for engine in engines if engine.ready), engines[0].lacks if engines else ()),
             embeds=model.engine != "llamacpp" or bool(model.embeddings),
+            ranks=model.engine != "llamacpp" or model.reranking,
             aliases=model.aliases,
             fallbacks=model.fallbacks,
             overflow=model.overflow,

@@ -42,13 +42,15 @@ class Ask(msgspec.Struct):
     max_tokens: int | None
     """The client's limit for each choice, if it set one."""
     prompts: int = 1
-    """How many prompts it carries; more than one only in a text completion."""
+    """How many prompts it carries: more than one in a text completion, and the documents of a ranking."""
     generates: bool = True
-    """False for embeddings: nothing is produced token by token, nothing is limited."""
+    """False for embeddings and rankings: nothing is produced token by token, nothing is limited."""
     documents: int = 0
     """How many documents it has ranked."""
+    searches: int = 0
+    """The search units of that, where the engine does not tell them."""
     searches_bound: int = 0
-    """The most search units that this can come to."""
+    """The most that an engine can tell."""
     filler: bool = False
     """It can wait: an engine that orders its requests by priority takes people's before it."""
 

@@ -7,9 +7,6 @@ from tidemill.ledger.components import Component
 from tidemill.ledger.pricing import NOTHING, Price
 from tidemill.ledger.usage import TokenUsage
 
-DOCUMENTS_PER_SEARCH = 100
-"""Cohere's search unit: a query with up to so many documents."""
-
 
 def counted(ask: Ask, price: Price) -> dict[Component, int]:
     """What is counted before work starts. A ranking's documents and searches are recorded whatever is billed; the
@@ -19,7 +16,7 @@ def counted(ask: Ask, price: Price) -> dict[Component, int]:
         return {}
     found = {Component.REQUEST: 1} if Component.REQUEST in price.rates else {}
     if ask.documents:
-        found[Component.SEARCH] = -(-ask.documents // DOCUMENTS_PER_SEARCH)
+        found[Component.SEARCH] = ask.searches
         found[Component.DOCUMENT] = ask.documents
     return found
 
