@@ -10,6 +10,7 @@ from tests.store.values import assert_clean
 from tidemill.app.bootstrap import prepare_store
 from tidemill.app.config.schema.platform import Config, FirstTenantConfig, default_config
 from tidemill.errors import ConfigError
+from tidemill.ledger.components import INPUT
 from tidemill.ledger.money import Nanos
 from tidemill.ledger.posting import credit_grant
 from tidemill.store.accounts import post, tenant_balances
@@ -77,7 +78,7 @@ def test_a_new_price_in_the_file_is_a_new_version(store: Store) -> None:
     prepare_store(store, dearer, lambda key: None)
     with store.read() as connection:
         current = current_prices(connection, datetime.now(UTC).replace(year=2200))
-        assert any(version.price.input == 7 * 10**9 for version in current.values())
+        assert any(version.price.rates[INPUT] == 7 * 10**9 for version in current.values())
 
 
 def test_the_currency_of_an_installation_stays(store: Store) -> None:

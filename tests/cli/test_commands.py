@@ -6,9 +6,9 @@ import pytest
 
 from tests.cli.conftest import Run, Up
 from tests.control.world import OCTOBER, FakeModel, record
+from tests.support.prices import token_price
 from tidemill.cli import client
 from tidemill.ledger.money import parse_amount
-from tidemill.ledger.pricing import Price
 from tidemill.ledger.usage import TokenUsage
 
 
@@ -80,7 +80,7 @@ def test_the_margin_shows_what_upstreams_bill_where_they_do(run: Run, up: Up) ->
     tenant = run("tenant", "create", "acme", "--json", *at).json["id"]
     up.platform.settled = [record(up.platform, "req_1", tenant, usage=TokenUsage(1_000_000, 0, 0))]
     assert "Cost, upstream" not in run("margin", "--month", "2026-10", *at).out
-    up.platform.running = [FakeModel("mock", token_cost=Price(*map(parse_amount, ("3", "1", "8"))))]
+    up.platform.running = [FakeModel("mock", token_cost=token_price(*map(parse_amount, ("3", "1", "8"))))]
     page = run("margin", "--month", "2026-10", *at).out
     [line] = [line for line in page.splitlines() if line.startswith("all models")]
     assert "Cost, upstream" in page and line.split()[2:] == ["4.00", "0.00", "0.00", "3.00", "1.00", "25.0%"]

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from tests.control.conftest import Api
 from tests.control.world import LONG_AGO, OCTOBER, FakeModel, FakePlatform, record
+from tests.support.prices import token_price
 from tidemill.ledger.devices import DeviceMeter, DeviceTier
 from tidemill.ledger.money import Nanos, format_amount, parse_amount
 from tidemill.ledger.period import parse_period
-from tidemill.ledger.pricing import Price
 from tidemill.ledger.usage import RequestStatus, TokenUsage
 from tidemill.store.device_meters import MeterReading, MeterStart, begin_meters, read_meters
 from tidemill.store.device_prices import current_device_prices, set_device_price
@@ -229,7 +229,7 @@ def test_margin(api: Api, platform: FakePlatform) -> None:
 
 
 def test_what_an_upstream_bills_is_in_the_margin(api: Api, platform: FakePlatform) -> None:
-    bought = Price(*map(parse_amount, ("2", "0.5", "8")))
+    bought = token_price(*map(parse_amount, ("2", "0.5", "8")))
     platform.running = [FakeModel("mock", token_cost=bought), FakeModel("big", token_cost=bought)]
     acme, other = (api.post("/tenants", name=name)["id"] for name in ("acme", "other"))
     platform.settled = [

@@ -8,7 +8,7 @@ from litestar.testing import TestClient
 
 from tests.control.conftest import Api
 from tests.control.world import FakeModel, FakePlatform
-from tidemill.ledger.pricing import Price
+from tests.support.prices import token_price
 from tidemill.store.prices import set_price
 
 
@@ -32,7 +32,7 @@ def test_models_with_their_prices(api: Api, platform: FakePlatform) -> None:
 
 def test_prices_in_force_and_their_history(api: Api, platform: FakePlatform) -> None:
     with platform.store.write() as connection:
-        set_price(connection, model="mock", currency="USD", price=Price(1, 2, 3), now=datetime.now(UTC))
+        set_price(connection, model="mock", currency="USD", price=token_price(1, 2, 3), now=datetime.now(UTC))
     current = api.get("/prices")["prices"]
     assert [(price["model"], price["currency"]) for price in current] == [
         ("big", "USD"),

@@ -8,6 +8,7 @@ import msgspec
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.metrics_core import Metric
 
+from tests.support.prices import token_price
 from tidemill.errors import NotFound
 from tidemill.fleet.recipe import WeightsVersion
 from tidemill.fleet.roll import RollState
@@ -196,7 +197,7 @@ def open_world(directory: Path) -> FakePlatform:
                 connection,
                 model=model,
                 currency=currency,
-                price=Price(*map(parse_amount, amounts.split())),
+                price=token_price(*map(parse_amount, amounts.split())),
                 now=LONG_AGO,
             )
     return FakePlatform(store, directory)
@@ -236,9 +237,7 @@ def record(
         streamed=True,
         price_id=price.price_id,
         currency=currency,
-        charge_input=charge.input,
-        charge_cached=charge.cached,
-        charge_output=charge.output,
+        charges=charge.amounts,
         uncollected=charge.uncollected,
         hold=Nanos(2**62),
         started_at=at - timedelta(seconds=1),

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tests.ledger.values import NOVEMBER, PRICES, months, record, records, version
+from tidemill.ledger.components import CACHED_INPUT
 from tidemill.ledger.money import MAX_NANOS, Nanos, parse_amount
 from tidemill.ledger.period import period_of
 from tidemill.ledger.posting import (
@@ -89,7 +90,7 @@ def test_a_charge_covers_one_tenant_and_one_currency() -> None:
 
 def test_a_negative_charge_is_refused() -> None:
     with pytest.raises(PostingError, match="negative"):
-        usage_charge("txn_1", [record(), msgspec.structs.replace(record("req_2"), charge_cached=Nanos(-1))])
+        usage_charge("txn_1", [record(), msgspec.structs.replace(record("req_2"), charges={CACHED_INPUT: Nanos(-1)})])
 
 
 @given(st.lists(st.tuples(records, st.sampled_from(["a", "b"]), st.integers(0, 40)), max_size=20))

@@ -12,6 +12,7 @@ from tests.meter.conftest import OCTOBER
 from tests.store.conftest import new_tenant
 from tests.store.databases import Databases
 from tests.store.values import grant
+from tests.support.prices import token_price
 from tidemill.clock import to_micros
 from tidemill.ledger.limits import Limit, LimitKind, Per, span_of
 from tidemill.ledger.usage import RequestStatus, TokenUsage
@@ -71,7 +72,7 @@ class Books:
             replica="m/0",
             price_id="prc_1",
             currency="CNY",
-            price=(CHARGE * 1_000_000, CHARGE * 1_000_000, 0),
+            price=token_price(CHARGE * 1_000_000, CHARGE * 1_000_000, 0),
             streamed=False,
             started_us=to_micros(OCTOBER + timedelta(days=days)),
         )

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from tests.meter.values import START_US, opened
 from tests.store.values import ZONE
 from tests.support.disk import fill_up, small_disk
+from tidemill.ledger.components import MAX_TOKENS
 from tidemill.ledger.posting import charge_batches
-from tidemill.ledger.usage import MAX_TOKENS, RequestStatus
+from tidemill.ledger.usage import RequestStatus
 from tidemill.meter.live import MAX_OPENED, SLOT_BYTES, LiveTable, TooManyOpen, Unfinished, read_unfinished
 from tidemill.meter.loader import finish_record
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import msgspec
 import pytest
-from sqlalchemy import event, func, select
+from sqlalchemy import event, func, insert, select
 
+from tests.meter.test_records import FORMAT1, as_before
 from tests.meter.values import opened, settled
 from tests.store.databases import Databases, FlakyStore
 from tests.store.values import ZONE, assert_clean, balance_of, grant
@@ -21,7 +22,7 @@ from tidemill.errors import Unavailable
 from tidemill.ledger.period import parse_period
 from tidemill.ledger.usage import RequestStatus, TokenUsage, UsageRecord
 from tidemill.meter import loader as loader_module
-from tidemill.meter.frames import segment_numbers, segment_path
+from tidemill.meter.frames import read_frames, segment_numbers, segment_path
 from tidemill.meter.live import LiveTable
 from tidemill.meter.loader import LIVE_FILE, Loader, LoadResult, claim_directory, finish_record
 from tidemill.meter.log import UsageLog
@@ -29,6 +30,7 @@ from tidemill.meter.records import Opened, Settled, encode_settled, to_record
 from tidemill.store.balance_leases import extend_lease, leased, leasing_workers
 from tidemill.store.engine import Store
 from tidemill.store.tables.money import transactions
+from tidemill.store.tables.tenants import tenants
 from tidemill.store.tables.usage import log_positions
 from tidemill.store.tenants import Tenant
 from tidemill.store.usage import records_between
@@ -438,6 +440,39 @@ def test_a_log_that_cannot_be_loaded_holds_up_no_other(world: World) -> None:
         assert any("gw0-bad" in note for note in error.value.__notes__)
     assert world.records() == [to_record(done)]
     assert bad.directory.exists()
+
+
+# What an older program has left
+
+
+def test_the_directory_of_a_process_of_an_older_program_is_finished(world: World) -> None:
+    """It was killed, and then Tidemill was upgraded: its log and its live table are of the first format."""
+    with world.store.write() as connection:
+        connection.execute(insert(tenants).values(tenant_id="ten_1", name="old", currency="CNY", created_at=1))
+        grant(connection, "ten_1", GRANTED)
+    shutil.copytree(FORMAT1, world.meter_dir / "gw0-old")
+    assert world.loader().drain() == LoadResult(11, 3, 1)
+    expected = {each["request_id"]: each for each in msgspec.json.decode((FORMAT1 / "expected.json").read_bytes())}
+    found = {record.request_id: record for record in world.records()}
+    assert found.keys() == expected.keys()
+    for request_id, record in found.items():
+        assert as_before(record) == expected[request_id]
+    charged = sum(record.charge for record in found.values())
+    assert balance_of(world.store, "ten_1") == GRANTED - charged
+    assert list(world.meter_dir.iterdir()) == []
+    assert_clean(world.store)
+
+
+def test_frames_of_both_formats_in_one_log(world: World) -> None:
+    """A process writes one format only; but nothing depends on it."""
+    worker = world.worker()
+    worker.lease(world.tenant, 10**9)
+    old = [frame.payload for frame in read_frames(FORMAT1, (1, 0))]
+    plain = msgspec.msgpack.decode(old[0])
+    plain[0][1] = world.tenant.tenant_id
+    worker.write(new := settled(world.request()), msgspec.Raw(msgspec.msgpack.encode(plain)))
+    assert world.loader().drain() == LoadResult(2, 0, 0)
+    assert {record.request_id for record in world.records()} == {new.opened.request_id, "req_plain"}
 
 
 # Months, and masses

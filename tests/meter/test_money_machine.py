@@ -32,6 +32,7 @@ from sqlalchemy import select
 from tests.meter.values import START_US
 from tests.store.databases import FlakyStore
 from tests.store.values import LONG_AGO, ZONE, assert_clean, grant
+from tests.support.prices import token_price
 from tidemill.errors import Unavailable
 from tidemill.ledger.usage import RequestStatus, TokenUsage
 from tidemill.meter.balance_leases import DRY_FOR_S, IDLE_FOR_S, BalanceLeases
@@ -46,7 +47,7 @@ from tidemill.store.tables.money import leases
 from tidemill.store.tenants import create_tenant
 from tidemill.store.usage import records_between
 
-PRICE = (1_000_000, 250_000, 3_000_000)
+PRICE = token_price(1_000_000, 250_000, 3_000_000)
 """One nano for an input token, a quarter for a cached one, three for an output token."""
 TENANTS = 2
 

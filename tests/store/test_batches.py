@@ -6,9 +6,11 @@ from typing import Any
 import msgspec
 import pytest
 
+from tests.support.prices import token_price
 from tidemill.errors import BadInput, Conflict, NotFound
+from tidemill.ledger.components import INPUT, OUTPUT
 from tidemill.ledger.money import Nanos
-from tidemill.ledger.pricing import Price, PriceTier
+from tidemill.ledger.pricing import PriceTier
 from tidemill.ledger.usage import RequestStatus, TokenUsage, UsageRecord
 from tidemill.store.accounts import verify_books
 from tidemill.store.batches import (
@@ -222,11 +224,11 @@ def test_each_tier_has_prices_of_its_own(store: Store) -> None:
             (12, PriceTier.STANDARD),
             (5, PriceTier.BATCH),
         ):
-            price = Price(amount, amount, amount)
+            price = token_price(amount, amount, amount)
             set_price(connection, model="m", currency="USD", price=price, now=NOW, tier=tier)
         later = NOW + timedelta(days=1)
-        assert current_prices(connection, later)["m", "USD"].price.input == 12
-        assert current_prices(connection, later, PriceTier.BATCH)["m", "USD"].price.input == 5
+        assert current_prices(connection, later)["m", "USD"].price.rates[INPUT] == 12
+        assert current_prices(connection, later, PriceTier.BATCH)["m", "USD"].price.rates[INPUT] == 5
 
 
 def attempt(
@@ -244,9 +246,7 @@ def attempt(
         streamed=False,
         price_id="prc_1",
         currency=tenant.currency,
-        charge_input=Nanos(charge),
-        charge_cached=Nanos(0),
-        charge_output=Nanos(0),
+        charges={INPUT: Nanos(charge), OUTPUT: Nanos(0)},
         uncollected=Nanos(0 if charge else 7),
         hold=Nanos(100),
         started_at=NOW,

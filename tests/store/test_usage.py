@@ -13,13 +13,15 @@ from sqlalchemy import select
 from tests.ledger.values import PRICES, UNCAPPED, record, usages
 from tests.store.conftest import new_tenant
 from tests.store.values import LONG_AGO, OCTOBER, ZONE, assert_clean, balance_of, grant
+from tests.support.prices import token_price
+from tidemill.ledger.components import MAX_PRICE, MAX_TOKENS
 from tidemill.ledger.invoice import LineSum, MonthUsage, sum_month
 from tidemill.ledger.money import MAX_NANOS, Nanos
 from tidemill.ledger.period import parse_period, period_of
 from tidemill.ledger.posting import REVENUE_USAGE, TransactionKind
-from tidemill.ledger.pricing import MAX_PRICE, Price, PriceVersion
+from tidemill.ledger.pricing import PriceVersion
 from tidemill.ledger.statement import usage_statement
-from tidemill.ledger.usage import MAX_TOKENS, RequestStatus, TokenUsage, UsageRecord
+from tidemill.ledger.usage import RequestStatus, TokenUsage, UsageRecord
 from tidemill.store.accounts import account_balance, find_transaction
 from tidemill.store.engine import Store
 from tidemill.store.tables.money import transactions
@@ -99,7 +101,7 @@ def test_free_records_are_kept_without_a_transaction(store: Store, acme: Tenant)
 
 def test_the_largest_figures_fit(store: Store, acme: Tenant) -> None:
     """On both databases, to the nano: the price and the token counts at the limits of the ledger."""
-    dear = PriceVersion("prc_dear", "m", "CNY", Price(MAX_PRICE, MAX_PRICE, MAX_PRICE), LONG_AGO)
+    dear = PriceVersion("prc_dear", "m", "CNY", token_price(MAX_PRICE, MAX_PRICE, MAX_PRICE), LONG_AGO)
     made = of(acme, price=dear, usage=TokenUsage(MAX_TOKENS, 0, MAX_TOKENS), device_ns=MAX_NANOS)
     keep(store, made)
     assert kept(store) == [made]
@@ -251,4 +253,4 @@ def test_the_database_adds_up_as_the_ledger_does(store: Store, asked: list[Any])
 
 
 def sorted_sums(month: MonthUsage) -> list[LineSum]:
-    return sorted(month.sums, key=lambda row: (row.model, row.price_id, row.kind))
+    return sorted(month.sums, key=lambda row: (row.model, row.price_id, row.component))

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from tests.support.prices import token_price
 from tests.support.wire import Answer, Line, post
 from tidemill.gateway.admission.admission import Admission
 from tidemill.gateway.admission.fair_queue import FairQueues
@@ -23,7 +24,6 @@ from tidemill.http.server import HttpServer
 from tidemill.ledger.limits import Limit, LimitKind
 from tidemill.ledger.money import parse_amount
 from tidemill.ledger.posting import credit_grant
-from tidemill.ledger.pricing import Price
 from tidemill.meter.balance_leases import BalanceLeases
 from tidemill.meter.frames import read_frames
 from tidemill.meter.live import LiveTable
@@ -39,7 +39,7 @@ from tidemill.store.prices import set_price
 from tidemill.store.tenants import create_tenant, set_weight
 
 CHAT = "/v1/chat/completions"
-PRICE = Price(1_000_000_000, 250_000_000, 2_000_000_000)
+PRICE = token_price(1_000_000_000, 250_000_000, 2_000_000_000)
 """1.00, 0.25 and 2.00 per million tokens: 1000, 250 and 2000 nanos a token."""
 SWEEP_S = 0.05
 MAX_BODY_BYTES = 2 * 1024 * 1024

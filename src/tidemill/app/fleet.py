@@ -27,7 +27,6 @@ from tidemill.fleet.ray import RayBackend
 from tidemill.fleet.replica import Replica
 from tidemill.fleet.replicas import ReplicaSet
 from tidemill.gateway.routing.models import ModelCost, ModelSpec, ReplicaSpec
-from tidemill.ledger.pricing import Price
 from tidemill.tides.state import Objective
 
 log = structlog.get_logger()
@@ -121,11 +120,12 @@ class Fleet:
             queue_seconds=model.queue_seconds,
             lacks=next((engine.lacks for engine in engines if engine.ready), engines[0].lacks if engines else ()),
             embeds=model.engine != "llamacpp" or bool(model.embeddings),
+            ranks=model.engine != "llamacpp" or model.reranking,
             aliases=model.aliases,
             fallbacks=model.fallbacks,
             overflow=model.overflow,
             split=tuple(model.split.items()),
-            cost=ModelCost(self._config.currency, cost) if cost is not None and cost != Price(0, 0, 0) else None,
+            cost=ModelCost(self._config.currency, cost) if cost is not None and any(cost.rates.values()) else None,
             allow_loss=model.allow_loss,
             objective=objective_of(model),
             wakes=own and low == 0 and not any(engine.stuck for engine in engines),  # else nobody would be answered

@@ -116,7 +116,7 @@ def llamacpp_command(name: str, model: ModelConfig) -> MakeCommand:
             context=model.context or EMBEDDED_CONTEXT,
             parallel=model.parallel,
             threads=model.threads or threads_for(model, devices),
-            embeddings=model.embeddings,
+            embeddings="rank" if model.reranking else model.embeddings,
         )
         line = msgspec.json.encode(launch).decode().replace(f'"port":{PORT}', '"port":{port}')
         return CommandLine((sys.executable, "-m", "tidemill.engines.llamacpp_child", line))

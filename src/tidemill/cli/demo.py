@@ -17,13 +17,14 @@ from tidemill.cli.demo_platform import ANSWER_WITHIN_S, DemoAnswer, DemoPlatform
 from tidemill.cli.demo_stage import DemoStage
 from tidemill.cli.output import grouped, print_json
 from tidemill.errors import BadInput, TidemillError
+from tidemill.ledger.components import CACHED_INPUT, INPUT, OUTPUT
 from tidemill.ledger.money import format_amount, parse_amount
 from tidemill.ledger.pricing import Price
 
 MODEL = "smollm2-135m-instruct"
 COST_PER_HOUR = "0.60"
 # Answers are what costs, as with a big reasoning model, and so much that a minute's use is a matter of cents.
-PRICE = Price(input=parse_amount("1.00"), cached_input=parse_amount("0.20"), output=parse_amount("60.00"))
+PRICE = Price.of(input=parse_amount("1.00"), cached_input=parse_amount("0.20"), output=parse_amount("60.00"))
 """In USD per million tokens."""
 CONFIG = f"""
 issuer = "Tidemill demo"
@@ -38,9 +39,9 @@ cost_per_hour = "{COST_PER_HOUR}"
 queue_seconds = {ANSWER_WITHIN_S}  # who is let in gets a turn, be the machine ever so busy
 
 [prices."{MODEL}".USD]
-input = "{format_amount(PRICE.input)}"
-cached_input = "{format_amount(PRICE.cached_input)}"
-output = "{format_amount(PRICE.output)}"
+input = "{format_amount(PRICE.rates[INPUT])}"
+cached_input = "{format_amount(PRICE.rates[CACHED_INPUT])}"
+output = "{format_amount(PRICE.rates[OUTPUT])}"
 
 [prices."{MODEL}".CNY]
 input = "7.00"

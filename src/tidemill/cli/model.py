@@ -7,13 +7,14 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from tidemill.cli.locate import running, source
-from tidemill.cli.output import complain, grouped, print_json, print_table, print_text
+from tidemill.cli.output import Justify, complain, grouped, print_json, print_table, print_text
 from tidemill.cli.target import HERE, Target
 from tidemill.errors import Conflict
 
 app = App(name="model")
 
 _LOOK_EVERY_S = 0.3
+_TOKENS = ("input", "cached_input", "output")
 
 
 @app.command(name="list")
@@ -29,22 +30,23 @@ def list_(*, target: Target = HERE) -> None:
         head = (model["name"], model["engine"] or "", model["state"], replicas)
         prices = model["prices"] or {"": {"input": "no price", "cached_input": "", "output": ""}}
         for currency, price in prices.items():
-            amounts = (grouped(price[kind]) for kind in ("input", "cached_input", "output"))
-            rows.append((*head, currency, *amounts))
+            amounts = (grouped(price[key]) for key in _TOKENS)
+            others = ", ".join(f"{key} {grouped(amount)}" for key, amount in price.items() if key not in _TOKENS)
+            rows.append((*head, currency, *amounts, others))
             head = ("", "", "", "")
-    print_table(
-        [
-            ("Model", "left"),
-            ("Engine", "left"),
-            ("State", "left"),
-            ("Ready", "left"),
-            ("", "left"),
-            ("Input", "right"),
-            ("Cached", "right"),
-            ("Output", "right"),
-        ],
-        rows,
-    )
+    further = any(row[-1] for row in rows)
+    columns: list[tuple[str, Justify]] = [
+        ("Model", "left"),
+        ("Engine", "left"),
+        ("State", "left"),
+        ("Ready", "left"),
+        ("", "left"),
+        ("Input", "right"),
+        ("Cached", "right"),
+        ("Output", "right"),
+        ("Others", "left"),
+    ]
+    print_table(columns if further else columns[:-1], rows if further else [row[:-1] for row in rows])
 
 
 @app.command

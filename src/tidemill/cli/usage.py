@@ -47,6 +47,9 @@ def usage(
         [*rows, ("Total with device time" if found["devices"] else "Total", *_counts(found))],
         footer=True,
     )
+    if "components" in found:
+        print_text("")
+        _print_components(found)
     if found["devices"]:
         print_text("")
         _print_devices(found)
@@ -54,6 +57,17 @@ def usage(
     if records:
         print_text("")
         _print_records(found)
+
+
+def _print_components(found: Mapping[str, Any]) -> None:
+    print_table(
+        [("Of that", "left"), ("Component", "left"), ("Quantity", "right"), (f"Charge {found['currency']}", "right")],
+        [
+            (model, key, grouped(row["quantity"]), grouped(row["charge"]))
+            for model, sums in found["models"].items()
+            for key, row in sums.get("components", {}).items()
+        ],
+    )
 
 
 def _print_devices(found: Mapping[str, Any]) -> None:

@@ -112,11 +112,11 @@ def _other_revenue(used: Iterable[DeviceUse], currency: str) -> dict[str, str]:
 
 
 def _upstream_costs(rows: Iterable[DeviceUse], cost: Price | None) -> dict[str, int]:
-    """What the tokens that a model gave are billed at by whom it is bought from, by tenant."""
+    """What a model's usage is billed at by whom it is bought from, by tenant."""
     costs: dict[str, int] = {}
     if cost is not None:
         for row in rows:
-            of_row = cost_of(uncached=row.uncached, cached=row.cached, completion=row.completion, cost=cost)
+            of_row = cost_of(row.quantities, cost)
             costs[row.tenant_id] = costs.get(row.tenant_id, 0) + of_row
     return costs
 

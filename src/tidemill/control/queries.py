@@ -16,6 +16,7 @@ from tidemill.control.names import read_month, tenant_named
 from tidemill.control.pages import check_limit
 from tidemill.control.platform import PlatformModel
 from tidemill.errors import BadInput
+from tidemill.ledger.components import CATALOGUE
 from tidemill.ledger.devices import seconds_text
 from tidemill.ledger.invoice import Invoice, make_invoice
 from tidemill.ledger.invoice import to_json as invoice_to_json
@@ -278,11 +279,8 @@ def prices(connection: Connection, *, history: bool, now: datetime) -> Json:
 
 
 def _price_json(version: PriceVersion) -> Json:
-    return {
-        "input": format_amount(version.price.input),
-        "cached_input": format_amount(version.price.cached_input),
-        "output": format_amount(version.price.output),
-    }
+    rates = version.price.rates
+    return {component.key: format_amount(rates[component]) for component in CATALOGUE if component in rates}
 
 
 def this_month(zone: str, now: datetime) -> str:

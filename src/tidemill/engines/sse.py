@@ -84,8 +84,57 @@ class Chunk(msgspec.Struct):
     error: msgspec.Raw = msgspec.Raw(b"null")
 
 
+class _WholeUsage(Usage):
+    total_tokens: int = 0
+    """All that some rerankers tell."""
+
+
+class _BilledUnits(msgspec.Struct):
+    search_units: float | None = None
+    input_tokens: float | None = None
+
+
+class _Meta(msgspec.Struct):
+    """Cohere's, in place of a usage."""
+
+    billed_units: _BilledUnits | None = None
+
+
+class _Whole(msgspec.Struct):
+    """What a whole answer says of its usage."""
+
+    usage: _WholeUsage | None = None
+    meta: msgspec.Raw = _NOTHING
+
+    def counts(self) -> TokenCounts | None:
+        counts = None if self.usage is None else self.usage.counts()
+        if self.usage is not None and counts == NO_COUNTS:
+            counts = TokenCounts(prompt=bounded(self.usage.total_tokens))
+        units = _billed_units(self.meta) if self.meta is not _NOTHING else None
+        if units is not None and (units.search_units or units.input_tokens):
+            counts = counts or NO_COUNTS
+            counts = msgspec.structs.replace(
+                counts,
+                prompt=counts.prompt or bounded(int(units.input_tokens or 0)),
+                searches=bounded(int(units.search_units or 0)),
+            )
+        return counts
+
+
+def _billed_units(meta: msgspec.Raw) -> _BilledUnits | None:
+    """Another's `meta` is not Cohere's, and must not cost the counts."""
+    try:
+        said = _decode_meta(meta)
+    except msgspec.DecodeError:
+        return None
+    return said.billed_units if said is not None else None
+
+
+NO_COUNTS = TokenCounts()
+
+_decode_meta = msgspec.json.Decoder(_Meta | None).decode
 _decode_chunk = msgspec.json.Decoder(Chunk).decode
-_decode_usage = msgspec.json.Decoder(Chunk).decode
+_decode_whole = msgspec.json.Decoder(_Whole).decode
 _decode_details = msgspec.json.Decoder(_CompletionDetails | None).decode
 
 
@@ -99,12 +148,11 @@ class BrokenStream(ValueError):
 def usage_of(body: bytes) -> TokenCounts | None:
     """The usage that a whole (non-streamed) answer reports, or None. Raises BrokenStream when it is not JSON."""
     try:
-        usage = _decode_usage(body).usage
+        return _decode_whole(body).counts()
     except msgspec.ValidationError:
         return None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BrokenStream(f"the answer is not JSON: {error}") from error
-    return usage.counts() if usage is not None else None
 
 
 def data_of(event: bytes) -> bytes:
@@ -123,9 +171,6 @@ def _until_done(data: bytes) -> bytes:
         if data_of(event.lstrip(b"\n")).strip() == b"[DONE]":
             break
     return b"\n\n".join(kept) + b"\n\n"
-
-
-NO_COUNTS = TokenCounts()
 
 
 class SseTap:

@@ -25,6 +25,12 @@ class NoEmbeddings(BadRequest):
     code = "model_gives_no_embeddings"
 
 
+class NoRanking(BadRequest):
+    """The model answers, and ranks no documents."""
+
+    code = "model_ranks_no_documents"
+
+
 class InvalidKey(TidemillError):
     """No key, or one that does not exist or was revoked."""
 

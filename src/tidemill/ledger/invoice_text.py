@@ -8,8 +8,9 @@ import shlex
 import unicodedata
 from datetime import datetime
 
+from tidemill.ledger.components import CATALOGUE, INPUT
 from tidemill.ledger.devices import US_PER_HOUR, DeviceTier
-from tidemill.ledger.invoice import CreditLine, DeviceLine, Invoice, InvoiceLine, InvoiceStatus, TokenKind
+from tidemill.ledger.invoice import CreditLine, DeviceLine, Invoice, InvoiceLine, InvoiceStatus
 from tidemill.ledger.money import NANOS_PER_UNIT, format_amount, minor_digits, round_ratio
 from tidemill.ledger.period import zone_named
 from tidemill.ledger.pricing import PriceTier
@@ -18,9 +19,8 @@ WIDTH = 78
 """Columns of a terminal or a monospaced page; a CJK character takes two."""
 
 _LABEL = 14
-_KINDS = {TokenKind.INPUT: "input", TokenKind.CACHED_INPUT: "cached input", TokenKind.OUTPUT: "output"}
-
-
+TOKENS_PER_PRICE = CATALOGUE[INPUT].per
+"""What the heading says that prices are for."""
 _TIERS = {
     DeviceTier.STANDARD: "standard",
     DeviceTier.PREEMPTIBLE: "preemptible",
@@ -145,13 +145,16 @@ class _Page:
         return [*out, "-" * WIDTH]
 
     def usage_row(self, line: InvoiceLine) -> list[str]:
-        label, tokens, requests = f"  {_KINDS[line.kind]}", f"{line.tokens:,}", f"{line.requests:,}"
-        price = format_amount(line.unit_price, places=self.minor, grouped=True)
+        spec = CATALOGUE[line.component]
+        label, quantity, requests = f"  {spec.label}", f"{line.quantity:,}", f"{line.requests:,}"
+        price = format_amount(line.rate, places=self.minor, grouped=True)
+        if spec.per != TOKENS_PER_PRICE:
+            price += f"/{spec.per:,}"
         amount = self.exact(line.amount)
-        row = self.row(label, tokens, requests, price, amount)
+        row = self.row(label, quantity, requests, price, amount)
         if len(row) <= WIDTH:
             return [row]
-        return [self.row(label, tokens, requests, "", ""), f"{price}  {amount}".rjust(WIDTH)]
+        return [self.row(label, quantity, requests, "", ""), f"{price}  {amount}".rjust(WIDTH)]
 
     def total(self) -> list[str]:
         invoice = self.invoice

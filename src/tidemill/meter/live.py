@@ -32,8 +32,10 @@ _SLOT_WORDS = SLOT_BYTES // 8
 _COMPLETION_WORD = _COUNTS_AT // 8 + 2
 """Of the words of a slot, the one that holds the completion tokens (native order, which is little endian here)."""
 _FREE = bytes(_STATE.size)
-MAX_OPENED = 832
+MAX_OPENED = 720
 """Bytes of an opened record at the most; with its outcome it must fit into what the log reserves for it."""
+_ROOM = SLOT_BYTES - _BODY_AT
+"""Bytes of one that a slot has room for: earlier programs have used more of it."""
 
 
 class TooManyOpen(Unavailable):
@@ -126,7 +128,7 @@ def read_unfinished(path: Path) -> list[Unfinished]:
     for base in range(0, len(data) - SLOT_BYTES + 1, SLOT_BYTES):
         taken, length, checksum = _STATE.unpack_from(data, base)
         body = data[base + _BODY_AT : base + _BODY_AT + length]
-        if taken != 1 or not 0 < length <= MAX_OPENED or zlib.crc32(body) != checksum:
+        if taken != 1 or not 0 < length <= _ROOM or zlib.crc32(body) != checksum:
             continue  # free, or half-written: never dispatched, or settled already
         prompt, cached, completion, first_us, hold, estimated = _COUNTS.unpack_from(data, base + _COUNTS_AT)
         opened = decode_opened(body)

@@ -21,6 +21,7 @@ from tidemill.store.accounts import tenant_balance
 from tidemill.store.bulk import dialect_insert
 from tidemill.store.engine import store_time
 from tidemill.store.limits import limit_of
+from tidemill.store.record_components import CHARGE
 from tidemill.store.revision import bump_revision
 from tidemill.store.tables.limits import budget_leases, budgets, limits
 from tidemill.store.tables.tenants import keys
@@ -178,7 +179,7 @@ def _open(connection: Connection, limit: Limit, period: BudgetPeriod) -> bool:
 
 def _sum_of_records(connection: Connection, limit: Limit, span: BudgetSpan) -> int:
     columns = usage_records.c
-    query = select(func.sum(columns.charge_input + columns.charge_cached + columns.charge_output)).where(
+    query = select(func.sum(CHARGE)).where(
         columns.tenant_id == limit.tenant_id,
         columns.finished_at >= to_micros(span.start),  # for the index: what began in it cannot have ended before
         columns.started_at >= to_micros(span.start),

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.support.prices import token_price
 from tidemill.app.config.load import load_config
 from tidemill.app.config.schema.models import ModelConfig
 from tidemill.app.config.schema.platform import (
@@ -22,7 +23,6 @@ from tidemill.app.config.schema.platform import (
 from tidemill.app.config.schema.prices import PriceConfig
 from tidemill.errors import ConfigError
 from tidemill.ledger.money import parse_amount
-from tidemill.ledger.pricing import Price
 
 MOCK = '[models.mock]\nengine = "openai"\nbase_url = "http://127.0.0.1:9000/v1"\n'
 PRICE = '[prices.mock]\ninput = "4.00"\ncached_input = "1.00"\noutput = "16.00"\n'
@@ -62,7 +62,7 @@ def test_the_example_of_the_issue(tmp_path: Path) -> None:
     assert config.models["mock"] == ModelConfig(
         engine="openai", base_url="http://127.0.0.1:9000/v1", api_key_env="MOCK_KEY"
     )
-    assert config.prices["mock"]["USD"].price() == Price(4_000_000_000, 1_000_000_000, 16_000_000_000)
+    assert config.prices["mock"]["USD"].price() == token_price(4_000_000_000, 1_000_000_000, 16_000_000_000)
 
 
 def test_prices_of_several_currencies(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_prices_of_several_currencies(tmp_path: Path) -> None:
     eur = '[prices.mock.EUR]\ninput = "0.000000001"\noutput = "2"\n'
     config = read(tmp_path, 'currency = "CNY"\n' + MOCK + PRICE + eur)
     assert {code: price.input for code, price in config.prices["mock"].items()} == {"CNY": "4.00", "EUR": "0.000000001"}
-    assert config.prices["mock"]["EUR"].price() == Price(1, 1, 2_000_000_000)  # cached: the price of input
+    assert config.prices["mock"]["EUR"].price() == token_price(1, 1, 2_000_000_000)  # cached: the price of input
     only = read(tmp_path, 'currency = "CNY"\n' + MOCK + eur)
     assert list(only.prices["mock"]) == ["EUR"]
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.prices import token_price
 from tidemill.app.config.load import load_config
 from tidemill.app.config.schema.models import ModelConfig
 from tidemill.app.config.schema.platform import Config
@@ -11,7 +12,6 @@ from tidemill.app.datadir import DataDir
 from tidemill.app.fleet import Fleet
 from tidemill.errors import ConfigError
 from tidemill.gateway.routing.models import ModelCost
-from tidemill.ledger.pricing import Price
 
 X = '[models.x]\nengine = "openai"\nbase_url = "http://x/v1"\n'
 Y = '[models.y]\nengine = "openai"\nbase_url = "http://y/v1"\n'
@@ -46,7 +46,7 @@ def test_what_is_taken(tmp_path: Path) -> None:
         ("y/0", "http://a/v1", True),
         ("y/1", "http://b/v1", True),
     ]
-    assert y.cost == ModelCost("USD", Price(1_000_000_000, 1_000_000_000, 2_000_000_000))
+    assert y.cost == ModelCost("USD", token_price(1_000_000_000, 1_000_000_000, 2_000_000_000))
     assert [(each.name, each.ready) for each in local.replicas] == [("l/0", False), ("l/1", False), ("l/2", False)]
     assert local.slots == 8
     assert (x.hedge_seconds, local.hedge_seconds) == (None, 1.5)

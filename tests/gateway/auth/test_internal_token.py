@@ -8,17 +8,18 @@ from typing import Any
 import pytest
 
 from tests.support.plane import CHAT, Plane, model
+from tests.support.prices import token_price
 from tests.support.upstream import Upstream, completion, usage_object
 from tests.support.wire import Answer, post
 from tidemill.gateway.auth.internal_token import InternalAuth
 from tidemill.http.server import Exchange
-from tidemill.ledger.pricing import Price, PriceTier
+from tidemill.ledger.pricing import PriceTier
 from tidemill.ledger.usage import RequestStatus
 from tidemill.store.keys import create_key, revoke_key
 from tidemill.store.prices import set_price
 
 TOKEN = "the-token-of-this-start"
-BATCH_PRICE = Price(500_000_000, 100_000_000, 700_000_000)
+BATCH_PRICE = token_price(500_000_000, 100_000_000, 700_000_000)
 
 
 async def whole(asked: Any, caller: Any) -> None:

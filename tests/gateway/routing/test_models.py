@@ -13,20 +13,21 @@ import pytest_asyncio
 
 from tests.support.fleet import CachingEngine, Fleet, dead_port, either, models, replicas, stream_slowly, whole
 from tests.support.plane import CHAT, PRICE, Plane, model
+from tests.support.prices import token_price
 from tests.support.wire import get, post
 from tidemill.gateway.routing.models import ModelCost
+from tidemill.ledger.components import CACHED_INPUT, INPUT, OUTPUT
 from tidemill.ledger.money import parse_amount
 from tidemill.ledger.posting import credit_grant
-from tidemill.ledger.pricing import Price
 from tidemill.store.accounts import post as post_money
 from tidemill.store.ids import new_id
 from tidemill.store.keys import create_key
 from tidemill.store.prices import set_price
 from tidemill.store.tenants import create_tenant
 
-CHEAPER = ModelCost("USD", Price(PRICE.input // 2, PRICE.cached_input, PRICE.output - 1))
+CHEAPER = ModelCost("USD", token_price(PRICE.rates[INPUT] // 2, PRICE.rates[CACHED_INPUT], PRICE.rates[OUTPUT] - 1))
 """Covered by the price in each kind of token."""
-DEARER = ModelCost("USD", Price(PRICE.input // 2, PRICE.cached_input + 1, PRICE.output // 2))
+DEARER = ModelCost("USD", token_price(PRICE.rates[INPUT] // 2, PRICE.rates[CACHED_INPUT] + 1, PRICE.rates[OUTPUT] // 2))
 """Less in all, but not in each kind."""
 
 

@@ -71,7 +71,7 @@ def convert(value: Any, kind: type[T], key: str) -> T:
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        message, _, path = str(error).partition(" - at `$")
+        message, _, path = str(error).replace("`str | null`", "`str`").partition(" - at `$")
         field = path.rstrip("`").strip(".")
         where = ".".join(part for part in (key, field) if part)
         hint = ""

@@ -29,16 +29,20 @@ class InvoicePeriod(Answer):
     end: Instant
 
 
-class InvoiceLineSchema(Answer):
-    """One kind of token of one model at one price version: the exact sum of that component of its records."""
+class InvoiceLineSchema(Answer, kw_only=True, omit_defaults=True):
+    """One component of one model at one price version: the exact sum of that component of its records."""
 
     model: str
     price_id: str
     price_from: Instant
     tier: Annotated[Literal["standard", "batch"], Meta(description="`batch`: the lines of batches.")]
-    kind: Literal["input", "cached_input", "output"]
-    tokens: int
-    price_per_million: Amount
+    kind: Annotated[str, Meta(description="The component.", examples=["input", "cached_input", "output", "search"])]
+    tokens: Annotated[int | None, Meta(description="Of a component that is counted in tokens.")] = None
+    price_per_million: Annotated[str | None, Meta(description="The price of a million of these tokens.")] = None
+    quantity: Annotated[int | None, Meta(description="Of any other component.")] = None
+    unit: Annotated[str | None, Meta(description="What that counts.", examples=["searches", "documents"])] = None
+    price: Annotated[str | None, Meta(description="The price of `price_per` of these.")] = None
+    price_per: int | None = None
     requests: int
     amount: Amount
 

@@ -12,7 +12,16 @@ from tidemill.control.api.schemas import FAILURES, Amount, Answer, Currency, Ins
 from tidemill.control.queries import MAX_PAGE_RECORDS, PAGE_RECORDS
 
 
-class UsageSums(Answer):
+class ComponentUse(Answer, omit_defaults=True):
+    """A component beyond the tokens of prompts and answers, such as `reasoning_output` or `search`."""
+
+    quantity: int
+    charge: Annotated[
+        str | None, Meta(description="Missing on a record that is not billed for it apart.", examples=["0.002"])
+    ] = None
+
+
+class UsageSums(Answer, kw_only=True, omit_defaults=True):
     """Sums of usage records. `prompt_tokens` includes `cached_tokens`."""
 
     requests: int
@@ -20,9 +29,12 @@ class UsageSums(Answer):
     cached_tokens: int
     completion_tokens: int
     charge: Amount
+    components: Annotated[
+        dict[str, ComponentUse] | None, Meta(description="Further components, where there are any.")
+    ] = None
 
 
-class UsageRecordSchema(Answer):
+class UsageRecordSchema(Answer, kw_only=True, omit_defaults=True):
     """One accepted request: what it used, what it cost, and how it ended."""
 
     request_id: str
@@ -47,6 +59,9 @@ class UsageRecordSchema(Answer):
     first_token_at: Annotated[str | None, Meta(description="ISO 8601, UTC; null when no token came.")]
     finished_at: Instant
     device_ns: Annotated[int, Meta(description="Its fair share of its replica's busy time, nanoseconds.")]
+    components: Annotated[
+        dict[str, ComponentUse] | None, Meta(description="Further components, where there are any.")
+    ] = None
 
 
 class DeviceUseSchema(Answer):
@@ -80,7 +95,7 @@ class DeviceRecord(Answer):
     currency: Currency
 
 
-class UsageStatementSchema(UsageSums, omit_defaults=True):
+class UsageStatementSchema(UsageSums, kw_only=True, omit_defaults=True):
     """A tenant's usage in a month or in all, and its balance of now."""
 
     tenant: Annotated[str, Meta(description="The tenant's name.")]

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from tidemill.errors import TidemillError
+from tidemill.gateway.admission.quantities import bound
 from tidemill.gateway.auth.snapshot import PricePoint, Principal
 from tidemill.gateway.errors import BudgetExhausted, InsufficientQuota
 from tidemill.gateway.protocols.request import ModelRequest
@@ -61,7 +62,12 @@ def hold_now(
 ) -> Hold | None:
     """Hold the bound from what this process has leased; None when that is not enough. The hot path."""
     cap = output_bound(request, route)
-    amount = hold_for(price.price, prompt_tokens=prompt_bound(request, route), output_tokens=cap * request.ask.choices)
+    amount = hold_for(
+        price.price,
+        prompt_tokens=prompt_bound(request, route),
+        output_tokens=cap * request.ask.choices,
+        counted=bound(request.ask, price.price),
+    )
     if leasing.hold_all_now(purses, amount):
         return Hold(amount, cap, cut_short=False, purses=purses)
     return None
@@ -96,25 +102,30 @@ async def hold_scarce(
     choices = request.ask.choices
     cap = output_bound(request, route)
     prompt = prompt_bound(request, route)
-    amount = hold_for(price.price, prompt_tokens=prompt, output_tokens=cap * choices)
+    most = bound(request.ask, price.price)
+
+    def needed(prompt: int, output: int) -> Nanos:
+        return hold_for(price.price, prompt_tokens=prompt, output_tokens=output, counted=most)
+
+    amount = needed(prompt, cap * choices)
     lacking = await leasing.hold_all(purses, amount)
     if lacking is None:
         return Hold(amount, cap, cut_short=False, purses=purses)
 
     wallet = leasing.purse(lacking).wallet
-    if hold_for(price.price, prompt_tokens=1, output_tokens=1) <= wallet.available:
+    if needed(1, 1) <= wallet.available:
         counted = await count_prompt()
         if counted is not None and counted < prompt:
             prompt = counted
-            amount = hold_for(price.price, prompt_tokens=prompt, output_tokens=cap * choices)
+            amount = needed(prompt, cap * choices)
             still = await leasing.hold_all(purses, amount)
             if still is None:
                 return Hold(amount, cap, cut_short=False, purses=purses)
             lacking, wallet = still, leasing.purse(still).wallet
         if wallet.holds == 0 and request.ask.generates and (request.ask.stream or request.ask.max_tokens is None):
             budget = Nanos(wallet.available)
-            fits = affordable_output(price.price, budget=budget, prompt_tokens=prompt) // choices
-            rest = hold_for(price.price, prompt_tokens=prompt, output_tokens=fits * choices)
+            fits = affordable_output(price.price, budget=budget, prompt_tokens=prompt, counted=most) // choices
+            rest = needed(prompt, fits * choices)
             if fits >= 1 and rest <= wallet.available and await leasing.hold_all(purses, rest) is None:
                 return Hold(rest, fits, cut_short=True, purses=purses, scarce=lacking)
     raise PurseTooSmall(lacking, amount, leasing.free(lacking), prompt, cap * choices)

@@ -21,6 +21,7 @@ from tidemill.gateway.protocols.dialect import ANTHROPIC, dialect_of
 from tidemill.gateway.protocols.openai_errors import error_headers
 from tidemill.gateway.protocols.reply import OpenAIReply
 from tidemill.gateway.protocols.request import read_chat, read_completion, read_embeddings
+from tidemill.gateway.protocols.rerank import RerankReply, read_rerank, read_rerank_v2
 from tidemill.gateway.protocols.responses.reply import ResponsesReply
 from tidemill.gateway.protocols.responses.request import read_responses
 from tidemill.gateway.protocols.responses.store import ResponseStore
@@ -39,6 +40,8 @@ OPERATIONS = {
     b"/v1/chat/completions": ModelOperation("chat", read_chat, OpenAIReply),
     b"/v1/completions": ModelOperation("completions", read_completion, OpenAIReply),
     b"/v1/embeddings": ModelOperation("embeddings", read_embeddings, OpenAIReply),
+    b"/v1/rerank": ModelOperation("rerank", read_rerank, RerankReply),
+    b"/v2/rerank": ModelOperation("rerank", read_rerank_v2, RerankReply),
     b"/v1/messages": ModelOperation("messages", read_messages, AnthropicReply),
     b"/v1/responses": ModelOperation("responses", read_responses, ResponsesReply),
 }

@@ -10,7 +10,7 @@ from tidemill.engines.capabilities import refusal
 from tidemill.gateway.admission.admission import Admission, Admitted
 from tidemill.gateway.auth.authenticator import Authenticator
 from tidemill.gateway.auth.snapshot import Principal
-from tidemill.gateway.errors import NoEmbeddings, NoReplica, UnsupportedParameter
+from tidemill.gateway.errors import NoEmbeddings, NoRanking, NoReplica, UnsupportedParameter
 from tidemill.gateway.protocols.reply import Reply
 from tidemill.gateway.protocols.request import ModelRequest
 from tidemill.gateway.proxy.engine_errors import counted_prompt
@@ -140,9 +140,15 @@ class ModelEndpoint:
 
 def refuse_what_is_ignored(request: ModelRequest, route: ModelRoute) -> None:
     """Raise UnsupportedParameter for a parameter that the model's engine would leave out without a word, NoEmbeddings
-    where there are none to be had.
+    or NoRanking where there are none to be had.
     """
-    if not (request.ask.generates or route.spec.embeds):
+    if request.ask.documents and not route.spec.ranks:
+        raise NoRanking(
+            f"The model {request.model!r} ranks no documents.",
+            hint="Ask another model, or your operator to switch it on for it.",
+            param="model",
+        )
+    if not (request.ask.generates or request.ask.documents or route.spec.embeds):
         raise NoEmbeddings(
             f"The model {request.model!r} gives no embeddings.",
             hint="Ask another model, or your operator to switch them on for it.",

@@ -6,6 +6,7 @@ import msgspec
 
 from tidemill.clock import now_us
 from tidemill.gateway.admission.admission import Admitted
+from tidemill.gateway.admission.quantities import counted, used
 from tidemill.gateway.metrics import RequestMetrics
 from tidemill.gateway.protocols.reply import Reply
 from tidemill.gateway.proxy.relay import Cause, Client, Ending, Relay
@@ -15,7 +16,6 @@ from tidemill.gateway.routing.request_context import RequestContext
 from tidemill.gateway.routing.selector import RouteSelector
 from tidemill.http.client import AnswerOwner, EngineConnection, EngineLost
 from tidemill.ledger.money import format_amount
-from tidemill.ledger.usage import TokenUsage
 from tidemill.meter.balance_leases import BalanceLeases
 from tidemill.meter.live import LiveTable
 from tidemill.meter.log import LogFull, UsageLog
@@ -99,10 +99,11 @@ class InFlightRequest:
             replica=attempt.replica.label,
             price_id=price.price_id,
             currency=principal.currency,
-            price=(price.price.input, price.price.cached_input, price.price.output),
+            price=price.price,
             streamed=request.ask.stream,
             started_us=admitted.started_us,
             tier=principal.tier,
+            counted=counted(request.ask, price.price),
         )
         meter.log.reserve()
         try:
@@ -246,7 +247,7 @@ class InFlightRequest:
         counts = ending.counts
         settled = settle(
             self.opened,
-            TokenUsage(counts.prompt, counts.cached, counts.completion),
+            used(counts),
             status=ending.status,
             estimated=ending.estimated,
             hold=self.hold.amount,

@@ -192,14 +192,20 @@ class Relay:
 
     def whole(self, body: bytes, client: Client) -> tuple[Ending, bytes]:
         """The end of an answer that the engine gave in one piece, and what the client gets. Raises BrokenStream."""
-        counts, estimated = usage_of(body), False
-        if counts is None:
-            prompt, completion = self._request.body_bytes // BYTES_PER_TOKEN, len(body) // BYTES_PER_TOKEN
-            counts, estimated = TokenCounts(prompt, 0, completion), True
+        counts, estimated = self._whole_counts(body)
         # Before it is billed, as it may not be what the client asked for.
         answer = self.reply.whole(body, counts)
         rule = rule_for(Cause.DONE, client, used_up=self.uses_up(counts.completion), all_came=True, unreported=False)
         return Ending(rule.status, counts, estimated, rule.told), answer
+
+    def _whole_counts(self, body: bytes) -> tuple[TokenCounts, bool]:
+        """What a whole answer has used, and whether that is an estimate. Raises BrokenStream."""
+        ask, counts = self._request.ask, usage_of(body)
+        if counts is not None and (counts.prompt or not ask.documents):
+            return counts, False
+        prompt = self._request.body_bytes // BYTES_PER_TOKEN
+        completion = len(body) // BYTES_PER_TOKEN if ask.generates else 0
+        return TokenCounts(prompt, 0, completion, searches=0 if counts is None else counts.searches), True
 
     def close(self, cause: Cause, client: Client, failure: Exception | None = None) -> Ending:
         """The end of a stream, or of an attempt that gave no answer. `failure`: what the client is told of it."""

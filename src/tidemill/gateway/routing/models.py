@@ -60,6 +60,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Parameters that the model's chat template has no place for, where the engine tells."""
     embeds: bool = True
     """It gives embeddings, as far as is known; an upstream answers for itself."""
+    ranks: bool = True
+    """It ranks documents, likewise."""
     cost: ModelCost | None = None
     """None: no token of it costs anything by itself."""
     allow_loss: bool = False

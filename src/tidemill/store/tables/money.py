@@ -10,17 +10,23 @@ prices = Table(
     Column("price_id", String(32), primary_key=True),
     Column("model", String(128), nullable=False),
     Column("currency", String(3), nullable=False),
-    Column("input", BigInteger, nullable=False),
-    Column("cached_input", BigInteger, nullable=False),
-    Column("output", BigInteger, nullable=False),
     Column("valid_from", BigInteger, nullable=False),
     Column("tier", String(16), nullable=False, server_default="standard"),
     Index(None, "model", "currency", "valid_from"),
 )
-"""Price versions: nanos per million tokens. Rows are added, never changed.
+"""Price versions. Rows are added, never changed.
 
 `tier`: `standard`, or `batch` for the lines of batches; each tier of a model has versions of its own.
 """
+
+price_rates = Table(
+    "price_rates",
+    metadata,
+    Column("price_id", String(32), ForeignKey("prices.price_id"), primary_key=True),
+    Column("component", String(24), primary_key=True),
+    Column("rate", BigInteger, nullable=False),
+)
+"""What a price version says of each component (`ledger.components`): nanos for so many units as the catalogue says."""
 
 device_prices = Table(
     "device_prices",

@@ -1,6 +1,6 @@
 """What was used: records of requests, time on devices, and the engines' own counters."""
 
-from sqlalchemy import BigInteger, Boolean, CheckConstraint, Column, ForeignKey, Index, Integer, String, Table
+from sqlalchemy import BigInteger, Boolean, CheckConstraint, Column, ForeignKey, Index, Integer, String, Table, Text
 
 from tidemill.store.tables.metadata import metadata
 
@@ -30,10 +30,24 @@ usage_records = Table(
     Column("finished_at", BigInteger, nullable=False),
     Column("device_ns", BigInteger, nullable=False),
     Column("transaction_id", String(32)),
+    Column("charge_more", BigInteger),
+    Column("components", Text),
+    Column("service_class", String(16)),
+    Column("mode", String(16)),
+    Column("project", String(64)),
+    Column("tags", String(1024)),
+    Column("rule_id", String(32)),
+    Column("list_amount", BigInteger),
     Index(None, "tenant_id", "finished_at"),
     Index(None, "finished_at"),
     Index(None, "transaction_id"),
 )
+"""One row for each request. Tokens of prompt and answer, which every request has, are columns.
+
+`components`: the further components of those that have any, `{"cache_write": [100, 1250], "reasoning_output": [50]}`:
+quantity, and the nanos that it costs if it is billed apart (`store.record_components`); `charge_more` is the sum of
+these nanos. `service_class` to `rule_id`: `ledger.usage.UsageLabels`, null where empty; `tags` is a JSON list.
+"""
 
 log_positions = Table(
     "log_positions",

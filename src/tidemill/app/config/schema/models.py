@@ -66,6 +66,8 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """CPU threads of a replica; 0: the cores, shared among the replicas."""
     embeddings: Literal["", "model", "mean", "cls", "last"] = ""
     """It gives embeddings, too: how a text's vectors become one; `model`: as its file says. Empty: it gives none."""
+    reranking: bool = False
+    """llamacpp: it ranks documents, too, instead of giving embeddings."""
     replicas: int = 1
     """How many engines run it, each a process of its own."""
 

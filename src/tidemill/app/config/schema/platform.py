@@ -8,6 +8,7 @@ from tidemill.app.config.schema.models import ModelConfig
 from tidemill.app.config.schema.prices import DevicePriceConfig, PriceConfig
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
+EMBEDDED_PRICE = {"input": "0.10", "cached_input": "0.025", "output": "0.40"}
 
 
 class FirstTenantConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -112,6 +113,6 @@ def default_config() -> Config:
     """What runs without a configuration file: the embedded model, at a price."""
     return Config(
         models={EMBEDDED_MODEL: ModelConfig(engine="llamacpp", cost_per_hour="0.02")},
-        prices={EMBEDDED_MODEL: {"USD": PriceConfig(input="0.10", cached_input="0.025", output="0.40")}},
+        prices={EMBEDDED_MODEL: {"USD": msgspec.convert(EMBEDDED_PRICE, PriceConfig)}},
         device_prices={"cpu": {"USD": DevicePriceConfig(hour="0.04", preemptible_hour="0.02")}},
     )

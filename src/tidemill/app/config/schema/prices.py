@@ -1,57 +1,78 @@
-"""`[prices]`, `[device_prices]` and `[models.NAME.cost]`: amounts, written as strings."""
+"""`[prices]`, `[device_prices]` and `[models.NAME.cost]`: amounts, written as strings.
+
+What is priced by component has a key for each of the catalogue (`ledger.components`).
+"""
+
+from typing import TYPE_CHECKING
 
 import msgspec
 
+from tidemill.ledger.components import BASE, CATALOGUE, INPUT, OUTPUT, Component
 from tidemill.ledger.devices import DeviceTier, check_hour
+from tidemill.ledger.errors import LedgerError
 from tidemill.ledger.money import Nanos, parse_amount, round_ratio
 from tidemill.ledger.pricing import Price
 
+BATCH = "batch_"
+"""Before a component's name: its price in batches."""
 
-class PriceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[prices.NAME]` or `[prices.NAME.CNY]`: amounts per million tokens, written as strings."""
 
-    input: str
-    output: str
-    cached_input: str | None = None
-    """Prompt tokens found in the engine's cache; the price of `input` when not set."""
-    batch_input: str | None = None
-    """In batches; half of `input` when not set, and so on."""
-    batch_cached_input: str | None = None
-    """In batches; when not set, half of `cached_input` if that is set, else the price of `batch_input`."""
-    batch_output: str | None = None
+class RateTable(msgspec.Struct, frozen=True):
+    """A table of amounts by component; each key that is not given is None."""
 
     def price(self) -> Price:
-        """Raises LedgerError for an amount that cannot be taken."""
-        cached = self.input if self.cached_input is None else self.cached_input
-        return Price(parse_amount(self.input), parse_amount(cached), parse_amount(self.output))
+        """What is asked, or paid, for each component that has a key here. Input and output must have one, unless
+        something else has. Raises LedgerError for what is missing, or cannot be taken.
+        """
+        rates = self._rates("")
+        for component in (INPUT, OUTPUT):
+            if component not in rates and rates.keys() <= set(BASE):
+                raise LedgerError(f"missing key `{component.key}`")
+        return Price(rates)
+
+    def _rates(self, prefix: str) -> dict[Component, int]:
+        texts = ((component, getattr(self, prefix + component.key, None)) for component in CATALOGUE)
+        return {component: parse_amount(text) for component, text in texts if text is not None}
+
+
+class PriceTable(RateTable, frozen=True):
+    """`[prices.NAME]` or `[prices.NAME.CNY]`: amounts per so many units as the catalogue says."""
 
     def batch_price(self) -> Price:
-        """What the lines of batches cost. Raises LedgerError for an amount that cannot be taken."""
-        half = self.price().scaled(1, 2)
-        given = [None if text is None else parse_amount(text) for text in self._batch_texts]
-        cached = half.cached_input
-        if given[0] is not None and self.cached_input is None:
-            cached = given[0]
-        amounts = zip(given, (half.input, cached, half.output), strict=True)
-        return Price(*(default if amount is None else amount for amount, default in amounts))
-
-    @property
-    def _batch_texts(self) -> tuple[str | None, str | None, str | None]:
-        return self.batch_input, self.batch_cached_input, self.batch_output
+        """What the lines of batches cost: half of the price, but for components that have a key of their own; cached
+        input as `batch_input` if only that is given. Raises LedgerError for an amount that cannot be taken.
+        """
+        given, standard = self._rates(BATCH), self._rates("")
+        rates = self.price().scaled(1, 2).rates | given
+        if INPUT in given and Component.CACHED_INPUT not in standard.keys() | given.keys():
+            rates[Component.CACHED_INPUT] = given[INPUT]
+        return Price(rates)
 
 
-class CostConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[models.NAME.cost]`: what an upstream charges the operator per million tokens, in `currency`."""
+if TYPE_CHECKING:
+    PriceConfig = PriceTable
+    CostConfig = RateTable
+else:
+    _KEYS = [component.key for component in CATALOGUE]
 
-    input: str
-    output: str
-    cached_input: str | None = None
-    """What it charges for prompt tokens that it reports as cached; the price of `input` when not set."""
-
-    def price(self) -> Price:
-        """Raises LedgerError for an amount that cannot be taken."""
-        cached = self.input if self.cached_input is None else self.cached_input
-        return Price(parse_amount(self.input), parse_amount(cached), parse_amount(self.output))
+    PriceConfig = msgspec.defstruct(
+        "PriceConfig",
+        [(prefix + key, str | None, None) for prefix in ("", BATCH) for key in _KEYS],
+        bases=(PriceTable,),
+        namespace={"__doc__": PriceTable.__doc__},
+        module=__name__,
+        frozen=True,
+        forbid_unknown_fields=True,
+    )
+    CostConfig = msgspec.defstruct(
+        "CostConfig",
+        [(key, str | None, None) for key in _KEYS],
+        bases=(RateTable,),
+        namespace={"__doc__": "`[models.NAME.cost]`: what an upstream charges the operator, in `currency`."},
+        module=__name__,
+        frozen=True,
+        forbid_unknown_fields=True,
+    )
 
 
 class DevicePriceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

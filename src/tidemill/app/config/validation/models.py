@@ -34,6 +34,11 @@ def check_model(name: str, model: ModelConfig) -> None:
             hint="Use letters, digits and . _ : / @ + -, at most 128 of them.",
         )
     _check_limits(key, model)
+    if model.reranking and model.embeddings:
+        raise ConfigError(
+            f"{key}.reranking: an engine gives embeddings or ranks documents, not both.",
+            hint="Remove embeddings, or make another model of the same file.",
+        )
     _check_hedge(key, model)
     _check_launch(key, model)
     if model.engine in OWN_ENGINES:
