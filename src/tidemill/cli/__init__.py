@@ -42,7 +42,9 @@ app.command("tidemill.cli.meter:app", name="meter", help="The meter: is it right
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code. A failure is one line on standard error, never a traceback.
+    """Run the command line and return the exit code.
+
+    A failure is one line on standard error, never a traceback.
 
     TIDEMILL_DEBUG=1 lets the traceback of an unexpected error through.
     """

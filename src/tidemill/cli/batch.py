@@ -179,7 +179,9 @@ def show(batch: str, /, *, target: Target = HERE) -> None:
 
 @app.command
 def cancel(batch: str, /, *, target: Target = HERE) -> None:
-    """Have a batch cancelled, as its tenant may: lines in flight end and are billed, the others are not begun.
+    """Have a batch cancelled, as its tenant may.
+
+    Lines in flight end and are billed, the others are not begun.
 
     Parameters
     ----------

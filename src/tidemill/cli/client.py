@@ -24,7 +24,10 @@ class RequestRefused(TidemillError):
 
 
 class AdminClient:
-    """A running platform. Each method is one of the API's routes. Raises Unavailable when it does not answer."""
+    """A running platform.
+
+    Each method is one of the API's routes. Raises Unavailable when it does not answer.
+    """
 
     def __init__(self, url: str, token: str) -> None:
         parts = urlsplit(url)

@@ -99,7 +99,9 @@ def demo(
     svg_short: Path | None = None,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """Tell the main job in about a minute, on the real model: tenants, streams, a limit that holds, the invoice.
+    """Tell the main job in about a minute, on the real model.
+
+    Tenants, streams, a limit that holds, the invoice.
 
     It runs a platform of its own, in a temporary directory and on free ports, and removes it afterwards.
 

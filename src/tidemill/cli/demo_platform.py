@@ -1,4 +1,6 @@
-"""The platform that `tidemill demo` plays on: a child process with a temporary data directory and ports of its own.
+"""The platform that `tidemill demo` plays on.
+
+A child process with a temporary data directory and ports of its own.
 
 Everything goes over the public doors: the data plane's HTTP API for the tenants, the admin API for the operator.
 """
@@ -30,7 +32,10 @@ Progress = Callable[[str], None]
 
 
 class DemoPlatform:
-    """`tidemill up` in `directory`, with `config` as its configuration. A context manager: it is stopped at the end."""
+    """`tidemill up` in `directory`, with `config` as its configuration.
+
+    A context manager: it is stopped at the end.
+    """
 
     def __init__(self, directory: Path, config: str, progress: Progress) -> None:
         from tidemill.fleet.ranks import free_port

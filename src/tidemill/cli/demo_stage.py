@@ -1,4 +1,7 @@
-"""How `tidemill demo` looks on a terminal, act by act; what of it is kept makes the pictures (`demo_picture`)."""
+"""How `tidemill demo` looks on a terminal, act by act.
+
+What of it is kept makes the pictures (`demo_picture`).
+"""
 
 import time
 from collections.abc import Callable, Mapping, Sequence

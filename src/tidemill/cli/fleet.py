@@ -115,7 +115,9 @@ def why(*, target: Target = HERE) -> None:
 
 @app.command
 def drain(name: str, /, *, why: str = "", target: Target = HERE) -> None:
-    """Take a node or a device out: nothing new starts there; what runs there goes on elsewhere, or ends in order.
+    """Take a node or a device out: nothing new starts there.
+
+    What runs there goes on elsewhere, or ends in order.
 
     Parameters
     ----------

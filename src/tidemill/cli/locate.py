@@ -92,7 +92,10 @@ def is_running(directory: Path) -> bool:
 
 
 def data_plane_url(target: Target, url: str | None) -> str:
-    """Where tenants send requests: `url`, else that of the platform that runs here. Raises Unavailable, BadInput."""
+    """Where tenants send requests: `url`, else that of the platform that runs here.
+
+    Raises Unavailable, BadInput.
+    """
     if url is not None:
         return url
     if target.remote() is not None:

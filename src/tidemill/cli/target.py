@@ -24,7 +24,10 @@ class Target:
     """Print exactly one JSON document."""
 
     def remote(self) -> str | None:
-        """The address of a platform elsewhere, if it is that which was asked for; a flag outdoes the environment."""
+        """The address of a platform elsewhere, if it is that which was asked for.
+
+        A flag outdoes the environment.
+        """
         if self.control_url or self.data:
             return self.control_url or None
         return os.environ.get("TIDEMILL_CONTROL_URL") or None
