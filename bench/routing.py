@@ -18,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from tidemill.gateway.prefix import PrefixIndex
-from tidemill.tides.routing import POLICY, Policy, ReplicaView, choose, work_of
+from tidemill.gateway.routing.prefix_index import PrefixIndex
+from tidemill.tides.routing import POLICY, ReplicaCandidate, RoutingPolicy, choose, work_of
 
 BLOCK_TOKENS = 512
 TRACE = Path(__file__).parents[2] / "shared" / "traces" / "mooncake" / "conversation_trace.jsonl"
@@ -70,10 +70,10 @@ class Replica:
 Choose = Callable[[list[Known], Request], int]
 
 
-def prefix_aware(policy: Policy) -> Choose:
+def prefix_aware(policy: RoutingPolicy) -> Choose:
     def pick(replicas: list[Known], request: Request) -> int:
         views = [
-            ReplicaView(
+            ReplicaCandidate(
                 cached=replica.index.match(request.blocks) * BLOCK_TOKENS,
                 in_flight=replica.in_flight,
                 held=len(replica.index),
@@ -88,7 +88,7 @@ def prefix_aware(policy: Policy) -> Choose:
 
 
 def least_loaded(replicas: list[Known], request: Request) -> int:
-    chosen = choose([ReplicaView(in_flight=replica.in_flight) for replica in replicas], request.prompt)
+    chosen = choose([ReplicaCandidate(in_flight=replica.in_flight) for replica in replicas], request.prompt)
     assert chosen is not None
     return chosen
 
@@ -100,7 +100,7 @@ def at_random(seed: int) -> Choose:
 
 class Contestant(NamedTuple):
     pick: Choose
-    policy: Policy = POLICY
+    policy: RoutingPolicy = POLICY
 
 
 class Outcome(NamedTuple):
@@ -180,8 +180,8 @@ def main() -> None:
         "prefix-aware": Contestant(prefix_aware(POLICY)),
     }
     if args.sweep:
-        others = [Policy(load_weight=weight) for weight in (0.25, 0.5, 1.0, 2.0)]
-        others += [Policy(decode_weight=weight) for weight in (0, 1, 20)]
+        others = [RoutingPolicy(load_weight=weight) for weight in (0.25, 0.5, 1.0, 2.0)]
+        others += [RoutingPolicy(decode_weight=weight) for weight in (0, 1, 20)]
         for policy in others:
             name = f"  load {policy.load_weight}, decode {policy.decode_weight}"
             contestants[name] = Contestant(prefix_aware(policy), policy)

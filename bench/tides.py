@@ -34,7 +34,7 @@ from tides_load import Ask, Client, Timing, body_of, flood, send_always, send_fl
 
 MODEL = "smol"
 DECODE_WEIGHT = 5
-"""Tokens of prefill that one of an answer weighs (`tidemill.tides.routing.Policy`)."""
+"""Tokens of prefill that one of an answer weighs (`tidemill.tides.routing.RoutingPolicy`)."""
 WARM_UP_S = 12.0
 """Of a stretch with a batch: until its engine is there and lines are in flight. Not measured."""
 CONFIG = """

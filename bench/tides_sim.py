@@ -17,9 +17,9 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 from tidemill.planner.arrivals import read_trace
-from tidemill.planner.policies import Policy, alone, kueue_like, reactive, static, tide
+from tidemill.planner.policies import SchedulingPolicy, alone, kueue_like, reactive, static, tide
 from tidemill.planner.scenario import a_day, peak_replicas
-from tidemill.planner.simulate import Figures, Scenario, Simulation
+from tidemill.planner.simulate import Scenario, Simulation, SimulationResult
 from tidemill.tides.rules import RULES
 
 TRACES = Path(__file__).parents[2] / "shared" / "traces" / "azure-llm-2023"
@@ -28,7 +28,7 @@ AIM_POINTS = 0.005
 NAMES = ("alone", "static", "reactive", "kueue", "tide")
 
 
-def policies(scenario: Scenario) -> dict[str, Policy]:
+def policies(scenario: Scenario) -> dict[str, SchedulingPolicy]:
     peak = peak_replicas(scenario, RULES.target)
     sizes = {stream.spec.name: stream.spec.devices for stream in scenario.streams}
     ours = sum(count * sizes[name] for name, count in peak.items())
@@ -42,7 +42,7 @@ def policies(scenario: Scenario) -> dict[str, Policy]:
     }
 
 
-def table(found: list[Figures]) -> Table:
+def table(found: list[SimulationResult]) -> Table:
     rows: list[tuple[str, list[str]]] = [
         ("fill", [f"{each.fill:.1%}" for each in found]),
         ("devices held", [f"{each.held:.1%}" for each in found]),

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from support.mock import Mock
-from support.platform import Platform, start_platform
+from tests.support.mock import Mock
+from tests.support.platform import Platform, start_platform
 
 EMBEDDED = """
 [models.smollm2-135m-instruct]

@@ -1,4 +1,6 @@
-"""The family of errors that reach a reader: a tenant's developer, an operator at the shell, a page of the console.
+"""The family of errors that reach a reader.
+
+A tenant's developer, an operator at the shell, a page of the console.
 
 Each has an HTTP status, a machine-readable code and a message that says what is wrong, where, and what to do. They
 are rendered in one place per protocol (`gateway.errors`, `control.api.errors`, `cli.output`).

@@ -6,13 +6,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from support.plane import model
-from tidemill.app.batch_worker import LineModel, RunnerCommand
+from tests.support.plane import model
+from tidemill.app.batch_worker import RunnerCommand, RunnerModel
 from tidemill.app.batches import BatchProcess
-from tidemill.app.config import Config
+from tidemill.app.config.schema.models import ModelConfig
+from tidemill.app.config.schema.platform import Config
 from tidemill.app.datadir import DataDir
-from tidemill.app.model_config import ModelConfig
-from tidemill.gateway.replica import ReplicaSpec
+from tidemill.gateway.routing.replica import ReplicaSpec
 
 
 class Kept:
@@ -42,7 +42,7 @@ TWO = tuple(ReplicaSpec(f"mock/{index}", "http://127.0.0.1:1/v1", ready=True) fo
 def test_half_of_the_slots_are_for_batches(tmp_path: Path, changes: Any, parallel: int) -> None:
     kept = Kept(tmp_path, aliases=("other",), **changes)
     kept.process.announce_models()
-    assert kept.said == [RunnerCommand(do="models", models=[LineModel("mock", ("other",), parallel)])]
+    assert kept.said == [RunnerCommand(do="models", models=[RunnerModel("mock", ("other",), parallel)])]
 
 
 def test_who_waits_at_the_gateway_or_at_the_engine(tmp_path: Path) -> None:

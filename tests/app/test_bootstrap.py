@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
-from store.values import assert_clean
+from tests.store.values import assert_clean
 from tidemill.app.bootstrap import prepare_store
-from tidemill.app.config import Config, FirstTenantConfig, default_config
+from tidemill.app.config.schema.platform import Config, FirstTenantConfig, default_config
 from tidemill.errors import ConfigError
+from tidemill.ledger.components import INPUT
 from tidemill.ledger.money import Nanos
 from tidemill.ledger.posting import credit_grant
 from tidemill.store.accounts import post, tenant_balances
@@ -17,7 +18,7 @@ from tidemill.store.engine import Store, open_store, store_url
 from tidemill.store.ids import new_id
 from tidemill.store.keys import digest_of
 from tidemill.store.prices import current_prices, price_versions
-from tidemill.store.schema import keys
+from tidemill.store.tables.tenants import keys
 from tidemill.store.tenants import list_tenants
 
 
@@ -77,7 +78,7 @@ def test_a_new_price_in_the_file_is_a_new_version(store: Store) -> None:
     prepare_store(store, dearer, lambda key: None)
     with store.read() as connection:
         current = current_prices(connection, datetime.now(UTC).replace(year=2200))
-        assert any(version.price.input == 7 * 10**9 for version in current.values())
+        assert any(version.price.rates[INPUT] == 7 * 10**9 for version in current.values())
 
 
 def test_the_currency_of_an_installation_stays(store: Store) -> None:

@@ -2,18 +2,17 @@
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from tidemill.app import gateways as gateways_module
-from tidemill.app.config import Config
+from tidemill.app.config.schema.platform import Config
 from tidemill.app.datadir import DataDir
 from tidemill.app.gateways import FIRST_STARTS, Gateways
-from tidemill.app.worker import Command, Report
+from tidemill.app.worker import GatewayCommand, GatewayReport
 from tidemill.errors import Conflict, Unavailable
 
 RESTART_AFTER_S = 0.05
@@ -22,10 +21,10 @@ RESTART_AFTER_S = 0.05
 class Actor:
     """A child that says what it is given, hears what it is told, and ends when it is told to stop, or killed."""
 
-    def __init__(self, lines: list[bytes], *, lasts: bool) -> None:
-        self._lines = lines
+    def __init__(self, lines: list[GatewayReport], *, lasts: bool) -> None:
         self._over = asyncio.Event()
-        self.heard: list[bytes] = []
+        self._reports = lines
+        self.heard: list[Any] = []
         self.killed = False
         if not lasts:
             self._over.set()
@@ -36,15 +35,14 @@ class Actor:
 
     pid = 1
 
-    async def line(self) -> bytes:
-        if self._lines:
-            return self._lines.pop(0)
+    async def reports(self, kind: type[GatewayReport]) -> AsyncIterator[GatewayReport]:
+        for each in self._reports:
+            yield each
         await self._over.wait()
-        return b""
 
-    def tell(self, line: bytes) -> None:
-        self.heard.append(line)
-        if b'"do":"stop"' in line:
+    def tell(self, command: Any) -> None:
+        self.heard.append(command)
+        if isinstance(command, GatewayCommand) and command.do == "stop":
             self._over.set()
 
     async def wait(self) -> int:
@@ -59,21 +57,17 @@ class Actor:
         self._over.set()
 
     def commands(self) -> list[str]:
-        return [msgspec.json.decode(line, type=Command).do for line in self.heard[1:]]
+        return [command.do for command in self.heard[1:]]
 
 
-def says(*reports: Report) -> list[bytes]:
-    return [msgspec.json.encode(report) + b"\n" for report in reports]
-
-
-LISTENING = Report(say="listening")
+LISTENING = GatewayReport(say="listening")
 
 
 class Stage:
     """Starts an actor for each child; the last plan serves for all later ones."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        self.plans: list[Callable[[], Actor]] = [lambda: Actor(says(LISTENING), lasts=True)]
+        self.plans: list[Callable[[], Actor]] = [lambda: Actor([LISTENING], lasts=True)]
         self.actors: list[Actor] = []
         self.delay_s = 0.0
         monkeypatch.setattr(gateways_module, "start_child", self.start_child)
@@ -127,7 +121,7 @@ async def test_one_that_dies_is_started_again_with_an_id_of_its_own(stage: Stage
     await gateways.start()
     stage.actors[0].kill()
     await stage.until(lambda: len(stage.actors) == 2 and gateways.processes[0].listening)
-    ids = {msgspec.json.decode(actor.heard[0])["worker_id"] for actor in stage.actors}
+    ids = {actor.heard[0].worker_id for actor in stage.actors}
     assert len(ids) == 2
     assert await gateways.stop(1.0)
 
@@ -160,7 +154,7 @@ async def test_a_stop_while_the_next_one_is_being_born_ends_it(stage: Stage) -> 
 async def test_one_that_does_not_stop_is_killed(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     gateways = stage.gateways()
     await gateways.start()
-    monkeypatch.setattr(stage.actors[0], "tell", lambda line: None)
+    monkeypatch.setattr(stage.actors[0], "tell", lambda command: None)
     async with asyncio.timeout(5):
         await gateways.stop(-9.9)  # ten seconds more are its own grace
     assert stage.actors[0].killed
@@ -179,7 +173,7 @@ async def test_one_that_never_listens_is_given_up(stage: Stage) -> None:
 
 
 async def test_a_port_that_is_taken_is_said(stage: Stage) -> None:
-    stage.plans = [lambda: Actor(says(Report(say="failed", message="Address already in use")), lasts=False)]
+    stage.plans = [lambda: Actor([GatewayReport(say="failed", message="Address already in use")], lasts=False)]
     gateways = stage.gateways()
     with pytest.raises(Conflict, match="Port 8080 cannot be listened on: Address already in use"):
         await gateways.start()
@@ -212,24 +206,16 @@ async def test_a_fault_that_nobody_has_foreseen_ends_the_start(stage: Stage) -> 
         await gateways.stop(0.0)
 
 
-async def test_what_is_no_report_does_no_harm(stage: Stage) -> None:
-    stage.plans = [lambda: Actor([b"Segmentation fault\n", b'{"say":"nothing"}\n', *says(LISTENING)], lasts=True)]
-    gateways = stage.gateways()
-    async with asyncio.timeout(2):
-        await gateways.start()
-    assert await gateways.stop(1.0)
-
-
 async def test_a_change_is_announced_to_those_that_listen(stage: Stage) -> None:
     gateways = stage.gateways(workers=2)
     await gateways.start()
 
-    def answer(actor: Actor) -> Callable[[bytes], None]:
-        def tell(line: bytes) -> None:
-            actor.heard.append(line)
-            ticket = msgspec.json.decode(line, type=Command).ticket
-            gateways.processes[0]._hear(Report(say="refreshed", ticket=ticket))
-            gateways.processes[1]._hear(Report(say="refreshed", ticket=ticket))
+    def answer(actor: Actor) -> Callable[[GatewayCommand], None]:
+        def tell(command: GatewayCommand) -> None:
+            actor.heard.append(command)
+            ticket = command.ticket
+            gateways.processes[0]._hear(GatewayReport(say="refreshed", ticket=ticket))
+            gateways.processes[1]._hear(GatewayReport(say="refreshed", ticket=ticket))
 
         return tell
 
@@ -258,5 +244,5 @@ async def test_a_change_waits_for_nobody_who_is_dead(stage: Stage) -> None:
 async def test_requests_that_were_cut_off_are_told(stage: Stage) -> None:
     gateways = stage.gateways()
     await gateways.start()
-    gateways.processes[0]._hear(Report(say="stopped", all_finished=False))
+    gateways.processes[0]._hear(GatewayReport(say="stopped", all_finished=False))
     assert not await gateways.stop(1.0)

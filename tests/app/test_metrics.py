@@ -5,10 +5,10 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from support.plane import model
-from tidemill.app.metrics import Standing, Trough, families
-from tidemill.gateway.routing import ReplicaSpec
-from tidemill.gateway.tally import Figures, ModelFigures, Standings
+from tests.support.plane import model
+from tidemill.app.metrics import BatchBacklog, PlatformMetrics, families
+from tidemill.gateway.metrics import MetricsSnapshot, ModelFigures, ProcessGauges
+from tidemill.gateway.routing.models import ReplicaSpec
 from tidemill.meter.histogram import Histogram
 
 
@@ -20,7 +20,7 @@ class Page:
         return self.metrics
 
 
-def samples(standing: Standing) -> dict[str, float]:
+def samples(standing: PlatformMetrics) -> dict[str, float]:
     """The page as Prometheus reads it: `name{label=value,...}` -> value."""
     registry = CollectorRegistry()
     registry.register(Page(list(families(standing))))  # type: ignore[arg-type]
@@ -32,15 +32,15 @@ def samples(standing: Standing) -> dict[str, float]:
     }
 
 
-def standing() -> Standing:
+def standing() -> PlatformMetrics:
     of_model = ModelFigures(requests={"ok": 2, "engine_lost": 1}, prompt=300, cached=40, completion=50)
     for us in (9_000, 60_000, 400_000_000):
         of_model.ttft.note(us)
     commits = Histogram((100, 1000))
     commits.note(150)
     replicas = tuple(ReplicaSpec(f"mock/{index}", "http://127.0.0.1:1/v1", ready=index == 0) for index in range(2))
-    return Standing(
-        figures=Figures(
+    return PlatformMetrics(
+        figures=MetricsSnapshot(
             models={"mock": {"standard": of_model}},
             refused={"x": 3},
             records=3,
@@ -48,9 +48,9 @@ def standing() -> Standing:
             hedges={"mock": 4},
             hedges_won={"mock": 3},
         ),
-        standings=[
-            Standings(active={"mock/0": 2}, queued={"mock": 5}, broken=["mock/1"]),
-            Standings(active={"mock/0": 1, "gone/0": 7}, broken=["mock/1"]),
+        gauges=[
+            ProcessGauges(active={"mock/0": 2}, queued={"mock": 5}, broken=["mock/1"]),
+            ProcessGauges(active={"mock/0": 1, "gone/0": 7}, broken=["mock/1"]),
         ],
         gateways_ready=2,
         gateway_restarts=1,
@@ -61,7 +61,7 @@ def standing() -> Standing:
         waiting=0,
         lag_s=0.25,
         started_at=1_700_000_000.0,
-        trough=Trough({"in_progress": 2}, 1500),
+        backlog=BatchBacklog({"in_progress": 2}, 1500),
     )
 
 
@@ -97,11 +97,11 @@ def test_batches_are_left_out_while_the_store_is_away() -> None:
     assert page["tidemill_batches_open{status=in_progress}"] == 2
     assert page["tidemill_batches_open{status=validating}"] == 0
     assert page["tidemill_batch_lines_left"] == 1500
-    without = samples(msgspec.structs.replace(standing(), trough=None))
+    without = samples(msgspec.structs.replace(standing(), backlog=None))
     assert not any("batch" in name for name in without)
     assert without["tidemill_log_records_total"] == 3
 
 
 def test_a_platform_that_did_nothing_has_a_page() -> None:
-    page = samples(msgspec.structs.replace(standing(), figures=Figures(), standings=[], specs=[]))
+    page = samples(msgspec.structs.replace(standing(), figures=MetricsSnapshot(), gauges=[], specs=[]))
     assert page["tidemill_log_records_total"] == 0

@@ -8,19 +8,18 @@ from typing import Any
 import msgspec
 import pytest
 
+from tests.support.no_jobs import NoJobs
 from tidemill.app.batches import BatchProcess
-from tidemill.app.config import Config
+from tidemill.app.config.schema.models import ModelConfig, ObjectiveConfig
+from tidemill.app.config.schema.platform import Config
 from tidemill.app.datadir import DataDir
 from tidemill.app.fleet import Fleet
-from tidemill.app.fleet_config import ObjectiveConfig
-from tidemill.app.model_config import ModelConfig
 from tidemill.app.tide import BESIDE_LINGER_S, BESIDE_WORK, Tide
 from tidemill.errors import NotFound
 from tidemill.fleet.backend import Device, Node
-from tidemill.fleet.controller import NoJobs
-from tidemill.fleet.history import History
+from tidemill.fleet.history import DemandHistory
 from tidemill.fleet.replica import Replica
-from tidemill.gateway.gauge import Load, ModelSeen, ReplicaUse
+from tidemill.gateway.routing.demand import DemandReport, ModelSeen, ReplicaUse
 from tidemill.store.engine import Store, open_store, store_url
 from tidemill.store.migrate import migrate
 from tidemill.tides.buckets import bucket_of
@@ -61,7 +60,7 @@ class World:
             self.batches,
             NoJobs(),
             self.store,
-            history=History(self.store),
+            history=DemandHistory(self.store),
             rolling=lambda: self.rolling,
         )
 
@@ -97,8 +96,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     yield now
 
 
-def seen(**changes: Any) -> Load:
-    return Load(seen={"m": ModelSeen(**changes)})
+def seen(**changes: Any) -> DemandReport:
+    return DemandReport(seen={"m": ModelSeen(**changes)})
 
 
 async def test_an_empty_replica_is_open_to_half_of_its_places(world: World, clock: list[float]) -> None:
@@ -156,23 +155,23 @@ async def test_a_batch_worth_it_gets_an_engine_beside_that_lingers(world: World,
         world.batches.backlogs = (BacklogView(model="m", parts=((work, 1e10),)),) if work else ()
 
     left(BESIDE_WORK / 2)
-    assert world.tide.beside() == set(), "a short one is not"
+    assert world.tide.colocated_models() == set(), "a short one is not"
     left(BESIDE_WORK)
-    assert world.tide.beside() == {"m"}
+    assert world.tide.colocated_models() == {"m"}
     left(10.0)
     clock[0] += 1.0
-    assert world.tide.beside() == {"m"}, "to the last line"
+    assert world.tide.colocated_models() == {"m"}, "to the last line"
     left(0)
     clock[0] += BESIDE_LINGER_S - 1
-    assert world.tide.beside() == {"m"}
+    assert world.tide.colocated_models() == {"m"}
     clock[0] += 2.0
-    assert world.tide.beside() == set()
+    assert world.tide.colocated_models() == set()
 
 
 @pytest.mark.parametrize("world", [{"filler": "inside"}], indirect=True)
 async def test_who_wants_it_inside_gets_no_engine_beside(world: World) -> None:
     world.batches.backlogs = (BacklogView(model="m", parts=((1e9, 1e10),)),)
-    assert world.tide.beside() == set()
+    assert world.tide.colocated_models() == set()
 
 
 @pytest.mark.parametrize("world", [{"devices": 1, "min_replicas": 0, "max_replicas": 2}], indirect=True)
@@ -181,7 +180,7 @@ async def test_reports_of_all_gateways_add_up(world: World, clock: list[float]) 
     clock[0] += 100.0
     assert world.view(clock[0]).idle_s >= 100.0
     for process in (0, 1):
-        load = Load({"m/0": ReplicaUse(2, 1, 50)}, {"m": ModelSeen(arrivals=3, work=300)})
+        load = DemandReport({"m/0": ReplicaUse(2, 1, 50)}, {"m": ModelSeen(arrivals=3, work=300)})
         world.tide.note_load(process, load)
     assert world.fleet.replicas.replicas["m/0"].view().in_flight == 4
     assert world.fleet.replicas.replicas["m/0"].view().filler == 2
@@ -238,7 +237,7 @@ async def test_a_start_is_learned_and_a_late_one_at_once(world: World) -> None:
 async def test_what_was_taken_out_stays_so_over_a_restart(world: World) -> None:
     await world.tide.drain("local/1", "loud")
     again = Tide(
-        world.config, world.fleet, world.batches, NoJobs(), world.store, history=History(world.store), rolling=set
+        world.config, world.fleet, world.batches, NoJobs(), world.store, history=DemandHistory(world.store), rolling=set
     )
     await again.open()
     assert again.drained() == {"local/1": "loud"}

@@ -14,12 +14,12 @@ from typing import Any
 import httpx
 import pytest
 
-from support.mock import Mock
-from support.platform import Platform, free_port, start_platform, wait_until
+from tests.support.mock import Mock
+from tests.support.platform import Platform, free_port, start_platform, wait_until
 from tidemill.meter.frames import frame, segment_path
 from tidemill.store.accounts import verify_books
+from tidemill.store.balance_leases import leasing_workers
 from tidemill.store.engine import open_store, store_url
-from tidemill.store.leases import leasing_workers
 
 GATEWAY = "[gateway]\ndrain_seconds = 10\n"
 

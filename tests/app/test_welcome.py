@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from support.mock import Mock
-from support.platform import Platform, start_platform
+from tests.support.mock import Mock
+from tests.support.platform import Platform, start_platform
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 from litestar.testing import TestClient
 
-from control.world import TOKEN, FakePlatform, open_world
+from tests.control.world import TOKEN, FakePlatform, open_world
 from tidemill.cli import main
 from tidemill.control.api import create_app
 from tidemill.store.keys import digest_of

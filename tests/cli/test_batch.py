@@ -2,10 +2,9 @@
 
 from datetime import UTC, datetime
 
-from control.test_batches import make
+from tests.cli.conftest import Run, Up
+from tests.control.test_batches import make
 from tidemill.store.batches import LineError, fail_batch
-
-from .conftest import Run, Up
 
 
 def test_batches_are_listed_shown_and_cancelled(run: Run, up: Up) -> None:
@@ -32,9 +31,9 @@ def test_batches_are_listed_shown_and_cancelled(run: Run, up: Up) -> None:
 def test_a_stopped_platforms_batches_can_be_read(run: Run, up: Up, data: object) -> None:
     tenant = run("tenant", "create", "acme", "--data", up.data, "--json").json
     batch = make(up.platform, tenant["id"], "one")
-    from tidemill.cli.stopped import Stopped
+    from tidemill.cli.offline import OfflinePlatform
 
-    stopped = Stopped(up.data)
+    stopped = OfflinePlatform(up.data)
     assert [each["id"] for each in stopped.batches(None, unfinished=True, limit=10)["batches"]] == [batch]
     assert stopped.batch(batch)["status"] == "validating"
 

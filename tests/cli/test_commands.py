@@ -4,13 +4,12 @@ from typing import Any
 
 import pytest
 
-from control.world import OCTOBER, FakeModel, record
+from tests.cli.conftest import Run, Up
+from tests.control.world import OCTOBER, FakeModel, record
+from tests.support.prices import token_price
 from tidemill.cli import client
 from tidemill.ledger.money import parse_amount
-from tidemill.ledger.pricing import Price
 from tidemill.ledger.usage import TokenUsage
-
-from .conftest import Run, Up
 
 
 def test_the_main_road(run: Run, up: Up) -> None:
@@ -81,7 +80,7 @@ def test_the_margin_shows_what_upstreams_bill_where_they_do(run: Run, up: Up) ->
     tenant = run("tenant", "create", "acme", "--json", *at).json["id"]
     up.platform.settled = [record(up.platform, "req_1", tenant, usage=TokenUsage(1_000_000, 0, 0))]
     assert "Cost, upstream" not in run("margin", "--month", "2026-10", *at).out
-    up.platform.running = [FakeModel("mock", token_cost=Price(*map(parse_amount, ("3", "1", "8"))))]
+    up.platform.running = [FakeModel("mock", token_cost=token_price(*map(parse_amount, ("3", "1", "8"))))]
     page = run("margin", "--month", "2026-10", *at).out
     [line] = [line for line in page.splitlines() if line.startswith("all models")]
     assert "Cost, upstream" in page and line.split()[2:] == ["4.00", "0.00", "0.00", "3.00", "1.00", "25.0%"]
@@ -127,15 +126,15 @@ def test_records_that_come_late_are_not_missed(run: Run, up: Up, monkeypatch: py
     up.platform.settled = [record(up.platform, f"req_{n}", tenant["id"]) for n in range(1, 4)]
     late = [record(up.platform, "req_0", tenant["id"])]
     pages: list[Any] = []
-    original = client.Running._json
+    original = client.AdminClient._json
 
-    def between(self: client.Running, method: str, path: str, *arguments: Any, **named: Any) -> Any:
+    def between(self: client.AdminClient, method: str, path: str, *arguments: Any, **named: Any) -> Any:
         pages.append(path)
         if len(pages) == 2:
             up.platform.settled = late
         return original(self, method, path, *arguments, **named)
 
-    monkeypatch.setattr(client.Running, "_json", between)
+    monkeypatch.setattr(client.AdminClient, "_json", between)
     found = run("usage", "--tenant", "acme", "--records", "--json", "--data", up.data).json
     assert [row["request_id"] for row in found["records"]] == ["req_0", "req_1", "req_2", "req_3"]
     assert found["requests"] == 4 and len(pages) == 4

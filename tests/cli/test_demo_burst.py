@@ -4,10 +4,11 @@ import random
 
 import pytest
 
+from tests.support.prices import token_price
 from tidemill.cli import demo, demo_burst
 from tidemill.cli.demo_platform import body_of
 from tidemill.ledger.money import Nanos, parse_amount
-from tidemill.ledger.pricing import Price, hold_for, rate
+from tidemill.ledger.pricing import hold_for, rate
 from tidemill.ledger.usage import TokenUsage
 
 BALANCE = demo_burst.balance(demo.MODEL, demo.PRICE)
@@ -45,4 +46,4 @@ def test_ten_are_let_in_whatever_the_order(seed: int) -> None:
 
 def test_prices_at_which_it_cannot_be_exact_are_refused() -> None:
     with pytest.raises(ValueError, match="no balance is enough for 10"):
-        demo_burst.balance(demo.MODEL, Price(6_000_000_000, 1_500_000_000, 60_000_000_000))
+        demo_burst.balance(demo.MODEL, token_price(6_000_000_000, 1_500_000_000, 60_000_000_000))

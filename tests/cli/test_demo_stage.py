@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tidemill.cli.demo_picture import _template, picture_of
-from tidemill.cli.demo_stage import Stage
+from tidemill.cli.demo_stage import DemoStage
 
 AWKWARD = [
     "a -- b --> <!-- c",
@@ -23,7 +23,7 @@ AWKWARD = [
 TEXTS = st.text(st.characters(), max_size=120) | st.sampled_from(AWKWARD)
 
 
-def played(stage: Stage, text: str) -> Stage:
+def played(stage: DemoStage, text: str) -> DemoStage:
     """A short play in which everything is called `text`."""
     stage.title("Tidemill", text)
     for _ in range(3):
@@ -39,7 +39,7 @@ def played(stage: Stage, text: str) -> Stage:
 @given(text=TEXTS, title=TEXTS)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_picture_is_well_formed_whatever_it_shows(text: str, title: str, tmp_path: Path) -> None:
-    stage = played(Stage(quiet=True), text)
+    stage = played(DemoStage(quiet=True), text)
     whole, part = tmp_path / "whole.svg", tmp_path / "part.svg"
     stage.save(whole, title=title)
     stage.save_acts(part, [1, 3], title=title)
@@ -65,7 +65,7 @@ def test_the_template_has_a_size_and_no_comment() -> None:
 
 
 def test_acts_alone_have_no_number_and_nothing_around_them(tmp_path: Path) -> None:
-    stage = Stage(quiet=True)
+    stage = DemoStage(quiet=True)
     stage.say("before all")
     for name in ("one", "two", "three"):
         stage.act(f"act {name}", "how")

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from control.world import TOKEN, FakePlatform, record
+from tests.cli.conftest import Run, Up
+from tests.control.world import TOKEN, FakePlatform, record
 from tidemill.cli.locate import is_running
+from tidemill.clock import EPOCH
 from tidemill.control.changes import create_tenant, grant_credit
-from tidemill.store.clock import EPOCH
-
-from .conftest import Run, Up
 
 WRITES = [
     ["tenant", "create", "acme"],

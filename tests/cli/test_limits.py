@@ -2,7 +2,7 @@
 
 import json
 
-from .conftest import Run, Up
+from tests.cli.conftest import Run, Up
 
 
 def test_limits_are_set_listed_and_removed(run: Run, up: Up) -> None:

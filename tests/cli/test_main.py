@@ -10,14 +10,13 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+from tests.cli.conftest import Run, Up
 from tidemill import __version__
 from tidemill.cli import main, output
 
-from .conftest import Run, Up
-
 COMMANDS = [
     "tenant create", "tenant list", "key create", "key list", "key revoke", "credit grant", "usage", "invoice",
-    "model list", "meter reconcile",
+    "model list", "meter reconcile", "ledger check",
 ]  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from .conftest import Run
+from tests.cli.conftest import Run
 
 
 def test_what_fits_for_people(run: Run) -> None:

@@ -5,10 +5,9 @@ from typing import Any
 import pytest
 from litestar.testing import TestClient
 
+from tests.control.world import TOKEN, FakePlatform, open_world
 from tidemill.control.api import create_app
 from tidemill.store.keys import digest_of
-
-from .world import TOKEN, FakePlatform, open_world
 
 
 class Api:

@@ -8,10 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from litestar.testing import TestClient
 
+from tests.control.conftest import Api
+from tests.control.world import TOKEN, FakePlatform
 from tidemill.errors import Unavailable
-
-from .conftest import Api
-from .world import TOKEN, FakePlatform
 
 
 def paths(client: TestClient[Any]) -> list[tuple[str, str]]:

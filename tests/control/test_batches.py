@@ -6,10 +6,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from tests.control.conftest import Api
+from tests.control.world import FakePlatform, record
 from tidemill.store.batches import (
     Batch,
     BatchStatus,
-    Counts,
+    LineCounts,
     LineError,
     create_batch,
     fail_batch,
@@ -18,9 +20,6 @@ from tidemill.store.batches import (
 )
 from tidemill.store.files import File, FileQuota, add_file
 from tidemill.store.usage import store_records
-
-from .conftest import Api
-from .world import FakePlatform, record
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 
@@ -124,7 +123,7 @@ def test_what_does_not_exist(api: Api, tenants: list[str]) -> None:
 def test_counts_are_as_the_runner_notes_them(api: Api, platform: FakePlatform, tenants: list[str]) -> None:
     batch_id = make(platform, tenants[0], "b")
     with platform.store.write() as connection:
-        note_counts(connection, batch_id, Counts(2, 1, 10, 4, 20, 0))
+        note_counts(connection, batch_id, LineCounts(2, 1, 10, 4, 20, 0))
     found = api.get(f"/batches/{batch_id}")
     assert [found[name] for name in ("completed", "failed", "input_tokens", "cached_tokens", "output_tokens")] == [
         2,

@@ -9,16 +9,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tidemill.ledger.devices import DeviceTier, Meter
+from tests.control.conftest import Api
+from tests.control.world import LONG_AGO, OCTOBER, FakeModel, FakePlatform, record
+from tests.support.prices import token_price
+from tidemill.ledger.devices import DeviceMeter, DeviceTier
 from tidemill.ledger.money import Nanos, format_amount, parse_amount
 from tidemill.ledger.period import parse_period
-from tidemill.ledger.pricing import Price
-from tidemill.ledger.usage import Status, TokenUsage
+from tidemill.ledger.usage import RequestStatus, TokenUsage
+from tidemill.store.device_meters import MeterReading, MeterStart, begin_meters, read_meters
 from tidemill.store.device_prices import current_device_prices, set_device_price
-from tidemill.store.devices import MeterWish, ReadingWish, begin_meters, read_meters
-
-from .conftest import Api
-from .world import LONG_AGO, OCTOBER, FakeModel, FakePlatform, record
 
 in_a_world = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 numbers = count()
@@ -42,7 +41,9 @@ usages = st.builds(
 # Around Shanghai's midnights of 1 October and 1 November 2026.
 finishes = st.datetimes(datetime(2026, 9, 30, 15), datetime(2026, 10, 31, 17)).map(lambda at: at.replace(tzinfo=UTC))
 requests = st.lists(
-    st.tuples(st.sampled_from(["mock", "big"]), usages, finishes | st.just(OCTOBER), st.sampled_from(list(Status))),
+    st.tuples(
+        st.sampled_from(["mock", "big"]), usages, finishes | st.just(OCTOBER), st.sampled_from(list(RequestStatus))
+    ),
     max_size=12,
 )
 
@@ -95,7 +96,7 @@ def test_sums_records_and_invoice_agree(api: Api, platform: FakePlatform, asked:
 def test_the_statement_has_the_keys_that_were_promised(api: Api, platform: FakePlatform) -> None:
     tenant = api.post("/tenants", name="acme", currency="CNY")
     api.post("/credits", tenant="acme", amount="100")
-    platform.settled = [record(platform, "req_1", tenant["id"], currency="CNY", status=Status.CLIENT_CLOSED)]
+    platform.settled = [record(platform, "req_1", tenant["id"], currency="CNY", status=RequestStatus.CLIENT_CLOSED)]
     found = api.get("/usage", tenant="acme", month="2026-10", records="true")
     assert {name: found[name] for name in (*COUNTS, "charge", "balance", "currency", "month", "tenant", "zone")} == {
         "requests": 1,
@@ -157,24 +158,24 @@ def test_device_time_and_requests_add_up_on_one_invoice(api: Api, platform: Fake
     api.post("/credits", tenant="acme", amount="100")
     platform.settled = [record(platform, "req_1", tenant["id"], currency="CNY")]
     end = parse_period("2026-10", "Asia/Shanghai").end
-    meters: list[Meter] = []
+    meters: list[DeviceMeter] = []
     with platform.store.write() as connection:
         for tier, hour in ((DeviceTier.STANDARD, "7.123456789"), (DeviceTier.PREEMPTIBLE, "0.000000001")):
             now, price = LONG_AGO, Nanos(parse_amount(hour))
             set_device_price(connection, kind="cpu", currency="CNY", tier=tier, hour=price, now=now)
             found = current_device_prices(connection, OCTOBER)[("cpu", "CNY", tier)]
-            wish = MeterWish(price=found, tier=tier, devices=3, hold_s=30, job_id="job_1", attempt=1)
+            wish = MeterStart(price=found, tier=tier, devices=3, hold_s=30, job_id="job_1", attempt=1)
             meters += begin_meters(
                 connection,
                 tenant_id=tenant["id"],
                 currency="CNY",
-                wishes=[wish],
+                starts=[wish],
                 now=end - timedelta(seconds=1234, microseconds=567),
             )
 
     def read_to(instant: datetime) -> None:
         with platform.store.write() as connection:
-            wishes = [ReadingWish(meter_id=each.meter_id, until=instant, hold_s=30) for each in meters]
+            wishes = [MeterReading(meter_id=each.meter_id, until=instant, hold_s=30) for each in meters]
             read_meters(connection, tenant["id"], wishes, zone="Asia/Shanghai")
 
     for seconds in (1234, 777.7, 3.3):
@@ -228,7 +229,7 @@ def test_margin(api: Api, platform: FakePlatform) -> None:
 
 
 def test_what_an_upstream_bills_is_in_the_margin(api: Api, platform: FakePlatform) -> None:
-    bought = Price(*map(parse_amount, ("2", "0.5", "8")))
+    bought = token_price(*map(parse_amount, ("2", "0.5", "8")))
     platform.running = [FakeModel("mock", token_cost=bought), FakeModel("big", token_cost=bought)]
     acme, other = (api.post("/tenants", name=name)["id"] for name in ("acme", "other"))
     platform.settled = [

@@ -7,13 +7,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.control.conftest import Api
+from tests.control.world import FakePlatform, record
 from tidemill.ledger.money import format_amount, parse_amount
 from tidemill.store.accounts import verify_books
 from tidemill.store.keys import digest_of
-from tidemill.store.schema import keys as keys_table
-
-from .conftest import Api
-from .world import FakePlatform, record
+from tidemill.store.tables.tenants import keys as keys_table
 
 in_a_world = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 NAMES = ["acme", "华东/智算中心", "a b&c=d?e#f%2F", "[red]", "ünï", "../etc", "x" * 128]

@@ -1,7 +1,7 @@
 """/api/v1/fleet."""
 
-from .conftest import Api
-from .world import FakePlatform
+from tests.control.conftest import Api
+from tests.control.world import FakePlatform
 
 
 def test_the_fleet_and_why(api: Api) -> None:

@@ -5,12 +5,11 @@ from typing import Any
 
 import pytest
 
+from tests.control.conftest import Api
+from tests.control.world import LONG_AGO, FakePlatform
 from tidemill.ledger.devices import DeviceTier
 from tidemill.ledger.money import Nanos, parse_amount
 from tidemill.store.device_prices import set_device_price
-
-from .conftest import Api
-from .world import LONG_AGO, FakePlatform
 
 
 @pytest.fixture(autouse=True)

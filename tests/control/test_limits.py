@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 
+from tests.control.conftest import Api
+from tests.control.world import FakePlatform, record
 from tidemill.control.names import read_duration, read_expiry
 from tidemill.errors import BadInput
-
-from .conftest import Api
-from .world import FakePlatform, record
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 

@@ -5,8 +5,8 @@ from typing import Any
 from litestar.testing import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
-from .conftest import Api
-from .world import FakePlatform
+from tests.control.conftest import Api
+from tests.control.world import FakePlatform
 
 
 def test_the_page_needs_the_admin_token_unless_it_is_open(client: TestClient[Any], platform: FakePlatform) -> None:

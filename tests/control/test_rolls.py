@@ -1,9 +1,8 @@
 """/api/v1/models/roll: what is asked of the platform, and how its answer is told."""
 
+from tests.control.conftest import Api
+from tests.control.world import FakePlatform
 from tidemill.errors import Conflict
-
-from .conftest import Api
-from .world import FakePlatform
 
 
 def test_a_roll_is_begun_and_shown(api: Api, platform: FakePlatform) -> None:

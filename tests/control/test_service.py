@@ -6,11 +6,10 @@ from typing import Any
 
 from litestar.testing import TestClient
 
-from tidemill.ledger.pricing import Price
+from tests.control.conftest import Api
+from tests.control.world import FakeModel, FakePlatform
+from tests.support.prices import token_price
 from tidemill.store.prices import set_price
-
-from .conftest import Api
-from .world import FakeModel, FakePlatform
 
 
 def test_models_with_their_prices(api: Api, platform: FakePlatform) -> None:
@@ -33,7 +32,7 @@ def test_models_with_their_prices(api: Api, platform: FakePlatform) -> None:
 
 def test_prices_in_force_and_their_history(api: Api, platform: FakePlatform) -> None:
     with platform.store.write() as connection:
-        set_price(connection, model="mock", currency="USD", price=Price(1, 2, 3), now=datetime.now(UTC))
+        set_price(connection, model="mock", currency="USD", price=token_price(1, 2, 3), now=datetime.now(UTC))
     current = api.get("/prices")["prices"]
     assert [(price["model"], price["currency"]) for price in current] == [
         ("big", "USD"),
@@ -73,7 +72,8 @@ def test_the_openapi_document_is_whole(client: TestClient[Any]) -> None:
         for path in "tenants tenants/weight keys keys/rotate keys/revoke limits limits/remove credits usage invoices"
         " invoices/text batches batches/{batch_id} batches/cancel jobs jobs/show jobs/cancel jobs/logs jobs/artifact"
         " jobs/artifacts queues queues/remove reservations reservations/cancel fleet fleet/why fleet/drain"
-        " fleet/undrain models models/roll prices margin meter/reconcile meter/reconcile/text status".split()
+        " fleet/undrain models models/roll prices margin meter/reconcile meter/reconcile/text"
+        " ledger/check status".split()
     }
     assert len({each["operationId"] for _, _, each in operations}) == len(operations)
     for path, method, each in operations:

@@ -8,16 +8,17 @@ import msgspec
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.metrics_core import Metric
 
+from tests.support.prices import token_price
 from tidemill.errors import NotFound
-from tidemill.fleet.recipe import Version
+from tidemill.fleet.recipe import WeightsVersion
 from tidemill.fleet.roll import RollState
-from tidemill.fleet.standing import DeviceState, FleetState, ModelState, NodeState, ReplicaState, WaitState
+from tidemill.fleet.status import DeviceStatus, FleetStatus, ModelStatus, NodeStatus, ReplicaStatus, WaitStatus
 from tidemill.ledger.money import Nanos, parse_amount
 from tidemill.ledger.pricing import Price, PriceVersion, rate_capped
-from tidemill.ledger.usage import Status, TokenUsage, UsageRecord
+from tidemill.ledger.usage import RequestStatus, TokenUsage, UsageRecord
 from tidemill.store.engine import Store, open_store, store_url
 from tidemill.store.job_files import JobFiles
-from tidemill.store.job_wish import JobLimits
+from tidemill.store.job_submission import JobLimits
 from tidemill.store.migrate import migrate
 from tidemill.store.prices import set_price
 from tidemill.store.revision import current_revision, set_setting
@@ -85,18 +86,20 @@ class FakePlatform:
         self.woken += 1
 
     def roll(self, model: str, path: str, version: str) -> RollState:
-        self.rolled = RollState(model, Version(version, path), Version("", "old.gguf"), of=2, began_at=1.0)
+        self.rolled = RollState(
+            model, WeightsVersion(version, path), WeightsVersion("", "old.gguf"), of=2, began_at=1.0
+        )
         return self.rolled
 
     def rolls(self) -> list[RollState]:
         return [self.rolled] if self.rolled is not None else []
 
-    def fleet(self) -> FleetState:
+    def fleet(self) -> FleetStatus:
         out = "n/0" in self.drained
-        return FleetState(
-            nodes=(NodeState(name="n", up=True, drained=False, devices=1, why=""),),
+        return FleetStatus(
+            nodes=(NodeStatus(name="n", up=True, drained=False, devices=1, why=""),),
             devices=(
-                DeviceState(
+                DeviceStatus(
                     device="n/0",
                     node="n",
                     kind="cpu",
@@ -108,7 +111,7 @@ class FakePlatform:
                 ),
             ),
             replicas=(
-                ReplicaState(
+                ReplicaStatus(
                     name="mock/0",
                     model="mock",
                     version="",
@@ -123,7 +126,7 @@ class FakePlatform:
                 ),
             ),
             models=(
-                ModelState(
+                ModelStatus(
                     name="mock",
                     ready=1,
                     min_replicas=0,
@@ -137,7 +140,7 @@ class FakePlatform:
                     late=0.0,
                 ),
             ),
-            waiting=(WaitState("job job_1", "2 devices"),),
+            waiting=(WaitStatus("job job_1", "2 devices"),),
         )
 
     async def drain(self, name: str, why: str) -> None:
@@ -194,7 +197,7 @@ def open_world(directory: Path) -> FakePlatform:
                 connection,
                 model=model,
                 currency=currency,
-                price=Price(*map(parse_amount, amounts.split())),
+                price=token_price(*map(parse_amount, amounts.split())),
                 now=LONG_AGO,
             )
     return FakePlatform(store, directory)
@@ -217,7 +220,7 @@ def record(
     usage: TokenUsage = TokenUsage(1000, 200, 300),  # noqa: B008
     at: datetime = OCTOBER,
     device_ns: int = 1_000_000,
-    status: Status = Status.OK,
+    status: RequestStatus = RequestStatus.OK,
 ) -> UsageRecord:
     """A settled request that finished at `at`."""
     price = prices(platform)[model, currency]
@@ -229,14 +232,12 @@ def record(
         model=model,
         replica=f"{model}/0",
         usage=usage,
-        estimated=status is Status.CLIENT_CLOSED,
+        estimated=status is RequestStatus.CLIENT_CLOSED,
         status=status,
         streamed=True,
         price_id=price.price_id,
         currency=currency,
-        charge_input=charge.input,
-        charge_cached=charge.cached,
-        charge_output=charge.output,
+        charges=charge.amounts,
         uncollected=charge.uncollected,
         hold=Nanos(2**62),
         started_at=at - timedelta(seconds=1),

@@ -14,17 +14,16 @@ from pathlib import Path
 import pytest
 from sqlalchemy import func, select
 
-from support.mock import Mock
-from support.platform import Part, Platform, start_platform
-from tidemill.ledger.usage import Status, UsageRecord
+from tests.crash.clients import Crowd, Seen
+from tests.support.mock import Mock
+from tests.support.platform import Part, Platform, start_platform
+from tidemill.ledger.usage import RequestStatus, UsageRecord
 from tidemill.store.accounts import tenant_balances, verify_books
+from tidemill.store.balance_leases import leasing_workers
 from tidemill.store.engine import open_store, store_url
-from tidemill.store.leases import leasing_workers
-from tidemill.store.schema import log_positions
+from tidemill.store.tables.usage import log_positions
 from tidemill.store.tenants import list_tenants
 from tidemill.store.usage import records_between
-
-from .clients import Crowd, Seen
 
 STREAMS = 50
 EMBEDDED = 6
@@ -133,12 +132,12 @@ def check(platform: Platform, seen: list[Seen]) -> None:
         assert found is not None, f"no record of {each.request_id}, of which came {each.answer[-200:]!r}"
         compare(each, found, tenants)
     broken = [each for each in accepted if not each.whole]
-    lost = [record for record in records if record.status in (Status.GATEWAY_LOST, Status.ENGINE_LOST)]
+    lost = [record for record in records if record.status in (RequestStatus.GATEWAY_LOST, RequestStatus.ENGINE_LOST)]
     print(
         f"{len(accepted)} of {len(seen)} accepted, {len(broken)} broken off; {len(records)} records, {len(lost)} lost"
     )
     assert len(broken) > 50, "the kills have hit nothing"
-    assert any(record.status is Status.GATEWAY_LOST for record in records)
+    assert any(record.status is RequestStatus.GATEWAY_LOST for record in records)
 
     for name in TENANTS:
         own = [record for record in records if record.tenant_id == tenants[name]]
@@ -152,6 +151,6 @@ def compare(seen: Seen, record: UsageRecord, tenants: dict[str, str]) -> None:
     assert seen.tokens <= record.usage.completion <= seen.max_tokens, text
     if seen.whole and seen.usage is not None:
         assert record.usage.completion == seen.usage, text
-        assert record.status is Status.OK and not record.estimated, text
+        assert record.status is RequestStatus.OK and not record.estimated, text
     if record.usage.completion and not record.estimated:
         assert record.usage.prompt > 0, text

@@ -18,8 +18,8 @@ import pytest
 from openai import OpenAI
 from openai.types import Batch
 
-from support.mock import Mock
-from support.platform import Platform, start_platform, wait_until
+from tests.support.mock import Mock
+from tests.support.platform import Platform, start_platform, wait_until
 
 CHAT = "/v1/chat/completions"
 MODEL = "smollm2-135m-instruct"

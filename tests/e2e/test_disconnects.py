@@ -8,9 +8,9 @@ from typing import Any
 import httpx
 import pytest
 
-from support.mock import Mock
-from support.platform import Platform
-from support.wire import Line, post
+from tests.support.mock import Mock
+from tests.support.platform import Platform
+from tests.support.wire import Line, post
 
 MODEL = "smollm2-135m-instruct"
 CHAT = "/v1/chat/completions"

@@ -11,9 +11,9 @@ import openai
 import pytest
 from openai import OpenAI
 
-from conftest import EMBEDDED
-from support.mock import Mock
-from support.platform import Platform, start_platform, wait_until
+from tests.conftest import EMBEDDED
+from tests.support.mock import Mock
+from tests.support.platform import Platform, start_platform, wait_until
 
 MODEL = "smollm2-135m-instruct"
 TEXTS = ["A cat sleeps on the warm roof.", "A kitten naps on top of the house.", "Interest rates rose by two points."]

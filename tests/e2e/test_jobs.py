@@ -15,12 +15,12 @@ from typing import Any
 import httpx
 import pytest
 
-from support.jobs import EXAMPLE, shims, spawned
-from support.platform import Platform, start_platform, wait_until
+from tests.support.jobs import EXAMPLE, shims, spawned
+from tests.support.platform import Platform, start_platform, wait_until
 from tidemill.store.accounts import verify_books
-from tidemill.store.devices import verify_meters
+from tidemill.store.balance_leases import leased
+from tidemill.store.device_meters import verify_meters
 from tidemill.store.engine import open_store, store_url
-from tidemill.store.leases import leased
 from tidemill.store.tenants import list_tenants
 
 pytestmark = pytest.mark.slow

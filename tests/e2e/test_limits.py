@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 
-from support.mock import Mock
-from support.platform import Platform, start_platform, wait_until
+from tests.support.mock import Mock
+from tests.support.platform import Platform, start_platform, wait_until
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
-from store.databases import PostgresServer, postgres_server
-from support.mock import Mock
-from support.platform import Platform, start_platform, wait_until
+from tests.store.databases import PostgresServer, postgres_server
+from tests.support.mock import Mock
+from tests.support.platform import Platform, start_platform, wait_until
 
 __all__ = ["postgres_server"]
 

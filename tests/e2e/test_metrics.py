@@ -15,8 +15,8 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families as prometheus
 
-from conftest import EMBEDDED
-from support.platform import Platform, start_platform, wait_until
+from tests.conftest import EMBEDDED
+from tests.support.platform import Platform, start_platform, wait_until
 
 MODEL = "smollm2-135m-instruct"
 ASK: list[Any] = [{"role": "user", "content": "Count to twenty."}]

@@ -8,7 +8,7 @@ import anthropic
 import openai
 import pytest
 
-from support.platform import Platform, wait_until
+from tests.support.platform import Platform, wait_until
 
 MODEL = "smollm2-135m-instruct"
 QUESTION: list[Any] = [{"role": "user", "content": "What is a tide mill?"}]

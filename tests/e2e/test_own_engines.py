@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import pytest
 
-from support.platform import Platform, start_platform, wait_until
+from tests.support.platform import Platform, start_platform, wait_until
 from tidemill.app.recipes import embedded_model
 
 VLLM_LIKE = Path(__file__).parents[1] / "support/vllm_like.py"

@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from support.platform import Platform, start_platform, wait_until
-from support.ray_cluster import Cluster
+from tests.support.platform import Platform, start_platform, wait_until
+from tests.support.ray_cluster import Cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from support.mock import Mock
-from support.platform import Platform
-from support.wire import Line, post
+from tests.support.mock import Mock
+from tests.support.platform import Platform
+from tests.support.wire import Line, post
 
 MODEL = "smollm2-135m-instruct"
 CHAT = "/v1/chat/completions"

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from support.platform import Platform, start_platform, wait_until
+from tests.support.platform import Platform, start_platform, wait_until
 
 PRICES = """
 [prices.smol]

@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from support.mock import SCRIPT, Mock
-from support.platform import Platform, start_platform, wait_until
+from tests.support.mock import SCRIPT, Mock
+from tests.support.platform import Platform, start_platform, wait_until
 
 CONFIG = """
 [models.main]

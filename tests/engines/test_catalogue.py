@@ -4,12 +4,12 @@ import pytest
 
 from tidemill.engines.catalogue import gpu_named, gpus, model_named, models
 from tidemill.engines.catalogue.gpus import GpuSpec
-from tidemill.engines.catalogue.models import ModelSpec
+from tidemill.engines.catalogue.models import CatalogueModel
 from tidemill.errors import NotFound
 
 
 @pytest.mark.parametrize("spec", models().values(), ids=lambda spec: spec.name)
-def test_the_architecture_has_the_published_number_of_parameters(spec: ModelSpec) -> None:
+def test_the_architecture_has_the_published_number_of_parameters(spec: CatalogueModel) -> None:
     """To the last parameter: a wrong layer count, width or bias would show."""
     assert spec.parameters is not None or spec.total_published, "nothing to check it against"
     if spec.parameters is not None:
@@ -48,17 +48,17 @@ def test_kv_cache_of_a_token(name: str, bytes_per_token: int) -> None:
 def test_weights_of_deepseek_in_fp8_are_as_large_as_its_files() -> None:
     """688 GB on the hub, of which 14B parameters are the prediction module's."""
     spec = model_named("deepseek-r1")
-    from tidemill.engines.memory import Layout, weight_bytes
+    from tidemill.engines.memory import ReplicaLayout, weight_bytes
 
-    assert weight_bytes(spec, Layout(), "fp8") == pytest.approx(688e9 - 14e9, rel=0.01)
+    assert weight_bytes(spec, ReplicaLayout(), "fp8") == pytest.approx(688e9 - 14e9, rel=0.01)
 
 
 def test_weights_of_gpt_oss_in_mxfp4_are_as_large_as_its_files() -> None:
     """60.8 GiB by OpenAI's model card (arXiv 2508.10925, table 1); 12.8 GiB of the small one."""
-    from tidemill.engines.memory import GIB, Layout, weight_bytes
+    from tidemill.engines.memory import GIB, ReplicaLayout, weight_bytes
 
     for name, published in (("gpt-oss-120b", 60.8), ("gpt-oss-20b", 12.8)):
-        assert weight_bytes(model_named(name), Layout(), "mxfp4") / GIB == pytest.approx(published, rel=0.01)
+        assert weight_bytes(model_named(name), ReplicaLayout(), "mxfp4") / GIB == pytest.approx(published, rel=0.01)
 
 
 @pytest.mark.parametrize("gpu", gpus().values(), ids=lambda gpu: gpu.kind)

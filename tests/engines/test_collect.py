@@ -7,11 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.engines.streams import event
 from tidemill.engines.collect import Collector
-from tidemill.engines.protocol import Counts
+from tidemill.engines.protocol import TokenCounts
 from tidemill.engines.sse import BrokenStream
-
-from .streams import event
 
 HEAD = {"id": "c1", "created": 5, "model": "m", "object": "chat.completion.chunk"}
 
@@ -20,7 +19,7 @@ def collect(*choices: dict[str, Any] | None) -> Any:
     collector = Collector()
     for choice in choices:
         collector.feed(event({**HEAD, "choices": [] if choice is None else [choice]}))
-    return json.loads(collector.answer(Counts(9, 4, 3)))
+    return json.loads(collector.answer(TokenCounts(9, 4, 3)))
 
 
 def delta(index: int = 0, finish: str | None = None, **fields: Any) -> dict[str, Any]:
@@ -106,7 +105,7 @@ def test_text_completions() -> None:
     for text, finish in (("Hel", None), ("lo", None), ("", "stop")):
         choice = {"index": 0, "text": text, "finish_reason": finish}
         collector.feed(event({"id": "c", "object": "text_completion", "choices": [choice]}))
-    answer = json.loads(collector.answer(Counts()))
+    answer = json.loads(collector.answer(TokenCounts()))
     assert answer["object"] == "text_completion"
     assert answer["choices"] == [{"index": 0, "finish_reason": "stop", "text": "Hello", "logprobs": None}]
 

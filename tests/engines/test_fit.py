@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidemill.engines.catalogue import gpu_named, gpus, model_named, models
-from tidemill.engines.catalogue.models import WEIGHT_PRECISIONS, ModelSpec
-from tidemill.engines.fit import NodeGroup, Wish, fits, layouts, parse_nodes, parse_tokens, precision_for
-from tidemill.engines.memory import Layout, need
+from tidemill.engines.catalogue.models import WEIGHT_PRECISIONS, CatalogueModel
+from tidemill.engines.fit import FitRequest, NodeGroup, fits, layouts, parse_nodes, parse_tokens, precision_for
+from tidemill.engines.memory import ReplicaLayout, need
 from tidemill.engines.roofline import estimate, tpot_under_load_s
 from tidemill.errors import BadInput
 
@@ -34,13 +34,15 @@ _BY_SIZE = ("int4", "int8", "bf16")
 
 
 @st.composite
-def layouts_of(draw: st.DrawFn) -> tuple[ModelSpec, Layout]:
+def layouts_of(draw: st.DrawFn) -> tuple[CatalogueModel, ReplicaLayout]:
     spec = draw(specs)
     return spec, draw(st.sampled_from(list(layouts(spec, draw(groups)))))
 
 
 @given(case=layouts_of(), context=st.integers(1, 200_000), more=st.integers(0, 50_000), sequences=st.integers(1, 500))
-def test_more_context_never_needs_less(case: tuple[ModelSpec, Layout], context: int, more: int, sequences: int) -> None:
+def test_more_context_never_needs_less(
+    case: tuple[CatalogueModel, ReplicaLayout], context: int, more: int, sequences: int
+) -> None:
     spec, layout = case
     one, other = (
         need(spec, layout, "bf16", "bf16", context=tokens, sequences=sequences) for tokens in (context, context + more)
@@ -50,7 +52,7 @@ def test_more_context_never_needs_less(case: tuple[ModelSpec, Layout], context: 
 
 @given(case=layouts_of(), context=st.integers(1, 100_000), sequences=st.integers(1, 500), more=st.integers(0, 500))
 def test_more_sequences_never_need_less(
-    case: tuple[ModelSpec, Layout], context: int, sequences: int, more: int
+    case: tuple[CatalogueModel, ReplicaLayout], context: int, sequences: int, more: int
 ) -> None:
     spec, layout = case
     one, other = (
@@ -60,7 +62,9 @@ def test_more_sequences_never_need_less(
 
 
 @given(case=layouts_of(), context=st.integers(1, 100_000), sequences=st.integers(1, 100))
-def test_finer_weights_and_caches_never_need_less(case: tuple[ModelSpec, Layout], context: int, sequences: int) -> None:
+def test_finer_weights_and_caches_never_need_less(
+    case: tuple[CatalogueModel, ReplicaLayout], context: int, sequences: int
+) -> None:
     spec, layout = case
     totals = [
         need(spec, layout, precision, kv, context=context, sequences=sequences).total
@@ -72,8 +76,8 @@ def test_finer_weights_and_caches_never_need_less(case: tuple[ModelSpec, Layout]
 
 
 @given(spec=specs, group=groups, context=st.integers(1, 8192), sequences=st.integers(1, 300))
-def test_what_fits_is_within_the_devices(spec: ModelSpec, group: NodeGroup, context: int, sequences: int) -> None:
-    for fit in fits(spec, [group], Wish(context=context, sequences=sequences)):
+def test_what_fits_is_within_the_devices(spec: CatalogueModel, group: NodeGroup, context: int, sequences: int) -> None:
+    for fit in fits(spec, [group], FitRequest(context=context, sequences=sequences)):
         layout = fit.layout
         assert layout.devices <= group.devices and fit.replicas * layout.devices <= group.devices
         assert group.per_node % layout.tp == 0, "tensor parallel stays within a node"
@@ -88,7 +92,7 @@ def test_what_fits_is_within_the_devices(spec: ModelSpec, group: NodeGroup, cont
 
 
 @given(spec=specs, group=groups)
-def test_all_devices_together_hold_the_whole_model(spec: ModelSpec, group: NodeGroup) -> None:
+def test_all_devices_together_hold_the_whole_model(spec: CatalogueModel, group: NodeGroup) -> None:
     for layout in layouts(spec, group):
         held = need(spec, layout, "bf16", "bf16", context=1, sequences=1).weights * layout.devices
         assert held >= spec.total * 2 * 0.999
@@ -96,7 +100,7 @@ def test_all_devices_together_hold_the_whole_model(spec: ModelSpec, group: NodeG
 
 @given(spec=specs, group=groups, context=st.integers(16, 4096), sequences=st.integers(1, 200))
 def test_estimates_are_finite_and_a_longer_context_is_no_faster(
-    spec: ModelSpec, group: NodeGroup, context: int, sequences: int
+    spec: CatalogueModel, group: NodeGroup, context: int, sequences: int
 ) -> None:
     for layout in layouts(spec, group):
         found = [
@@ -113,7 +117,7 @@ def test_estimates_are_finite_and_a_longer_context_is_no_faster(
 def test_deepseek_does_not_fit_on_eight_h800_and_does_on_sixteen() -> None:
     """As everybody who has tried knows: 671 GB of weights, 640 GB of memory."""
     spec = model_named("deepseek-r1")
-    wish = Wish(context=8192, sequences=16)
+    wish = FitRequest(context=8192, sequences=16)
     assert not any(fit.fits for fit in fits(spec, parse_nodes("8xH800"), wish))
     found = [fit for fit in fits(spec, parse_nodes("2x8xH800"), wish) if fit.fits]
     assert {str(fit.layout) for fit in found} >= {"tp8 pp2", "tp8 dp2 ep16", "tp1 dp16 ep16"}
@@ -123,7 +127,9 @@ def test_deepseek_does_not_fit_on_eight_h800_and_does_on_sixteen() -> None:
 def test_a_latent_cache_is_not_cut_by_tensor_parallel() -> None:
     """So copies of attention hold as many more sequences as there are of them."""
     spec = model_named("deepseek-r1")
-    by_layout = {str(fit.layout): fit for fit in fits(spec, parse_nodes("8xH200"), Wish(context=8192, sequences=8))}
+    by_layout = {
+        str(fit.layout): fit for fit in fits(spec, parse_nodes("8xH200"), FitRequest(context=8192, sequences=8))
+    }
     assert by_layout["tp8"].need.kv_per_sequence == by_layout["tp1 dp8 ep8"].need.kv_per_sequence
     assert by_layout["tp1 dp8 ep8"].max_sequences > 4 * by_layout["tp8"].max_sequences
 
@@ -169,7 +175,7 @@ def test_tokens_as_people_write_them() -> None:
 
 def test_a_context_that_the_model_does_not_take() -> None:
     with pytest.raises(BadInput, match="at most 40960"):
-        fits(model_named("qwen3-32b"), parse_nodes("H100"), Wish(context=50_000, sequences=1))
+        fits(model_named("qwen3-32b"), parse_nodes("H100"), FitRequest(context=50_000, sequences=1))
 
 
 _NAMES = {
@@ -185,13 +191,15 @@ _NAMES = {
 _PRECISIONS = {"fp8": "fp8", "": "bf16", "fp4": "mxfp4"}
 
 
-def measurements() -> Iterator[tuple[dict[str, str], Layout]]:
+def measurements() -> Iterator[tuple[dict[str, str], ReplicaLayout]]:
     """Aggregated replicas on H100 and H200, of up to eight devices, of models that are in the catalogue."""
     with MEASURED.open(encoding="utf-8") as file:
         for row in csv.DictReader(file):
             if row["mode"] != "agg" or row["system"] not in ("h100_sxm", "h200_sxm") or row["model_path"] not in _NAMES:
                 continue
-            layout = Layout(int(row["tp_size"] or 0), int(row["pp_size"] or 1), int(row["attention_dp_size"] or 1))
+            layout = ReplicaLayout(
+                int(row["tp_size"] or 0), int(row["pp_size"] or 1), int(row["attention_dp_size"] or 1)
+            )
             spread = int(row["moe_tp_size"] or 1) * int(row["moe_ep_size"] or 1)
             if not 1 <= layout.tp <= 8 or layout.dp > 8 or spread not in (1, layout.tp * layout.dp):
                 continue

@@ -7,13 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.engines.contract import NotAccepted, accepted, contract
 from tidemill.engines import sglang, vllm
 from tidemill.engines.catalogue import model_named
-from tidemill.engines.fit import Wish, fits, parse_nodes
-from tidemill.engines.launch import Command, EngineLaunch, MultiNode, launch_for
+from tidemill.engines.fit import FitRequest, fits, parse_nodes
+from tidemill.engines.launch import CommandLine, EngineLaunch, MultiNode, launch_for
 from tidemill.errors import ConfigError
-
-from .contract import NotAccepted, accepted, contract
 
 ENGINES = {"vllm": vllm, "sglang": sglang}
 BEFORE_ARGUMENTS = {"vllm": ("vllm", "serve"), "sglang": ("python", "-m", "sglang.launch_server")}
@@ -51,7 +50,7 @@ def launches(draw: st.DrawFn) -> EngineLaunch:
     )
 
 
-def taken(engine: str, command: Command) -> dict[str, Any]:
+def taken(engine: str, command: CommandLine) -> dict[str, Any]:
     before = BEFORE_ARGUMENTS[engine]
     assert command.argv[: len(before)] == before
     return accepted(engine, list(command.argv[len(before) :]))
@@ -154,7 +153,7 @@ def test_a_rank_is_one_of_the_nodes() -> None:
 )
 def test_what_fits_can_be_launched(engine: str, name: str, nodes: str) -> None:
     spec = model_named(name)
-    best = fits(spec, parse_nodes(nodes), Wish(context=8192, sequences=8))[0]
+    best = fits(spec, parse_nodes(nodes), FitRequest(context=8192, sequences=8))[0]
     assert best.fits
     launch = launch_for(
         best.layout,

@@ -7,11 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.engines.streams import cut, event, feed, payloads, words
 from tidemill.engines.llamacpp import LlamaCppEngine, LlamaCppTap
-from tidemill.engines.protocol import Ask, Counters, Counts
+from tidemill.engines.protocol import Ask, Counters, TokenCounts
 from tidemill.engines.sse import BrokenStream
-
-from .streams import cut, event, feed, payloads, words
 
 DONE = b"data: [DONE]\n\n"
 ENVELOPE = {
@@ -59,7 +58,7 @@ def test_counts_run_along() -> None:
     assert not running.begun
     for n in range(1, 6):
         running.feed(chunk("x", n))
-        assert (running.counts, running.exact, running.begun) == (Counts(30, 4, n), True, True)
+        assert (running.counts, running.exact, running.begun) == (TokenCounts(30, 4, n), True, True)
 
 
 @given(st.data(), st.lists(words, min_size=1, max_size=6), st.booleans())
@@ -67,7 +66,7 @@ def test_any_cut_gives_the_same(data: st.DataObject, texts: list[str], wants_usa
     stream = b"".join(chunk(text, n + 1) for n, text in enumerate(texts)) + last(len(texts)) + DONE
     reader = tap(wants_usage=wants_usage)
     seen = payloads(feed(reader, data.draw(cut(stream))))
-    assert reader.done and reader.counts == Counts(30, 4, len(texts))
+    assert reader.done and reader.counts == TokenCounts(30, 4, len(texts))
     assert not any("timings" in each for each in seen)
     said = [each["choices"][0]["delta"]["content"] for each in seen if each["choices"]]
     assert said == texts
@@ -86,7 +85,7 @@ def test_of_several_choices_one_usage_chunk_remains_with_the_sum(wants_usage: bo
     ]
     reader = tap(wants_usage=wants_usage, choices=2)
     seen = payloads(feed(reader, stream))
-    assert reader.counts == Counts(30, 30, 3)
+    assert reader.counts == TokenCounts(30, 30, 3)
     reports = [each["usage"] for each in seen if "usage" in each]
     expected = {
         "prompt_tokens": 30,

@@ -7,10 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidemill.engines.protocol import Counts
+from tests.engines.streams import cut, event, feed, payloads, words
+from tidemill.engines.protocol import TokenCounts
 from tidemill.engines.sse import MAX_COUNT, MAX_EVENT_BYTES, BrokenStream, SseTap, data_of, usage_of
-
-from .streams import cut, event, feed, payloads, words
 
 DONE = b"data: [DONE]\n\n"
 
@@ -50,7 +49,7 @@ def test_any_cut_gives_the_same(data: st.DataObject, made: tuple[bytes, bool], w
     for tap in (whole, cut_up):
         assert tap.done and not tap.failed
         assert tap.exact is reports
-        assert tap.counts == (Counts(7, 2, 3) if reports else Counts())
+        assert tap.counts == (TokenCounts(7, 2, 3) if reports else TokenCounts())
     assert cut_up._events == whole._events
     assert DONE not in expected.replace(b"\\n", b"") or b"[DONE]" in stream[: -len(DONE)]
 
@@ -80,7 +79,7 @@ def test_the_usage_chunk_is_for_who_asked() -> None:
 def test_usage_that_comes_with_a_choice_stays_in_its_chunk() -> None:
     tap = SseTap(wants_usage=False)
     assert feed(tap, [chunk("x", usage=usage(5, 1)) + DONE]) == chunk("x", usage=usage(5, 1))
-    assert tap.counts == Counts(5, 0, 1)
+    assert tap.counts == TokenCounts(5, 0, 1)
 
 
 def test_the_last_usage_counts() -> None:
@@ -94,16 +93,16 @@ def test_the_last_usage_counts() -> None:
 @pytest.mark.parametrize(
     ("reported", "counts"),
     [
-        (usage(-5, -1, -3), Counts(0, 0, 0)),
-        (usage(5, 2, 9), Counts(5, 5, 2)),
-        (usage(10**30, 10**30, 10**30), Counts(MAX_COUNT, MAX_COUNT, MAX_COUNT)),
-        (usage(5, 2, None), Counts(5, 0, 2)),
-        ({}, Counts()),
-        ({"prompt_tokens": 5, "completion_tokens": 2, "prompt_tokens_details": {}}, Counts(5, 0, 2)),
-        ({"prompt_tokens": 5, "total_tokens": 5}, Counts(5, 0, 0)),
+        (usage(-5, -1, -3), TokenCounts(0, 0, 0)),
+        (usage(5, 2, 9), TokenCounts(5, 5, 2)),
+        (usage(10**30, 10**30, 10**30), TokenCounts(MAX_COUNT, MAX_COUNT, MAX_COUNT)),
+        (usage(5, 2, None), TokenCounts(5, 0, 2)),
+        ({}, TokenCounts()),
+        ({"prompt_tokens": 5, "completion_tokens": 2, "prompt_tokens_details": {}}, TokenCounts(5, 0, 2)),
+        ({"prompt_tokens": 5, "total_tokens": 5}, TokenCounts(5, 0, 0)),
     ],
 )
-def test_usage_objects(reported: dict[str, Any], counts: Counts) -> None:
+def test_usage_objects(reported: dict[str, Any], counts: TokenCounts) -> None:
     tap = SseTap(wants_usage=False)
     tap.feed(event({"choices": [], "usage": reported}))
     assert (tap.counts, tap.exact) == (counts, True)
@@ -147,7 +146,7 @@ def test_comments_are_no_tokens() -> None:
         assert tap.feed(b": ping\n\n") == b": ping\n\n"
     assert not tap.begun
     assert tap.produced == 0
-    assert tap.estimate(400) == Counts(100, 0, 0)
+    assert tap.estimate(400) == TokenCounts(100, 0, 0)
     tap.feed(b": ping\n\n" + chunk("") + chunk("one") + b": ping\n\n" + chunk("two"))
     assert tap.begun and tap.produced == 2
 
@@ -156,7 +155,7 @@ def test_an_estimate_is_a_token_a_chunk_or_more_for_long_ones() -> None:
     tap = SseTap(wants_usage=False)
     for text in ("", *["word"] * 30):
         tap.feed(chunk(text))
-    assert tap.estimate(40) == Counts(10, 0, 30)
+    assert tap.estimate(40) == TokenCounts(10, 0, 30)
     tap = SseTap(wants_usage=False)
     for text in ("", "x" * 400, "x" * 400):
         tap.feed(chunk(text))

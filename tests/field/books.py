@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 
-from support.platform import Platform
+from tests.support.platform import Platform
 from tidemill.ledger.money import parse_amount
 from tidemill.ledger.usage import UsageRecord
 from tidemill.store.accounts import tenant_balances, verify_books
+from tidemill.store.balance_leases import leasing_workers
 from tidemill.store.engine import open_store, store_url
-from tidemill.store.leases import leasing_workers
 from tidemill.store.tenants import list_tenants
 from tidemill.store.usage import records_between
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from support.wire import Line, post
+from tests.support.wire import Line, post
 
 CHAT = "/v1/chat/completions"
 PAUSE_S = 0.02

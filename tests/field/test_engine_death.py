@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from support.mock import Mock
-from support.platform import Platform, start_platform
-from tidemill.ledger.usage import Status, TokenUsage
-
-from .books import check_books
-from .load import Stream
+from tests.field.books import check_books
+from tests.field.load import Stream
+from tests.support.mock import Mock
+from tests.support.platform import Platform, start_platform
+from tidemill.ledger.usage import RequestStatus, TokenUsage
 
 STREAMS = 100
 WAITING = 20
@@ -78,9 +77,9 @@ async def test_an_engine_killed_in_the_middle_of_100_streams(platform: Platform,
     assert records.keys() == broken.keys() | whole.keys()
     for request_id, stream in broken.items():
         record = records[request_id]
-        assert (record.status, record.replica.partition("#")[0]) == (Status.ENGINE_LOST, "mock/0")
+        assert (record.status, record.replica.partition("#")[0]) == (RequestStatus.ENGINE_LOST, "mock/0")
         assert record.usage.completion == stream.tokens and record.estimated
     for request_id in whole:
         record = records[request_id]
-        assert (record.status, record.replica.partition("#")[0]) == (Status.OK, "mock/1")
+        assert (record.status, record.replica.partition("#")[0]) == (RequestStatus.OK, "mock/1")
         assert record.usage == TokenUsage(PROMPT, 0, TOKENS) and not record.estimated

@@ -10,19 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from support.disk import fill_up, small_disk
-from support.fleet import Fleet
-from support.mock import Mock
-from support.plane import model
-from support.platform import start_platform, wait_until
-from support.upstream import DONE, LAST_CHUNK, STREAM_HEAD, Asked, Caller, completion, finish, role, usage, word
-from support.upstream import usage_object as tokens
-from support.wire import get
-from tidemill.ledger.usage import Status
+from tests.field.books import check_books
+from tests.field.load import Load, Stream, statuses
+from tests.support.disk import fill_up, small_disk
+from tests.support.fleet import Fleet
+from tests.support.mock import Mock
+from tests.support.plane import model
+from tests.support.platform import start_platform, wait_until
+from tests.support.upstream import DONE, LAST_CHUNK, STREAM_HEAD, Asked, Caller, completion, finish, role, usage, word
+from tests.support.upstream import usage_object as tokens
+from tests.support.wire import get
+from tidemill.ledger.usage import RequestStatus
 from tidemill.meter.log import RECORD_RESERVE
-
-from .books import check_books
-from .load import Load, Stream, statuses
 
 SEGMENT = 32 * 1024
 CREDITS = {"known": "100", "unknown": "100"}
@@ -80,7 +79,7 @@ async def test_what_cannot_be_metered_is_not_accepted_and_it_goes_on_once_there_
         assert (await plane.send(get("/readyz"))).status == 200
         records = await plane.settled()
         assert len(records) == served + len(streams) + 1 == len(upstream.asked)
-        assert {each.status for each in records} == {Status.OK}
+        assert {each.status for each in records} == {RequestStatus.OK}
 
 
 @pytest.mark.slow

@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 
-from support.mock import Mock
-from support.platform import Platform, start_platform, wait_until
-from support.wire import Line
+from tests.field.load import Load, Stream, chat, statuses
+from tests.support.mock import Mock
+from tests.support.platform import Platform, start_platform, wait_until
+from tests.support.wire import Line
 from tidemill.ledger.money import parse_amount
-
-from .load import Load, Stream, chat, statuses
 
 WORKERS = 4
 PROMPT, ANSWER = 3, 4

@@ -10,16 +10,16 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
-from gateway.conftest import Start, start
-from support.upstream import DONE, LAST_CHUNK, STREAM_HEAD, Asked, Caller, finish, role, usage, word
+from tests.support.data_plane import Start, start
+from tests.support.paths import ROOT
+from tests.support.upstream import DONE, LAST_CHUNK, STREAM_HEAD, Asked, Caller, finish, role, usage, word
 
 __all__ = ["start"]
 
-SOAK = Path(__file__).parents[2] / "bench" / "soak.py"
+SOAK = ROOT / "bench" / "soak.py"
 STREAMS = 400
 SECONDS = 12.0
 BYTES_PER_STREAM = 10 * 1024

@@ -16,14 +16,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from store.databases import PostgresServer, postgres_server
-from support.mock import Mock
-from support.platform import Platform, start_platform, wait_until
-from tidemill.gateway.door import ASK_EVERY_S
-from tidemill.meter.leasing import STORE_PATIENCE_S
-
-from .books import check_books
-from .load import Load, Told, statuses
+from tests.field.books import check_books
+from tests.field.load import Load, Told, statuses
+from tests.store.databases import PostgresServer, postgres_server
+from tests.support.mock import Mock
+from tests.support.platform import Platform, start_platform, wait_until
+from tidemill.gateway.auth.authenticator import ASK_EVERY_S
+from tidemill.meter.balance_leases import STORE_PATIENCE_S
 
 __all__ = ["postgres_server"]
 

@@ -11,10 +11,10 @@ from collections import Counter
 import pytest
 from sqlalchemy import event
 
-from gateway.conftest import Start, start
-from support.upstream import DONE, Asked, Caller, completion, finish, role, usage, usage_object, word
+from tests.support.data_plane import Start, start
+from tests.support.upstream import DONE, Asked, Caller, completion, finish, role, usage, usage_object, word
 from tidemill.ledger.limits import Per
-from tidemill.meter.leasing import SLICES
+from tidemill.meter.balance_leases import SLICES
 
 __all__ = ["start"]
 

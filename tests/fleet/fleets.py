@@ -8,29 +8,29 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from tidemill.app.asking import get, post
+from tidemill.app.engine_http import get, post
 from tidemill.engines import vllm
-from tidemill.engines.launch import Command, EngineLaunch, MultiNode
-from tidemill.fleet.backend import Device, Launch, Node
+from tidemill.engines.launch import CommandLine, EngineLaunch, MultiNode
+from tidemill.fleet.backend import Device, Node, ProcessSpec
 from tidemill.fleet.local import LocalBackend
-from tidemill.fleet.recipe import Recipe, Version
+from tidemill.fleet.recipe import Recipe, WeightsVersion
 from tidemill.fleet.replica import Replica
 from tidemill.fleet.replicas import ReplicaSet
 
 PROGRAM = (sys.executable, str(Path(__file__).parents[1] / "support/vllm_like.py"))
 
 
-def weights(path: Path, name: str = "v1", **behaviour: Any) -> Version:
+def weights(path: Path, name: str = "v1", **behaviour: Any) -> WeightsVersion:
     """A version of the weights; see `support.vllm_like` for how it may behave."""
     (path / name).mkdir(exist_ok=True)
     (path / name / "behaviour.json").write_text(json.dumps(behaviour))
-    return Version(name, str(path / name))
+    return WeightsVersion(name, str(path / name))
 
 
-def recipe(version: Version, **changes: Any) -> Recipe:
+def recipe(version: WeightsVersion, **changes: Any) -> Recipe:
     """A model that takes one device for each replica; with more, over several nodes where one is too small."""
 
-    def command(version: Version, devices: Sequence[Device], part: MultiNode | None) -> Command:
+    def command(version: WeightsVersion, devices: Sequence[Device], part: MultiNode | None) -> CommandLine:
         return vllm.command(
             EngineLaunch(model=version.path, served_name="m", tp=changes.get("devices", 1), multi_node=part), PROGRAM
         )
@@ -109,5 +109,5 @@ class FarBackend(LocalBackend):
             for name in self.names
         ]
 
-    def _check(self, launch: Launch) -> None:
+    def _check(self, launch: ProcessSpec) -> None:
         """All nodes are here."""

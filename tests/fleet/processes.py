@@ -7,8 +7,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from support.platform import wait_until
-from tidemill.fleet.backend import Device, Launch
+from tests.support.platform import wait_until
+from tidemill.fleet.backend import Device, ProcessSpec
 from tidemill.fleet.local import LocalBackend, alive
 
 CORES = sorted(os.sched_getaffinity(0))
@@ -22,8 +22,10 @@ def shell(script: str) -> tuple[str, ...]:
     return ("/bin/sh", "-c", script)
 
 
-def launch(path: Path, argv: tuple[str, ...], /, **changes: Any) -> Launch:
-    return Launch(**{"name": "test/0", "argv": argv, "log": path / "log", "end_file": path / "end.json", **changes})
+def launch(path: Path, argv: tuple[str, ...], /, **changes: Any) -> ProcessSpec:
+    return ProcessSpec(
+        **{"name": "test/0", "argv": argv, "log": path / "log", "end_file": path / "end.json", **changes}
+    )
 
 
 def slot(index: int = 0) -> Device:

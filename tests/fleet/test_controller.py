@@ -7,10 +7,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from tidemill.clock import JumpTolerantClock
 from tidemill.fleet import controller as controller_module
 from tidemill.fleet.backend import CannotStart, Device, Node
-from tidemill.fleet.controller import Controller
-from tidemill.fleet.steady import SteadyClock
+from tidemill.fleet.controller import FleetController
 from tidemill.tides.state import (
     BacklogView,
     Demand,
@@ -41,7 +41,7 @@ class World:
         self.startups: list[tuple[str, float]] = []
         self.changed: Callable[[], None] = lambda: None
         self.rented: tuple[ReservationView, ...] = ()
-        self.controller = Controller(self, _Replicas(self), _Jobs(self), interval_s=0.05)
+        self.controller = FleetController(self, _Replicas(self), _Jobs(self), interval_s=0.05)
 
     def phase(self, name: str, phase: Phase) -> None:
         view = self.replicas[name]
@@ -51,10 +51,10 @@ class World:
             devices=view.devices,
             phase=phase,
             batch_only=view.batch_only,
-            beside=view.beside,
+            colocated=view.colocated,
         )
 
-    def deed(self, text: str) -> None:
+    def action(self, text: str) -> None:
         if any(text.startswith(prefix) for prefix in self.fails):
             raise CannotStart(f"{text} cannot be done.")
         self.done.append(text)
@@ -73,7 +73,7 @@ class World:
     def backlogs(self) -> Sequence[BacklogView]:
         return self.work
 
-    def beside(self) -> Collection[str]:
+    def colocated_models(self) -> Collection[str]:
         return self.lines
 
     def learn_startup(self, model: str, seconds: float) -> None:
@@ -89,24 +89,24 @@ class _Replicas:
         return list(self._world.replicas.values())
 
     def start(
-        self, model: str, devices: Sequence[Device], *, batch_only: bool = False, beside: bool = False, why: str = ""
+        self, model: str, devices: Sequence[Device], *, batch_only: bool = False, colocated: bool = False, why: str = ""
     ) -> str:
         places = tuple(device.id for device in devices)
-        self._world.deed(f"start {model} {'beside ' if beside else ''}on {','.join(places)}")
+        self._world.action(f"start {model} {'beside ' if colocated else ''}on {','.join(places)}")
         name = f"{model}/{self._count}"
         self._count += 1
         self._world.replicas[name] = ReplicaView(
-            id=name, model=model, devices=places, phase=Phase.STARTING, batch_only=batch_only, beside=beside
+            id=name, model=model, devices=places, phase=Phase.STARTING, batch_only=batch_only, colocated=colocated
         )
         return name
 
     def stop(self, name: str, why: str) -> object:
-        self._world.deed(f"stop {name}")
+        self._world.action(f"stop {name}")
         self._world.phase(name, Phase.DRAINING)
         return None
 
-    def turn(self, name: str, *, batch_only: bool, why: str) -> None:
-        self._world.deed(f"turn {name}")
+    def set_batch_only(self, name: str, *, batch_only: bool, why: str) -> None:
+        self._world.action(f"turn {name}")
 
 
 class _Jobs:
@@ -123,13 +123,13 @@ class _Jobs:
         return self._world.rented
 
     def start(self, job_id: str, devices: Sequence[Device], why: str) -> None:
-        self._world.deed(f"job {job_id}")
+        self._world.action(f"job {job_id}")
         self._world.jobs[job_id] = msgspec.structs.replace(
             self._world.jobs[job_id], phase=JobPhase.RUNNING, on=tuple(each.id for each in devices)
         )
 
     def preempt(self, job_id: str, why: str) -> None:
-        self._world.deed(f"preempt {job_id}")
+        self._world.action(f"preempt {job_id}")
         self._world.jobs[job_id] = msgspec.structs.replace(self._world.jobs[job_id], phase=JobPhase.STOPPING)
 
     def on_change(self, changed: Callable[[], None]) -> None:
@@ -335,7 +335,7 @@ async def test_the_loop_outlives_whatever_happens_in_it(world: World) -> None:
 
 async def test_an_event_is_planned_for_soon() -> None:
     world = World()
-    world.controller = Controller(world, _Replicas(world), _Jobs(world), interval_s=60.0)
+    world.controller = FleetController(world, _Replicas(world), _Jobs(world), interval_s=60.0)
     running = asyncio.create_task(world.controller.run())
     await asyncio.sleep(0.05)
     world.jobs["j"] = queued("j")
@@ -349,8 +349,8 @@ async def test_an_event_is_planned_for_soon() -> None:
 def test_a_wall_clock_that_jumps_takes_nothing_from_anyone() -> None:
     world = World(devices=2)
     wall, steady = [1_000_000.0], [50.0]
-    clock = SteadyClock(lambda: wall[0], lambda: steady[0])
-    world.controller = Controller(world, _Replicas(world), _Jobs(world), clock=clock)
+    clock = JumpTolerantClock(lambda: wall[0], lambda: steady[0])
+    world.controller = FleetController(world, _Replicas(world), _Jobs(world), clock=clock)
     tomorrow = wall[0] + 86_400.0
     world.rented = (ReservationView(id="r", tenant="t", devices=2, start=tomorrow, end=tomorrow + 86_400.0),)
     world.jobs = {name: queued(name) for name in ("one", "two")}

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from tidemill.fleet.device_kinds import kind_of
+from tidemill.fleet.device_visibility import visible_devices
 from tidemill.fleet.devices import (
-    Declared,
-    Found,
+    DeclaredDevices,
+    FoundDevice,
     cpu_slots,
     declared,
     discover,
@@ -16,8 +18,6 @@ from tidemill.fleet.devices import (
     read_rocm,
     slug,
 )
-from tidemill.fleet.kinds import kind_of
-from tidemill.fleet.visible import visible_devices
 
 GIB = 2**30
 
@@ -79,9 +79,9 @@ ROCM = """WARNING: AMD GPU device(s) is/are in a low-power state. Check power co
 
 def test_nvidia() -> None:
     assert read_nvidia(NVIDIA) == [
-        Found(0, "NVIDIA H800", 81559 * 2**20),
-        Found(1, "NVIDIA H800", 81559 * 2**20),
-        Found(2, "NVIDIA GB10", 0),
+        FoundDevice(0, "NVIDIA H800", 81559 * 2**20),
+        FoundDevice(1, "NVIDIA H800", 81559 * 2**20),
+        FoundDevice(2, "NVIDIA GB10", 0),
     ]
     assert read_nvidia("") == []
     with pytest.raises(ValueError):
@@ -89,18 +89,18 @@ def test_nvidia() -> None:
 
 
 def test_ascend() -> None:
-    assert read_ascend(ASCEND) == [Found(index, "Ascend 910B4-1", 64 * GIB) for index in (0, 1)]
-    assert read_ascend(ASCEND_TWO_CHIPS) == [Found(index, "Ascend Ascend910", 64 * GIB) for index in (0, 1)]
+    assert read_ascend(ASCEND) == [FoundDevice(index, "Ascend 910B4-1", 64 * GIB) for index in (0, 1)]
+    assert read_ascend(ASCEND_TWO_CHIPS) == [FoundDevice(index, "Ascend Ascend910", 64 * GIB) for index in (0, 1)]
     assert read_ascend("dcmi module initialize failed. ret is -8005\n") == []
 
 
 def test_rocm_and_hygon() -> None:
     assert read_rocm(ROCM) == [
-        Found(0, "Radeon RX 7900 XT", 21458059264),
-        Found(1, "Radeon RX 6800/6800 XT / 6900 XT", 17163091968),
+        FoundDevice(0, "Radeon RX 7900 XT", 21458059264),
+        FoundDevice(1, "Radeon RX 6800/6800 XT / 6900 XT", 17163091968),
     ]
     hygon = '{"card0": {"Card Series": "K100_AI", "vram Total Memory (MiB)": "65520"}}'
-    assert read_rocm(hygon) == [Found(0, "K100_AI", 65520 * 2**20)]
+    assert read_rocm(hygon) == [FoundDevice(0, "K100_AI", 65520 * 2**20)]
     for text in ("", "Driver not initialized", "{"):
         with pytest.raises(ValueError):
             read_rocm(text)
@@ -151,7 +151,9 @@ def test_tools_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_declared() -> None:
     cores = sorted(os.sched_getaffinity(0))
     devices = declared(
-        "n", [Declared("h800-sxm", 2), Declared("l40s", 1, memory_gib=48), Declared("cpu", 3)], {"h800-sxm": 80 * GIB}
+        "n",
+        [DeclaredDevices("h800-sxm", 2), DeclaredDevices("l40s", 1, memory_gib=48), DeclaredDevices("cpu", 3)],
+        {"h800-sxm": 80 * GIB},
     )
     assert [(d.id, d.index, d.kind) for d in devices] == [
         ("n/0", 0, "h800-sxm"),
@@ -165,7 +167,7 @@ def test_declared() -> None:
 
 def test_what_a_process_sees() -> None:
     slots = cpu_slots("n")
-    gpus = declared("n", [Declared("h20", 8)])
+    gpus = declared("n", [DeclaredDevices("h20", 8)])
     assert visible_devices([]) == {}
     assert visible_devices(slots) == {"CUDA_VISIBLE_DEVICES": ""}
     assert visible_devices([gpus[5], gpus[2], *slots]) == {"CUDA_VISIBLE_DEVICES": "5,2"}

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from ledger.values import record
-from tidemill.fleet.history import History, pasts_of
+from tests.ledger.values import record
+from tidemill.fleet.history import DemandHistory, pasts_of
 from tidemill.ledger.usage import TokenUsage
-from tidemill.store.demand import BIN_S, UP, Bin
+from tidemill.store.demand import BIN_S, UP, DemandBin
 from tidemill.store.engine import Store, open_store, store_url
 from tidemill.store.migrate import migrate
 from tidemill.store.tenants import create_tenant
@@ -22,12 +22,16 @@ def fresh(path: Path) -> Store:
 
 
 def test_what_is_not_known_is_not_nothing() -> None:
-    bins = {"m": [Bin(10, 1, 300), Bin(14, 2, 600)], UP: [Bin(11, 0, 0), Bin(12, 0, 0)], "other": [Bin(12, 1, 3)]}
+    bins = {
+        "m": [DemandBin(10, 1, 300), DemandBin(14, 2, 600)],
+        UP: [DemandBin(11, 0, 0), DemandBin(12, 0, 0)],
+        "other": [DemandBin(12, 1, 3)],
+    }
     past = pasts_of(bins, 15)["m"]
     assert past.values == (1.0, 0.0, 0.0, None, 2.0), "in bin 13 the platform was down"
     assert past.end == 15 * BIN_S
     assert pasts_of(bins, 14)["m"].values == (1.0, 0.0, 0.0, None), "the bin that is not over is left out"
-    assert pasts_of({}, 15) == {} == pasts_of({"m": [Bin(15, 1, 1)]}, 15)
+    assert pasts_of({}, 15) == {} == pasts_of({"m": [DemandBin(15, 1, 1)]}, 15)
 
 
 async def test_the_first_start_has_a_past(tmp_path: Path) -> None:
@@ -49,7 +53,7 @@ async def test_the_first_start_has_a_past(tmp_path: Path) -> None:
                     )
                 )
         store_records(connection, made, zone="UTC")
-    history = History(store)
+    history = DemandHistory(store)
     await history.open(["m", "quiet"])
     assert history.demand("m", 600.0).high >= history.demand("m", 600.0).expected > 20, "100 tokens a second then"
     assert history.demand("quiet", 600.0).high == 0.0
@@ -59,7 +63,7 @@ async def test_the_first_start_has_a_past(tmp_path: Path) -> None:
 
 async def test_measures_outlive_a_restart(tmp_path: Path) -> None:
     store = fresh(tmp_path)
-    history = History(store)
+    history = DemandHistory(store)
     await history.open(["m"])
     assert history.measures == {}
     history.measure("m", "capacity", 100.0)
@@ -67,7 +71,7 @@ async def test_measures_outlive_a_restart(tmp_path: Path) -> None:
     history._refresh()
     history.measure("m", "capacity", 100.5)  # hardly another figure: not worth a write
     assert history._unkept == {}
-    later = History(store)
+    later = DemandHistory(store)
     await later.open(["m"])
     assert later.measures == {"m": {"capacity": 100.0, "startup_s": 12.5}}
     store.close()

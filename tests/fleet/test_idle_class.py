@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from tidemill.fleet.backend import Device, Launch
+from tidemill.fleet.backend import Device, ProcessSpec
 from tidemill.fleet.local import LocalBackend
 
 SPIN = """
@@ -25,7 +25,7 @@ async def test_a_process_of_the_idle_class_gets_what_another_session_leaves(tmp_
     await backend.open()
     try:
         launches = [
-            Launch(
+            ProcessSpec(
                 name=name,
                 argv=(sys.executable, "-c", SPIN, "3"),
                 devices=(device,),

@@ -13,14 +13,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from fleet.processes import CORES, backend, gone, launch, pid_in, python, said, shell, slot
-from support.platform import wait_until
-from tidemill.fleet.backend import CannotStart, Ended, Launch
+from tests.fleet.processes import CORES, backend, gone, launch, pid_in, python, said, shell, slot
+from tests.support.platform import wait_until
+from tidemill.fleet.backend import CannotStart, ProcessEnd, ProcessSpec
 from tidemill.fleet.local import orphans
 
 
-def end_of(path: Path) -> Ended:
-    return msgspec.json.decode((path / "end.json").read_bytes(), type=Ended)
+def end_of(path: Path) -> ProcessEnd:
+    return msgspec.json.decode((path / "end.json").read_bytes(), type=ProcessEnd)
 
 
 async def test_a_command_runs_and_its_end_is_written_down(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ asyncio.run(main())
 """
 
 
-def parent_of(owner: str, *launches: Launch) -> "subprocess.Popen[str]":
+def parent_of(owner: str, *launches: ProcessSpec) -> "subprocess.Popen[str]":
     """A process that runs a backend and starts these."""
     orders = [msgspec.json.encode(each, enc_hook=str).decode() for each in launches]
     command = [sys.executable, "-c", textwrap.dedent(PARENT), owner, *orders]

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from fleet.fleets import ready, recipe, replica_set, until, weights
-from fleet.processes import gone, launch, pid_in, python, said, shell
-from support.platform import wait_until
-from support.ray_cluster import Cluster
+from tests.fleet.fleets import ready, recipe, replica_set, until, weights
+from tests.fleet.processes import gone, launch, pid_in, python, said, shell
+from tests.support.platform import wait_until
+from tests.support.ray_cluster import Cluster
 from tidemill.errors import Unavailable
 from tidemill.fleet.backend import CannotStart, Device
 from tidemill.fleet.ray import RayBackend, devices_of, unique_names
-from tidemill.fleet.ray_words import RayNode
+from tidemill.fleet.ray_messages import RayNode
 from tidemill.tides.state import Phase
 
 pytestmark = pytest.mark.timeout(180)
@@ -185,7 +185,7 @@ async def test_a_replica_over_two_nodes_of_which_one_is_lost(cluster: Cluster, t
         await until(lambda: {node.name for node in found.nodes if node.devices} >= {"east", "south"})
         found.start("m", ["east/0", "east/1", "south/0", "south/1"])
         (replica,) = await ready(found)
-        head, other = replica._processes
+        head, other = replica._processes.running
         assert (head.launch.node, other.launch.node) == ("east", "south")
         assert "'--node-rank': '1'" in (tmp_path / "engine-m-0.1.log").read_text()
         await asyncio.to_thread(cluster.lose, "south")

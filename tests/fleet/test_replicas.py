@@ -9,13 +9,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from fleet.fleets import FarBackend, ready, recipe, replica_set, slots, until, weights
-from fleet.processes import gone
+from tests.fleet.fleets import FarBackend, ready, recipe, replica_set, slots, until, weights
+from tests.fleet.processes import gone
 from tidemill.errors import Conflict, NotFound
 from tidemill.fleet.backend import Node
-from tidemill.fleet.placing import first_fit, share_of_slots
-from tidemill.fleet.replica import Replica, Use
+from tidemill.fleet.replica import Replica, ReplicaLoadSample
 from tidemill.fleet.replicas import HISTORY
+from tidemill.fleet.static_placement import first_fit, share_of_slots
 from tidemill.tides.state import Phase
 
 
@@ -60,11 +60,11 @@ async def test_a_life_and_its_reasons(tmp_path: Path) -> None:
 async def test_it_dies_and_comes_back(tmp_path: Path) -> None:
     async with replica_set(tmp_path, recipe(weights(tmp_path))) as found:
         (replica,) = await ready(found)
-        life, address = replica.life, replica.base_url
+        incarnation, address = replica.incarnation, replica.base_url
         os.kill(replica.pid or 0, signal.SIGKILL)
         await until(lambda: not replica.ready)
         await ready(found)
-        assert replica.life != life and replica.base_url != address and replica.starts == 2
+        assert replica.incarnation != incarnation and replica.base_url != address and replica.starts == 2
         assert any("killed" in each.why or "code -9" in each.why for each in found.history("m"))
         assert any("again in 0.2 s" in each.why for each in found.history("m"))
 
@@ -98,9 +98,9 @@ async def test_a_program_that_is_not_there(tmp_path: Path) -> None:
         await ready(found)
     from dataclasses import replace
 
-    from tidemill.engines.launch import Command
+    from tidemill.engines.launch import CommandLine
 
-    missing = replace(missing, command=lambda version, devices, part: Command(("no-such-vllm", "{port}")))
+    missing = replace(missing, command=lambda version, devices, part: CommandLine(("no-such-vllm", "{port}")))
     async with replica_set(tmp_path, missing) as found:
         await until(lambda: any("there is no program 'no-such-vllm'" in each.why for each in found.history("m")))
 
@@ -121,12 +121,12 @@ async def answer(replica: Replica, tokens: int) -> str:
 async def test_draining_waits_for_the_requests(tmp_path: Path) -> None:
     heard: list[Phase] = []
 
-    async def last_words(replica: Replica) -> None:
+    async def on_drained(replica: Replica) -> None:
         heard.append(replica.phase)
         assert replica.pid is not None
 
     served = recipe(weights(tmp_path, interval_ms=20.0, word="w"))
-    async with replica_set(tmp_path, served, last_words=last_words) as found:
+    async with replica_set(tmp_path, served, on_drained=on_drained) as found:
         (replica,) = await ready(found)
         working = asyncio.create_task(answer(replica, 60))
         await asyncio.sleep(0.3)
@@ -144,7 +144,7 @@ async def test_draining_believes_the_gateways(tmp_path: Path) -> None:
     async with replica_set(tmp_path, recipe(weights(tmp_path), min_replicas=0)) as found:
         found.start("m", ["local/0"])
         await ready(found)
-        found.note_use({"m/0": Use(people=1), "m/9": Use(filler=1)})
+        found.note_use({"m/0": ReplicaLoadSample(people=1), "m/9": ReplicaLoadSample(filler=1)})
         assert found.views()[0].in_flight == 1
         ending = found.stop("m/0", "given up")
         await asyncio.sleep(1.2)
@@ -169,7 +169,7 @@ async def test_one_that_dies_while_it_drains_stays_dead(tmp_path: Path) -> None:
     async with replica_set(tmp_path, recipe(weights(tmp_path, interval_ms=50.0), min_replicas=0)) as found:
         found.start("m", ["local/0"])
         (replica,) = await ready(found)
-        found.note_use({"m/0": Use(people=1)})
+        found.note_use({"m/0": ReplicaLoadSample(people=1)})
         ending = found.stop("m/0", "rolled")
         os.kill(replica.pid or 0, signal.SIGKILL)
         await asyncio.sleep(0.5)
@@ -213,15 +213,15 @@ async def test_a_replica_is_lent_to_batches_and_taken_back(tmp_path: Path) -> No
     async with replica_set(tmp_path, recipe(weights(tmp_path))) as found:
         found.keeps_minimum = False
         await ready(found)
-        found.turn("m/0", batch_only=True, why="nobody asks")
+        found.set_batch_only("m/0", batch_only=True, why="nobody asks")
         assert found.views()[0].batch_only and found.views()[0].phase is Phase.READY
-        found.turn("m/0", batch_only=False, why="the flood")
+        found.set_batch_only("m/0", batch_only=False, why="the flood")
         assert not found.views()[0].batch_only
-        beside = found.start("m", ["local/0"], batch_only=True, beside=True)
-        await ready(found, beside)
+        colocated = found.start("m", ["local/0"], batch_only=True, colocated=True)
+        await ready(found, colocated)
         with pytest.raises(Conflict):
-            found.turn(beside, batch_only=False, why="the flood")
-        pid = found.replicas[beside].pid or 0
+            found.set_batch_only(colocated, batch_only=False, why="the flood")
+        pid = found.replicas[colocated].pid or 0
         assert os.sched_getscheduler(pid) == os.SCHED_IDLE
         assert os.sched_getscheduler(found.replicas["m/0"].pid or 0) == os.SCHED_OTHER
 

@@ -7,18 +7,18 @@ from pathlib import Path
 import httpx
 import pytest
 
-from fleet.fleets import ready, recipe, replica_set, until, weights
+from tests.fleet.fleets import ready, recipe, replica_set, until, weights
 from tidemill.errors import Conflict, NotFound
 from tidemill.fleet.backend import Device
 from tidemill.fleet.local import LocalBackend
-from tidemill.fleet.recipe import Version
+from tidemill.fleet.recipe import WeightsVersion
 from tidemill.fleet.replicas import ReplicaSet
 from tidemill.fleet.roll import Rolls, RollState
 from tidemill.tides.state import Phase
 
 
-class Kept(dict[str, Version]):
-    async def __call__(self, model: str, version: Version) -> None:
+class Kept(dict[str, WeightsVersion]):
+    async def __call__(self, model: str, version: WeightsVersion) -> None:
         self[model] = version
 
 
@@ -148,7 +148,7 @@ async def test_what_cannot_be_rolled(tmp_path: Path) -> None:
         with pytest.raises(Conflict, match="one replica, and there are no free devices"):
             rolls.begin("m", weights(tmp_path, "v2"))
         with pytest.raises(NotFound, match="'x'"):
-            rolls.begin("x", Version())
+            rolls.begin("x", WeightsVersion())
         assert rolls.states() == []
 
 

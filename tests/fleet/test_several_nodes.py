@@ -4,7 +4,7 @@ import os
 import signal
 from pathlib import Path
 
-from fleet.fleets import FarBackend, ready, recipe, replica_set, until, weights
+from tests.fleet.fleets import FarBackend, ready, recipe, replica_set, until, weights
 from tidemill.fleet.replica import Replica
 from tidemill.tides.state import Phase
 
@@ -14,7 +14,7 @@ def far(path: Path, *nodes: str) -> FarBackend:
 
 
 def pids(replica: Replica) -> list[int]:
-    found = [process.pid for process in replica._processes]
+    found = [process.pid for process in replica._processes.running]
     assert None not in found
     return [pid for pid in found if pid is not None]
 
@@ -31,7 +31,7 @@ async def test_one_process_on_each_node_and_the_head_is_spoken_to(tmp_path: Path
     async with replica_set(tmp_path, spread, backend=far(tmp_path, "a", "b", "c")) as found:
         (replica,) = await ready(found)
         assert [device.id for device in replica.devices] == ["a/0", "a/1", "b/0", "b/1"]
-        assert [process.launch.node for process in replica._processes] == ["a", "b"]
+        assert [process.launch.node for process in replica._processes.running] == ["a", "b"]
         head, other = (tmp_path / f"engine-m-0{rank}.log" for rank in ("", ".1"))
         assert "'--node-rank': '0'" in head.read_text() and "'--headless'" not in head.read_text()
         assert "'--node-rank': '1'" in other.read_text() and "'--headless'" in other.read_text()

@@ -3,18 +3,18 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidemill.fleet.traffic import LATE_TAU_S, NOW_TAU_S, SAMPLES_S, WINDOW_S, Meter, Traffic
+from tidemill.fleet.traffic import CAPACITY_WINDOW_S, LATE_TAU_S, NOW_TAU_S, SAMPLES_S, CapacityMeter, ModelTraffic
 from tidemill.tides.buckets import bucket_of
 
 
-def steady(traffic: Traffic, rate: int, seconds: int, begin: int = 0) -> int:
+def steady(traffic: ModelTraffic, rate: int, seconds: int, begin: int = 0) -> int:
     for second in range(begin, begin + seconds):
         traffic.heard(1, rate, 1, 0, float(second))
     return begin + seconds
 
 
 def test_a_steady_rate_is_found_and_fades() -> None:
-    traffic = Traffic(0.0)
+    traffic = ModelTraffic(0.0)
     end = steady(traffic, 100, 120)
     assert 80 < traffic.rate(float(end)) < 120
     assert 0.8 < traffic.arrivals(float(end)) < 1.2
@@ -23,14 +23,14 @@ def test_a_steady_rate_is_found_and_fades() -> None:
 
 
 def test_a_correction_below_zero_is_no_demand() -> None:
-    traffic = Traffic(0.0)
+    traffic = ModelTraffic(0.0)
     traffic.heard(1, 1000, 0, 0, 0.0)
     traffic.heard(0, -1500, 1, 0, 1.0)
     assert traffic.rate(1.0) == 0.0
 
 
 def test_idle_since_the_last_request() -> None:
-    traffic = Traffic(0.0)
+    traffic = ModelTraffic(0.0)
     traffic.heard(1, 10, 0, 0, 5.0)
     traffic.busy(9.0)
     assert traffic.idle_s(10.0) == 1.0
@@ -39,7 +39,7 @@ def test_idle_since_the_last_request() -> None:
 
 
 def test_lateness_is_that_of_the_last_minutes() -> None:
-    traffic = Traffic(0.0)
+    traffic = ModelTraffic(0.0)
     traffic.heard(10, 10, 10, 5, 0.0)
     assert traffic.late(0.0) == 0.5
     traffic.heard(100, 10, 100, 0, 2 * LATE_TAU_S)
@@ -48,7 +48,7 @@ def test_lateness_is_that_of_the_last_minutes() -> None:
 
 
 def test_times_are_those_of_lately() -> None:
-    traffic = Traffic(0.0, percentile=0.5)
+    traffic = ModelTraffic(0.0, percentile=0.5)
     assert traffic.ttft_s(0.0) is None
     traffic.sampled({bucket_of(100_000): 9, bucket_of(5_000_000): 1}, {bucket_of(20_000): 5}, 1.0)
     found = traffic.ttft_s(1.0)
@@ -59,7 +59,7 @@ def test_times_are_those_of_lately() -> None:
 
 @given(st.lists(st.tuples(st.floats(0.0, 50.0), st.floats(0.0, 100.0)), min_size=1, max_size=60))
 def test_the_peak_is_the_highest_of_its_time(steps: list[tuple[float, float]]) -> None:
-    traffic, now, seen = Traffic(0.0), 0.0, []
+    traffic, now, seen = ModelTraffic(0.0), 0.0, []
     for passed, level in steps:
         now += passed
         seen.append((now, level))
@@ -68,19 +68,19 @@ def test_the_peak_is_the_highest_of_its_time(steps: list[tuple[float, float]]) -
         assert exact * 0.99 - 1e-9 <= peak <= max(each for _, each in seen)
 
 
-def window(meter: Meter, rate: int, begin: float, *, late: int = 0, busy: bool = True) -> float:
+def window(meter: CapacityMeter, rate: int, begin: float, *, late: int = 0, busy: bool = True) -> float:
     """A window in which one replica does `rate` a second; gives its end."""
-    steps = int(WINDOW_S / 0.2)
+    steps = int(CAPACITY_WINDOW_S / 0.2)
     for step in range(steps + 1):
         done = rate // 5 if busy and step else 0
         meter.served("m/0", 1 if busy else 0, done, begin + step * 0.2)
     meter.ended(20, late)
-    meter.close_window(begin + WINDOW_S)
-    return begin + WINDOW_S
+    meter.close_window(begin + CAPACITY_WINDOW_S)
+    return begin + CAPACITY_WINDOW_S
 
 
 def test_what_a_busy_replica_does_is_its_capacity() -> None:
-    meter = Meter()
+    meter = CapacityMeter()
     now = 0.0
     for _ in range(20):
         now = window(meter, 1000, now)
@@ -92,9 +92,9 @@ def test_what_a_busy_replica_does_is_its_capacity() -> None:
 
 
 def test_what_makes_people_wait_is_too_much() -> None:
-    meter = Meter(1000.0)
+    meter = CapacityMeter(1000.0)
     now = 0.0
     for _ in range(20):
         now = window(meter, 700, now, late=10)
     assert 650 < meter.capacity < 1000 * 0.75
-    assert Meter().capacity == 0.0, "not known is not nothing"
+    assert CapacityMeter().capacity == 0.0, "not known is not nothing"

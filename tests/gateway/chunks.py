@@ -7,13 +7,13 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from tidemill.engines.collect import Collector
-from tidemill.engines.protocol import Counts
+from tidemill.engines.protocol import TokenCounts
 from tidemill.engines.sse import SseTap
 
 busy_machine = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 """The first draw takes long where others work, too."""
 
-COUNTS = Counts(30, 4, 12)
+COUNTS = TokenCounts(30, 4, 12)
 
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 names = st.from_regex(r"[a-z_]{1,12}", fullmatch=True)

@@ -3,7 +3,7 @@
 from anthropic import AsyncAnthropic
 from openai import AsyncOpenAI
 
-from support.plane import Plane
+from tests.support.plane import Plane
 
 
 def anthropic(plane: Plane, key: str | None = None) -> AsyncAnthropic:

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tests.ledger.values import PRICES, record, version
 from tidemill.ledger.costing import (
     NS_PER_HOUR,
-    BusyClock,
+    BusyTimeShares,
     MarginKey,
     Ticket,
     margin,
@@ -18,13 +19,11 @@ from tidemill.ledger.costing import (
 from tidemill.ledger.errors import LedgerError
 from tidemill.ledger.money import Nanos, parse_amount
 
-from .values import PRICES, record, version
-
 START = datetime(2026, 11, 24, tzinfo=UTC)
 
 
 def test_two_requests_share_the_time_they_overlap() -> None:
-    clock = BusyClock()
+    clock = BusyTimeShares()
     one = clock.start(1000)
     two = clock.start(1600)
     assert clock.active == 2
@@ -37,7 +36,7 @@ def test_two_requests_share_the_time_they_overlap() -> None:
 
 
 def test_a_ticket_is_finished_once() -> None:
-    clock = BusyClock()
+    clock = BusyTimeShares()
     ticket = clock.start(0)
     clock.finish(ticket, 1)
     for unknown in (ticket, Ticket(99)):
@@ -46,7 +45,7 @@ def test_a_ticket_is_finished_once() -> None:
 
 
 def test_time_that_goes_back_counts_as_none() -> None:
-    clock = BusyClock()
+    clock = BusyTimeShares()
     one = clock.start(100)
     two = clock.start(50)
     assert clock.busy_ns(10) == 0
@@ -59,7 +58,7 @@ class Sharing(RuleBasedStateMachine):
 
     @initialize(now=st.integers(0, 2**62))
     def begin(self, now: int) -> None:
-        self.clock, self.now = BusyClock(), now
+        self.clock, self.now = BusyTimeShares(), now
         self.exact: dict[Ticket, Fraction] = {}
         self.given, self.busy, self.events, self.most = 0, 0, 0, 0
 
@@ -117,7 +116,7 @@ def test_any_schedule_adds_up_to_the_union_of_its_intervals(intervals: list[tupl
     events = sorted(
         [(begin, 1, n) for n, (begin, _) in enumerate(spans)] + [(end, 2, n) for n, (_, end) in enumerate(spans)]
     )
-    clock, tickets, shares = BusyClock(), {}, 0
+    clock, tickets, shares = BusyTimeShares(), {}, 0
     for at, what, n in events:
         if what == 1:
             tickets[n] = clock.start(at)

@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.ledger.values import NOVEMBER
 from tidemill.ledger.devices import (
     MAX_HOUR,
     US_PER_HOUR,
+    DeviceMeter,
     DevicePrice,
     DeviceSum,
     DeviceTier,
-    Meter,
     charge_for,
     hold_for,
     read,
@@ -25,15 +26,13 @@ from tidemill.ledger.invoice_text import WIDTH, display_width, to_text
 from tidemill.ledger.money import ZERO, Nanos, parse_amount
 from tidemill.ledger.period import parse_period
 
-from .values import NOVEMBER
-
 BEGAN = NOVEMBER.end - timedelta(hours=2)
 PLENTY = 2**80
 prices = st.integers(0, MAX_HOUR)
 
 
-def meter(hour: int = parse_amount("2"), devices: int = 3, started: datetime = BEGAN, hold: int = 0) -> Meter:
-    return Meter(
+def meter(hour: int = parse_amount("2"), devices: int = 3, started: datetime = BEGAN, hold: int = 0) -> DeviceMeter:
+    return DeviceMeter(
         meter_id="mtr_1",
         tenant_id="acme",
         currency="CNY",

@@ -6,13 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.ledger.values import NOVEMBER, PRICES, in_november, months, record, version
+from tidemill.ledger.components import CACHED_INPUT, CATALOGUE, INPUT, OUTPUT, Component
 from tidemill.ledger.errors import LedgerError
 from tidemill.ledger.invoice import (
     Invoice,
     InvoiceStatus,
     LineSum,
     MonthUsage,
-    TokenKind,
     make_invoice,
     records_of,
     sum_month,
@@ -23,7 +24,7 @@ from tidemill.ledger.posting import Transaction, credit_grant, usage_charge
 from tidemill.ledger.statement import usage_statement
 from tidemill.ledger.usage import TokenUsage, UsageRecord
 
-from .values import NOVEMBER, PRICES, in_november, months, record, version
+CACHE_WRITE, REASONING = Component.CACHE_WRITE, Component.REASONING_OUTPUT
 
 
 def grant(amount: str, at: datetime = NOVEMBER.start, name: str = "txn_1", tenant: str = "acme") -> Transaction:
@@ -52,7 +53,7 @@ def bill(
 def test_an_invoice_by_hand() -> None:
     month = [record(f"req_{n}") for n in range(3)] + [record("req_new", price=PRICES["prc_new"])]
     invoice = bill(month, credits=(grant("50"),))
-    assert [(line.price_id, line.kind.value, line.tokens, line.requests) for line in invoice.lines] == [
+    assert [(line.price_id, line.component.key, line.quantity, line.requests) for line in invoice.lines] == [
         ("prc_old", "input", 2400, 3),
         ("prc_old", "cached_input", 600, 3),
         ("prc_old", "output", 900, 3),
@@ -80,10 +81,10 @@ def test_lines_add_up_exactly_to_the_records_and_to_the_statement(month: list[Us
     invoice = bill(month)
     statement = usage_statement(month, tenant_id="acme", currency="CNY", period=NOVEMBER)
     assert sum(line.amount for line in invoice.lines) == invoice.subtotal == statement.totals.charge
-    by_kind = {kind: sum(line.tokens for line in invoice.lines if line.kind is kind) for kind in TokenKind}
-    assert by_kind[TokenKind.INPUT] + by_kind[TokenKind.CACHED_INPUT] == statement.totals.prompt_tokens
-    assert by_kind[TokenKind.CACHED_INPUT] == statement.totals.cached_tokens
-    assert by_kind[TokenKind.OUTPUT] == statement.totals.completion_tokens
+    billed = {each: sum(line.quantity for line in invoice.lines if line.component is each) for each in CATALOGUE}
+    assert billed[INPUT] + billed[CACHED_INPUT] + billed[CACHE_WRITE] == statement.totals.prompt_tokens
+    assert billed[CACHED_INPUT] == statement.totals.cached_tokens
+    assert billed[OUTPUT] + billed[REASONING] == statement.totals.completion_tokens
     assert invoice.requests == statement.totals.requests
     assert invoice.uncollected == sum(one.uncollected for one in month)
 
@@ -96,16 +97,47 @@ def test_every_line_opens_down_to_its_records(month: list[UsageRecord]) -> None:
         behind = records_of(line, month)
         assert len(behind) == line.requests
         for one in behind:
-            part = {
-                TokenKind.INPUT: (one.usage.prompt - one.usage.cached, one.charge_input),
-                TokenKind.CACHED_INPUT: (one.usage.cached, one.charge_cached),
-                TokenKind.OUTPUT: (one.usage.completion, one.charge_output),
-            }[line.kind]
-            opened[one.request_id] = opened.get(one.request_id, 0) + part[1]
-        # without a cap, tokens times price differs by half a nano a request at most
+            opened[one.request_id] = opened.get(one.request_id, 0) + one.charges[line.component]
+        # without a cap, quantity times price differs by half a nano a request at most
         if not invoice.uncollected:
-            assert abs(line.tokens * line.unit_price - line.amount * 10**6) <= 500_000 * line.requests
-    assert opened == {one.request_id: one.charge for one in month if one.usage.total}
+            per = CATALOGUE[line.component].per
+            assert abs(line.quantity * line.rate - line.amount * per) * 2 <= per * line.requests
+    assert opened == {one.request_id: one.charge for one in month if one.lines()}
+
+
+def test_further_components_have_lines_of_their_own_and_the_others_are_as_ever() -> None:
+    usage = TokenUsage(1000, 200, 300, {CACHE_WRITE: 100, REASONING: 50, Component.REQUEST: 1})
+    invoice = bill([record("req_1", price=PRICES["prc_cache"], usage=usage), record("req_2")])
+    assert [(line.model, line.component.key, line.quantity, line.amount, line.requests) for line in invoice.lines] == [
+        ("claude", "input", 700, 2_100_000, 1),
+        ("claude", "cached_input", 200, 60_000, 1),
+        ("claude", "cache_write", 100, 375_000, 1),
+        ("claude", "output", 300, 4_500_000, 1),  # its reasoning has no price of its own
+        ("claude", "request", 1, 1, 1),
+        ("smollm2", "input", 800, 3_200_000, 1),
+        ("smollm2", "cached_input", 200, 200_000, 1),
+        ("smollm2", "output", 300, 4_800_000, 1),
+    ]
+    plain = to_json(invoice)["lines"]
+    assert isinstance(plain, list)
+    assert list(plain[0]) == [
+        *("model", "price_id", "price_from", "tier", "kind", "tokens", "price_per_million", "requests", "amount")
+    ]
+    assert {key: plain[4][key] for key in list(plain[4])[4:]} == {
+        "kind": "request",
+        "quantity": 1,
+        "unit": "requests",
+        "price": "0.000001",
+        "price_per": 1000,
+        "requests": 1,
+        "amount": "0.000000001",
+    }
+
+
+def test_a_charge_that_the_price_has_no_rate_for_is_no_line() -> None:
+    odd = msgspec.structs.replace(record(), charges={Component.IMAGE: Nanos(5)})
+    with pytest.raises(LedgerError, match=r"the price prc_old of smollm2 has no rate for image"):
+        bill([msgspec.structs.replace(odd, usage=TokenUsage(0, 0, 0, {Component.IMAGE: 1}))])
 
 
 @given(months, st.integers(0, 10**6))
@@ -172,9 +204,11 @@ def test_free_usage_has_lines_and_a_failed_request_has_none() -> None:
 
 
 def test_a_charge_without_tokens_is_on_a_line_all_the_same() -> None:
-    odd = msgspec.structs.replace(record(usage=TokenUsage()), charge_output=Nanos(5))
+    odd = msgspec.structs.replace(record(usage=TokenUsage()), charges={OUTPUT: Nanos(5)})
     invoice = bill([odd])
-    assert [(line.kind, line.tokens, line.amount, line.requests) for line in invoice.lines] == [("output", 0, 5, 1)]
+    assert [(line.component, line.quantity, line.amount, line.requests) for line in invoice.lines] == [
+        (OUTPUT, 0, 5, 1)
+    ]
     assert records_of(invoice.lines[0], [odd]) == [odd]
 
 
@@ -203,10 +237,10 @@ def test_sums_from_a_database_make_the_same_invoice() -> None:
         requests=1,
         uncollected=Nanos(0),
         sums=(
-            LineSum("smollm2", "prc_old", TokenKind.OUTPUT, 300, Nanos(4_800_000), 1),
-            LineSum("smollm2", "prc_old", TokenKind.INPUT, 800, Nanos(3_200_000), 1),
-            LineSum("smollm2", "prc_old", TokenKind.CACHED_INPUT, 200, Nanos(200_000), 1),
-            LineSum("tiny", "prc_free", TokenKind.INPUT, 0, Nanos(0), 0),
+            LineSum("smollm2", "prc_old", OUTPUT, 300, Nanos(4_800_000), 1),
+            LineSum("smollm2", "prc_old", INPUT, 800, Nanos(3_200_000), 1),
+            LineSum("smollm2", "prc_old", CACHED_INPUT, 200, Nanos(200_000), 1),
+            LineSum("tiny", "prc_free", INPUT, 0, Nanos(0), 0),
         ),
     )
     invoice = make_invoice(

@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.ledger.values import NOVEMBER, PRICES, months, record, version
+from tests.support.prices import token_price
+from tidemill.ledger.components import INPUT, MAX_PRICE, Component
 from tidemill.ledger.invoice import Invoice, make_invoice, sum_month
 from tidemill.ledger.invoice_text import WIDTH, display_width, printable, to_text, wrap
 from tidemill.ledger.money import MAX_NANOS, Nanos, format_amount, parse_amount
 from tidemill.ledger.posting import credit_grant
-from tidemill.ledger.pricing import MAX_PRICE, Price
 from tidemill.ledger.usage import TokenUsage, UsageRecord
-
-from .values import NOVEMBER, PRICES, months, record, version
 
 names = st.text(max_size=120)
 
@@ -120,9 +120,9 @@ def test_amounts_are_not_cut_and_their_points_stand_under_each_other(month: list
 
 
 def test_the_largest_figures_take_a_second_line() -> None:
-    huge = msgspec.structs.replace(version("prc_huge", "m" * 128, "0 0 0"), price=Price(MAX_PRICE - 1, 0, 0))
+    huge = msgspec.structs.replace(version("prc_huge", "m" * 128, "0 0 0"), price=token_price(MAX_PRICE - 1, 0, 0))
     month = [record(f"req_{n}", price=huge, usage=TokenUsage(2**28, 0, 0), cap=Nanos(10**9)) for n in range(3)]
-    big = [msgspec.structs.replace(one, charge_input=Nanos(MAX_NANOS // 3), uncollected=Nanos(1)) for one in month]
+    big = [msgspec.structs.replace(one, charges={INPUT: Nanos(MAX_NANOS // 3)}, uncollected=Nanos(1)) for one in month]
     invoice = make_invoice(
         sum_month(big, tenant_id="acme", currency="CNY", period=NOVEMBER),
         tenant_name="Acme",
@@ -136,6 +136,37 @@ def test_the_largest_figures_take_a_second_line() -> None:
     assert "9,999,999.999999999" in text
     assert text.replace("\n", "").count("m" * 78) == 1
     assert "is not charged" in text.replace("\n", " ")
+
+
+def test_what_is_not_counted_in_tokens_says_what_its_price_is_for() -> None:
+    """Searches and requests per thousand, images each, sound per minute; characters as tokens, per million."""
+    more = {Component.SEARCH: 12, Component.REQUEST: 1, Component.IMAGE: 3, Component.AUDIO_SECOND: 90}
+    price = version(
+        "prc_all", "any", "3 0.3 15", search="2", request="0.001", image="0.04", audio_second="0.006", character="15"
+    )
+    one = record(price=price, usage=TokenUsage(1000, 0, 0, {**more, Component.CHARACTER: 4000}))
+    invoice = make_invoice(
+        sum_month([one], tenant_id="acme", currency="CNY", period=NOVEMBER),
+        tenant_name="Acme",
+        prices={"prc_all": price},
+        opening_balance=Nanos(0),
+        credits=(),
+        as_of=NOVEMBER.end,
+    )
+    text = to_text(invoice)
+    assert (
+        """
+any, at the price of 2026-01-01 (prc_all)
+  input                  1,000           1          3.00              0.003000
+  requests                   1           1   0.001/1,000              0.000001
+  searches                  12           1    2.00/1,000              0.024000
+  images                     3           1        0.04/1              0.120000
+  audio (s)                 90           1      0.006/60              0.009000
+  characters             4,000           1         15.00              0.060000
+"""
+        in text
+    )
+    assert max(map(display_width, text.split("\n"))) == WIDTH
 
 
 def test_a_draft_says_so_and_an_empty_month_too() -> None:

@@ -6,6 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from tests.ledger.values import NOVEMBER, PRICES, months, record, records, version
+from tidemill.ledger.components import CACHED_INPUT
 from tidemill.ledger.money import MAX_NANOS, Nanos, parse_amount
 from tidemill.ledger.period import period_of
 from tidemill.ledger.posting import (
@@ -25,9 +27,7 @@ from tidemill.ledger.posting import (
     usage_charge,
     verify_balance,
 )
-from tidemill.ledger.usage import Status, TokenUsage, UsageRecord
-
-from .values import NOVEMBER, PRICES, months, record, records, version
+from tidemill.ledger.usage import RequestStatus, TokenUsage, UsageRecord
 
 NOW = datetime(2026, 11, 24, tzinfo=UTC)
 
@@ -90,7 +90,7 @@ def test_a_charge_covers_one_tenant_and_one_currency() -> None:
 
 def test_a_negative_charge_is_refused() -> None:
     with pytest.raises(PostingError, match="negative"):
-        usage_charge("txn_1", [record(), msgspec.structs.replace(record("req_2"), charge_cached=Nanos(-1))])
+        usage_charge("txn_1", [record(), msgspec.structs.replace(record("req_2"), charges={CACHED_INPUT: Nanos(-1)})])
 
 
 @given(st.lists(st.tuples(records, st.sampled_from(["a", "b"]), st.integers(0, 40)), max_size=20))
@@ -188,7 +188,7 @@ class Books(RuleBasedStateMachine):
             price=PRICES[price],
             usage=TokenUsage(tokens, tokens // 3, tokens),
             cap=left,
-            status=Status.BALANCE_EXHAUSTED,
+            status=RequestStatus.BALANCE_EXHAUSTED,
         )
         charge = usage_charge("txn", [one])
         if charge is not None:

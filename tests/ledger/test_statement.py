@@ -5,18 +5,19 @@ import msgspec
 import pytest
 from hypothesis import given
 
+from tests.ledger.values import NOVEMBER, PRICES, months, record
+from tidemill.ledger.components import CATALOGUE
 from tidemill.ledger.errors import LedgerError
 from tidemill.ledger.money import Nanos, parse_amount
 from tidemill.ledger.statement import (
+    ComponentSum,
     UsageTotals,
     record_to_json,
     statement_of_rows,
     to_json,
     usage_statement,
 )
-from tidemill.ledger.usage import Status, TokenUsage, UsageRecord
-
-from .values import NOVEMBER, PRICES, months, record
+from tidemill.ledger.usage import RequestStatus, TokenUsage, UsageRecord
 
 
 @given(months)
@@ -28,6 +29,14 @@ def test_the_statement_is_the_exact_sum_of_the_records(month: list[UsageRecord])
         cached_tokens=sum(r.usage.cached for r in month),
         completion_tokens=sum(r.usage.completion for r in month),
         charge=Nanos(sum(r.charge for r in month)),
+        more={
+            component: ComponentSum(
+                sum(r.usage.more.get(component, 0) for r in month),
+                Nanos(sum(r.charges.get(component, 0) for r in month)),
+            )
+            for component in CATALOGUE
+            if any(component in r.usage.more for r in month)
+        },
     )
     assert sum(statement.by_model.values(), UsageTotals()) == statement.totals
     assert list(statement.by_model) == sorted({r.model for r in month})
@@ -86,7 +95,7 @@ def test_as_json() -> None:
 
 
 def test_a_record_as_json() -> None:
-    one = record(status=Status.CLIENT_CLOSED)
+    one = record(status=RequestStatus.CLIENT_CLOSED)
     plain = record_to_json(msgspec.structs.replace(one, first_token_at=one.finished_at - timedelta(milliseconds=5)))
     assert json.loads(json.dumps(plain)) == plain
     assert plain["status"] == "client_closed"

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from tidemill.ledger.windows import (
     AHEAD_S,
-    WINDOW_S,
+    RATE_WINDOW_S,
     RateGrant,
     RateReport,
     RateShare,
@@ -44,8 +44,8 @@ def test_a_wish_without_a_need_is_met_by_a_slice() -> None:
 def test_what_does_not_suffice_is_left_to_others_and_the_time_is_told() -> None:
     denied = ask(100, 30, others=({950: 50, 970: 30},))
     assert (denied.granted, denied.free) == (0, 20)
-    assert denied.frees_in == 950 + WINDOW_S + 1 - 1000
-    assert ask(100, 71, others=({950: 50, 970: 30},)).frees_in == 970 + WINDOW_S + 1 - 1000
+    assert denied.frees_in == 950 + RATE_WINDOW_S + 1 - 1000
+    assert ask(100, 71, others=({950: 50, 970: 30},)).frees_in == 970 + RATE_WINDOW_S + 1 - 1000
     assert ask(100, 20, others=({950: 50, 970: 30},)).frees_in == 0
 
 
@@ -180,7 +180,7 @@ class World:
     def is_free_after_silence(self) -> None:
         """Liveness: whatever was lost or died before, one process can have all of the limit."""
         self.under_way.clear()
-        self.wait(10 * (WINDOW_S + AHEAD_S + 2))
+        self.wait(10 * (RATE_WINDOW_S + AHEAD_S + 2))
         for process, share in enumerate(self.shares):
             report = share.report(self.second(process), self.now / 10)
             assert (report.spent, report.held) == ({}, 0)

@@ -4,23 +4,28 @@ from datetime import UTC, datetime, timedelta
 
 from hypothesis import strategies as st
 
+from tests.support.prices import token_price
+from tidemill.ledger.components import BASE, BY_KEY, CATALOGUE
 from tidemill.ledger.money import Nanos, parse_amount
 from tidemill.ledger.period import parse_period
 from tidemill.ledger.pricing import Price, PriceVersion, rate_capped
-from tidemill.ledger.usage import Status, TokenUsage, UsageRecord
+from tidemill.ledger.usage import RequestStatus, TokenUsage, UsageRecord
 
 NOVEMBER = parse_period("2026-11", "Asia/Shanghai")
 UNCAPPED = Nanos(2**63 - 1)
 USAGE = TokenUsage(1000, 200, 300)
 
 
-def version(price_id: str, model: str, prices: str, *, currency: str = "CNY", day: int = 1) -> PriceVersion:
-    """`prices`: input, cached input and output per million tokens, e.g. "4 1 16"."""
+def version(
+    price_id: str, model: str, prices: str, *, currency: str = "CNY", day: int = 1, **more: str
+) -> PriceVersion:
+    """`prices`: input, cached input and output per million tokens, e.g. "4 1 16"; `more`: further components."""
+    base = token_price(*map(parse_amount, prices.split())).rates
     return PriceVersion(
         price_id=price_id,
         model=model,
         currency=currency,
-        price=Price(*map(parse_amount, prices.split())),
+        price=Price(base | {BY_KEY[key]: parse_amount(amount) for key, amount in more.items()}),
         valid_from=datetime(2026, 1, day, tzinfo=UTC),
     )
 
@@ -32,6 +37,8 @@ PRICES = {
         version("prc_new", "smollm2", "3.333333333 0.7 13.1", day=9),
         version("prc_big", "deepseek-r1", "0.000000001 0 0.3", day=3),
         version("prc_free", "tiny", "0 0 0", day=4),
+        version("prc_cache", "claude", "3 0.3 15", day=5, cache_write="3.75", request="0.000001"),
+        version("prc_rank", "reranker", "0 0 0", day=6, search="2.00", document="0.333333333", reasoning_output="7"),
     )
 }
 
@@ -45,7 +52,7 @@ def record(
     cap: Nanos = UNCAPPED,
     at: datetime = NOVEMBER.start + timedelta(days=3),
     device_ns: int = 1_000_000,
-    status: Status = Status.OK,
+    status: RequestStatus = RequestStatus.OK,
 ) -> UsageRecord:
     charge = rate_capped(usage, price.price, cap)
     return UsageRecord(
@@ -60,9 +67,7 @@ def record(
         streamed=True,
         price_id=price.price_id,
         currency=price.currency,
-        charge_input=charge.input,
-        charge_cached=charge.cached,
-        charge_output=charge.output,
+        charges=charge.amounts,
         uncollected=charge.uncollected,
         hold=cap,
         started_at=at - timedelta(seconds=1),
@@ -73,11 +78,16 @@ def record(
 
 
 tokens = st.integers(0, 300_000)
+further = st.dictionaries(
+    st.sampled_from([component for component in CATALOGUE if component not in BASE]), st.integers(0, 4096), max_size=3
+)
+"""Quantities of components beyond the tokens of prompts and answers."""
 usages = st.builds(
-    lambda prompt, cached, completion: TokenUsage(prompt, min(prompt, cached), completion),
+    lambda prompt, cached, completion, more: TokenUsage(prompt, min(prompt, cached), completion, more),
     tokens,
     st.one_of(st.just(0), tokens),
     tokens,
+    st.one_of(st.just({}), further),
 )
 in_november = st.datetimes(
     NOVEMBER.start.replace(tzinfo=None), NOVEMBER.end.replace(tzinfo=None) - timedelta(microseconds=1)

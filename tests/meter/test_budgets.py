@@ -8,23 +8,23 @@ from pathlib import Path
 import pytest
 import structlog
 
-from store.conftest import new_tenant
-from store.databases import Databases
-from store.values import grant
+from tests.meter.conftest import OCTOBER
+from tests.store.conftest import new_tenant
+from tests.store.databases import Databases
+from tests.store.values import grant
+from tests.support.prices import token_price
+from tidemill.clock import to_micros
 from tidemill.ledger.limits import Limit, LimitKind, Per, span_of
-from tidemill.ledger.usage import Status, TokenUsage
+from tidemill.ledger.usage import RequestStatus, TokenUsage
+from tidemill.meter.balance_leases import extend_lease_in, return_lease_in
 from tidemill.meter.frames import allocate_segment, frame
-from tidemill.meter.leasing import extend_lease_in, return_lease_in
 from tidemill.meter.loader import Loader, claim_directory
 from tidemill.meter.records import Opened, encode_settled, settle
 from tidemill.store.budgets import BudgetPeriod, leased_in, spent_in, verify_budgets, warned
-from tidemill.store.clock import to_micros
 from tidemill.store.engine import Store
 from tidemill.store.keys import create_key, rotate_key
 from tidemill.store.limits import remove_limit, set_limit
 from tidemill.store.tenants import Tenant
-
-from .conftest import OCTOBER
 
 ZONE = "Asia/Shanghai"
 CHARGE = 1_000_000
@@ -72,7 +72,7 @@ class Books:
             replica="m/0",
             price_id="prc_1",
             currency="CNY",
-            price=(CHARGE * 1_000_000, CHARGE * 1_000_000, 0),
+            price=token_price(CHARGE * 1_000_000, CHARGE * 1_000_000, 0),
             streamed=False,
             started_us=to_micros(OCTOBER + timedelta(days=days)),
         )
@@ -81,7 +81,7 @@ class Books:
         outcome = settle(
             opened,
             usage,
-            status=Status.OK,
+            status=RequestStatus.OK,
             estimated=False,
             hold=10**9,
             first_token_us=0,
@@ -94,7 +94,7 @@ class Books:
 
     def spent(self, limit: Limit, days: int = 0) -> int:
         with self.store.read() as connection:
-            assert verify_budgets(connection, zone=ZONE, instants=[OCTOBER, OCTOBER + timedelta(days=1)]) == []
+            assert verify_budgets(connection, zone=ZONE) == []
             return spent_in(connection, limit, self.period(limit, days).span)
 
     def leased(self, limit: Limit, days: int = 0) -> int:

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from support.disk import fill_up, small_disk
+from tests.support.disk import fill_up, small_disk
 from tidemill.meter.frames import (
     END_OF_SEGMENT,
     HEADER,
     MAX_PAYLOAD,
-    READ_BYTES,
+    SEGMENT_READ_BYTES,
     allocate_segment,
     frame,
     read_frames,
@@ -111,8 +111,8 @@ def test_rubbish_is_no_frame(rubbish: bytes) -> None:
 
 
 def test_a_segment_longer_than_one_reading(tmp_path: Path) -> None:
-    part = [b"%06d" % number + bytes(300) for number in range(READ_BYTES // 150)]
-    lay_out(tmp_path, [part, [b"last"]], size=4 * READ_BYTES)
+    part = [b"%06d" % number + bytes(300) for number in range(SEGMENT_READ_BYTES // 150)]
+    lay_out(tmp_path, [part, [b"last"]], size=4 * SEGMENT_READ_BYTES)
     assert everything(tmp_path) == [*part, b"last"]
 
 

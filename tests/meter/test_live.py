@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from store.values import ZONE
-from support.disk import fill_up, small_disk
+from tests.meter.values import START_US, opened
+from tests.store.values import ZONE
+from tests.support.disk import fill_up, small_disk
+from tidemill.ledger.components import MAX_TOKENS
 from tidemill.ledger.posting import charge_batches
-from tidemill.ledger.usage import MAX_TOKENS, Status
+from tidemill.ledger.usage import RequestStatus
 from tidemill.meter.live import MAX_OPENED, SLOT_BYTES, LiveTable, TooManyOpen, Unfinished, read_unfinished
 from tidemill.meter.loader import finish_record
-
-from .values import START_US, opened
 
 
 def unfinished(path: Path) -> dict[str, Unfinished]:
@@ -230,7 +230,7 @@ def test_a_slots_state_alone_is_no_request(tmp_path: Path, state: tuple[int, int
 
 def test_recovery_bills_what_had_passed() -> None:
     record = finish_record(Unfinished(opened(), 1000, 200, 50, START_US + 5, 10**12, True))
-    assert record.status is Status.GATEWAY_LOST
+    assert record.status is RequestStatus.GATEWAY_LOST
     assert (record.usage.prompt, record.usage.cached, record.usage.completion) == (1000, 200, 50)
     assert record.estimated
     assert record.charge == 800 * 4000 + 200 * 1000 + 50 * 16000

@@ -11,27 +11,29 @@ from typing import Any
 
 import msgspec
 import pytest
-from sqlalchemy import event, func, select
+from sqlalchemy import event, func, insert, select
 
-from store.databases import Databases, FlakyStore
-from store.values import ZONE, assert_clean, balance_of, grant
+from tests.meter.test_records import FORMAT1, as_before
+from tests.meter.values import opened, settled
+from tests.store.databases import Databases, FlakyStore
+from tests.store.values import ZONE, assert_clean, balance_of, grant
+from tidemill.clock import to_micros
 from tidemill.errors import Unavailable
 from tidemill.ledger.period import parse_period
-from tidemill.ledger.usage import Status, TokenUsage, UsageRecord
+from tidemill.ledger.usage import RequestStatus, TokenUsage, UsageRecord
 from tidemill.meter import loader as loader_module
-from tidemill.meter.frames import segment_numbers, segment_path
+from tidemill.meter.frames import read_frames, segment_numbers, segment_path
 from tidemill.meter.live import LiveTable
-from tidemill.meter.loader import LIVE_FILE, Drained, Loader, claim_directory, finish_record
+from tidemill.meter.loader import LIVE_FILE, Loader, LoadResult, claim_directory, finish_record
 from tidemill.meter.log import UsageLog
 from tidemill.meter.records import Opened, Settled, encode_settled, to_record
-from tidemill.store.clock import to_micros
+from tidemill.store.balance_leases import extend_lease, leased, leasing_workers
 from tidemill.store.engine import Store
-from tidemill.store.leases import extend_lease, leased, leasing_workers
-from tidemill.store.schema import log_positions, transactions
+from tidemill.store.tables.money import transactions
+from tidemill.store.tables.tenants import tenants
+from tidemill.store.tables.usage import log_positions
 from tidemill.store.tenants import Tenant
 from tidemill.store.usage import records_between
-
-from .values import opened, settled
 
 GRANTED = 10**12
 ids = count(1)
@@ -139,13 +141,13 @@ def test_what_is_settled_is_stored_and_charged_once(world: World) -> None:
     worker.lease(world.tenant, 10**9)
     first, second = settled(world.request()), settled(world.request())
     loader = world.loader()
-    assert loader.drain() == Drained(0, 0, 0)
+    assert loader.drain() == LoadResult(0, 0, 0)
     worker.write(first)
-    assert loader.drain() == Drained(1, 0, 0)
-    assert loader.drain() == Drained(0, 0, 0)
+    assert loader.drain() == LoadResult(1, 0, 0)
+    assert loader.drain() == LoadResult(0, 0, 0)
     worker.write(second)
-    assert world.loader().drain() == Drained(1, 0, 0)  # a new one goes on from the stored position
-    assert loader.drain() == Drained(0, 0, 0)  # and the old one finds that it was overtaken
+    assert world.loader().drain() == LoadResult(1, 0, 0)  # a new one goes on from the stored position
+    assert loader.drain() == LoadResult(0, 0, 0)  # and the old one finds that it was overtaken
     assert world.records() == [to_record(first), to_record(second)]
     assert world.balance == GRANTED - first.charge - second.charge
     assert world.leased() == 10**9 - first.charge - second.charge
@@ -157,11 +159,11 @@ def test_a_living_process_is_never_finished(world: World) -> None:
     worker.lease(world.tenant, 10**9)
     worker.open(world.request(), completion=7)
     for _ in range(3):
-        assert world.loader().drain() == Drained(0, 0, 0)
+        assert world.loader().drain() == LoadResult(0, 0, 0)
     assert world.leased() == 10**9
     assert worker.directory.exists()
     worker.die()
-    assert world.loader().drain() == Drained(1, 1, 1)
+    assert world.loader().drain() == LoadResult(1, 1, 1)
 
 
 def test_segments_that_are_done_with_are_removed(world: World) -> None:
@@ -177,7 +179,7 @@ def test_segments_that_are_done_with_are_removed(world: World) -> None:
     numbers = segment_numbers(worker.directory)
     assert len(numbers) <= 3 and numbers[0] > 1
     worker.die()
-    assert world.loader().drain() == Drained(0, 0, 1)
+    assert world.loader().drain() == LoadResult(0, 0, 1)
     world.check_all_over([to_record(each) for each in made])
 
 
@@ -190,10 +192,10 @@ def test_several_processes_side_by_side(world: World) -> None:
         worker.write(*batch)
         made += batch
     world.workers[1].die()
-    assert world.loader().drain() == Drained(6, 0, 1)
+    assert world.loader().drain() == LoadResult(6, 0, 1)
     for worker in world.workers:
         worker.die()
-    assert world.loader().drain() == Drained(0, 0, 2)
+    assert world.loader().drain() == LoadResult(0, 0, 2)
     world.check_all_over([to_record(each) for each in made])
 
 
@@ -209,12 +211,12 @@ def test_a_dead_process_is_finished_exactly_once(world: World) -> None:
     worker.open(untouched)
     worker.die()
     loader = world.loader()
-    assert loader.drain() == Drained(3, 2, 1)
-    assert loader.drain() == world.loader().drain() == Drained(0, 0, 0)
+    assert loader.drain() == LoadResult(3, 2, 1)
+    assert loader.drain() == world.loader().drain() == LoadResult(0, 0, 0)
     by_request = {record.request_id: record for record in world.records()}
     lost = by_request[half.request_id]
     assert (lost.status, lost.usage, lost.charge) == (
-        Status.GATEWAY_LOST,
+        RequestStatus.GATEWAY_LOST,
         TokenUsage(100, 20, 7),
         80 * 4000 + 20 * 1000 + 7 * 16000,
     )
@@ -232,7 +234,7 @@ def test_a_request_in_the_log_and_in_the_table_counts_as_the_log_says(world: Wor
     done = settled(request, TokenUsage(100, 20, 50))
     worker.write(done)
     worker.die()
-    assert world.loader().drain() == Drained(1, 0, 1)
+    assert world.loader().drain() == LoadResult(1, 0, 1)
     world.check_all_over([to_record(done)])
 
 
@@ -244,7 +246,7 @@ def test_a_request_that_was_moving_between_replicas_leaves_one_record(world: Wor
     worker.open(request)
     worker.open(msgspec.structs.replace(request, replica="m/1#other"))
     worker.die()
-    assert world.loader().drain() == Drained(1, 1, 1)
+    assert world.loader().drain() == LoadResult(1, 1, 1)
     (record,) = world.records()
     assert (record.request_id, record.charge) == (request.request_id, 0)
     world.check_all_over([record])
@@ -258,7 +260,7 @@ def test_so_it_does_when_the_log_was_drained_before_the_death(world: World) -> N
     worker.write(done := settled(request))
     world.loader().drain()
     worker.die()
-    assert world.loader().drain() == Drained(0, 0, 1)
+    assert world.loader().drain() == LoadResult(0, 0, 1)
     world.check_all_over([to_record(done)])
 
 
@@ -284,7 +286,7 @@ def test_what_lies_behind_a_damage_of_a_dead_log_is_saved(world: World) -> None:
 def test_a_directory_without_a_log_or_a_table_is_cleared_away(world: World) -> None:
     (world.meter_dir / "gw0-bare").mkdir()
     (world.meter_dir / "not a directory").touch()
-    assert world.loader().drain() == Drained(0, 0, 1)
+    assert world.loader().drain() == LoadResult(0, 0, 1)
     assert [path.name for path in world.meter_dir.iterdir()] == ["not a directory"]
 
 
@@ -295,7 +297,7 @@ def test_a_claimed_directory_is_locked_from_the_moment_it_can_be_seen(
 
     def rename_and_look(self: Path, target: Path) -> Path:
         moved = rename(self, target)
-        assert world.loader().drain() == Drained(0, 0, 0)
+        assert world.loader().drain() == LoadResult(0, 0, 0)
         return moved
 
     monkeypatch.setattr(Path, "rename", rename_and_look)
@@ -440,6 +442,39 @@ def test_a_log_that_cannot_be_loaded_holds_up_no_other(world: World) -> None:
     assert bad.directory.exists()
 
 
+# What an older program has left
+
+
+def test_the_directory_of_a_process_of_an_older_program_is_finished(world: World) -> None:
+    """It was killed, and then Tidemill was upgraded: its log and its live table are of the first format."""
+    with world.store.write() as connection:
+        connection.execute(insert(tenants).values(tenant_id="ten_1", name="old", currency="CNY", created_at=1))
+        grant(connection, "ten_1", GRANTED)
+    shutil.copytree(FORMAT1, world.meter_dir / "gw0-old")
+    assert world.loader().drain() == LoadResult(11, 3, 1)
+    expected = {each["request_id"]: each for each in msgspec.json.decode((FORMAT1 / "expected.json").read_bytes())}
+    found = {record.request_id: record for record in world.records()}
+    assert found.keys() == expected.keys()
+    for request_id, record in found.items():
+        assert as_before(record) == expected[request_id]
+    charged = sum(record.charge for record in found.values())
+    assert balance_of(world.store, "ten_1") == GRANTED - charged
+    assert list(world.meter_dir.iterdir()) == []
+    assert_clean(world.store)
+
+
+def test_frames_of_both_formats_in_one_log(world: World) -> None:
+    """A process writes one format only; but nothing depends on it."""
+    worker = world.worker()
+    worker.lease(world.tenant, 10**9)
+    old = [frame.payload for frame in read_frames(FORMAT1, (1, 0))]
+    plain = msgspec.msgpack.decode(old[0])
+    plain[0][1] = world.tenant.tenant_id
+    worker.write(new := settled(world.request()), msgspec.Raw(msgspec.msgpack.encode(plain)))
+    assert world.loader().drain() == LoadResult(2, 0, 0)
+    assert {record.request_id for record in world.records()} == {new.opened.request_id, "req_plain"}
+
+
 # Months, and masses
 
 
@@ -488,7 +523,7 @@ def test_a_backlog_is_stored_in_batches_and_goes_on_where_it_broke_off(
     with pytest.raises(Unavailable):
         loader.drain()
     assert len(world.records()) == 2000
-    assert loader.drain() == Drained(3000, 0, 0)
+    assert loader.drain() == LoadResult(3000, 0, 0)
     assert batches == [2000, 2000, 2000, 1000]
     worker.die()
     loader.drain()

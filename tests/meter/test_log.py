@@ -13,15 +13,16 @@ from typing import Any
 
 import pytest
 
-from support.disk import fill_up, small_disk
+from tests.meter.values import opened, settled
+from tests.support.disk import fill_up, small_disk
+from tidemill.ledger.components import CATALOGUE
+from tidemill.ledger.pricing import Price
 from tidemill.ledger.usage import TokenUsage
 from tidemill.meter import log as log_module
 from tidemill.meter.frames import HEADER, read_frames, segment_numbers
 from tidemill.meter.live import MAX_OPENED
 from tidemill.meter.log import RECORD_RESERVE, LogFull, UsageLog
 from tidemill.meter.records import encode_opened, encode_settled
-
-from .values import opened, settled
 
 SEGMENT = 8192
 START = (1, 0)
@@ -241,13 +242,16 @@ async def test_all_that_was_promised_room_fits_without_another_segment(
     assert on_disk(tmp_path) == [largest] * promised + [b"goes on"]
 
 
+DEAR = Price({component: spec.max_rate for component, spec in CATALOGUE.items()})
+
+
 def test_the_largest_record_fits_into_what_is_reserved_for_it() -> None:
     """Every field at its longest: an opened record of MAX_OPENED bytes, and the largest figures."""
-    request = opened("r" * 48, "t" * 32, price=(10**16,) * 3, started_us=2**52)
+    request = opened("r" * 48, "t" * 32, price=DEAR, started_us=2**52)
     padding = MAX_OPENED - len(encode_opened(request))
-    request = opened("r" * 48, "t" * (32 + padding - 2), price=(10**16,) * 3, started_us=2**52)
+    request = opened("r" * 48, "t" * (32 + padding - 2), price=DEAR, started_us=2**52)
     assert MAX_OPENED - 2 <= len(encode_opened(request)) <= MAX_OPENED
-    usage = TokenUsage(2**28, 2**28, 2**28)
+    usage = TokenUsage(2**28, 0, 2**28, {component: spec.most for component, spec in CATALOGUE.items()})
     made = settled(request, usage, hold=2**63 - 1, finished_us=2**53)
     assert HEADER.size + len(encode_settled(made)) <= RECORD_RESERVE
 

@@ -29,11 +29,13 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import select
 
-from store.databases import FlakyStore
-from store.values import LONG_AGO, ZONE, assert_clean, grant
+from tests.meter.values import START_US
+from tests.store.databases import FlakyStore
+from tests.store.values import LONG_AGO, ZONE, assert_clean, grant
+from tests.support.prices import token_price
 from tidemill.errors import Unavailable
-from tidemill.ledger.usage import Status, TokenUsage
-from tidemill.meter.leasing import DRY_FOR_S, IDLE_FOR_S, Leasing
+from tidemill.ledger.usage import RequestStatus, TokenUsage
+from tidemill.meter.balance_leases import DRY_FOR_S, IDLE_FOR_S, BalanceLeases
 from tidemill.meter.live import LiveTable
 from tidemill.meter.loader import LIVE_FILE, Loader, claim_directory
 from tidemill.meter.log import LogFull, UsageLog
@@ -41,13 +43,11 @@ from tidemill.meter.records import Opened, encode_settled, settle
 from tidemill.store.accounts import tenant_balances
 from tidemill.store.engine import open_store, store_url
 from tidemill.store.migrate import migrate
-from tidemill.store.schema import leases
+from tidemill.store.tables.money import leases
 from tidemill.store.tenants import create_tenant
 from tidemill.store.usage import records_between
 
-from .values import START_US
-
-PRICE = (1_000_000, 250_000, 3_000_000)
+PRICE = token_price(1_000_000, 250_000, 3_000_000)
 """One nano for an input token, a quarter for a cached one, three for an output token."""
 TENANTS = 2
 
@@ -71,7 +71,7 @@ class Process:
         self.directory, self._lock = claim_directory(meter_dir, name)
         self.log = UsageLog(self.directory, machine.loop, segment_bytes=8192)
         self.live = LiveTable(self.directory / LIVE_FILE, 32)
-        self.leasing = Leasing(store, name, executor, clock=lambda: machine.now)
+        self.leasing = BalanceLeases(store, name, executor, clock=lambda: machine.now)
         self.alive = True
 
     def die(self) -> None:
@@ -197,7 +197,7 @@ class Money(RuleBasedStateMachine):
         return settle(
             flight.opened,
             usage,
-            status=Status.OK,
+            status=RequestStatus.OK,
             estimated=False,
             hold=flight.hold,
             first_token_us=START_US,

@@ -6,15 +6,14 @@ from itertools import count
 import msgspec
 import pytest
 
-from ledger.values import record
-from store.values import ZONE
-from tidemill.ledger.usage import Status, TokenUsage
+from tests.ledger.values import record
+from tests.meter.conftest import OCTOBER
+from tests.store.values import ZONE
+from tidemill.ledger.usage import RequestStatus, TokenUsage
 from tidemill.meter.reconcile import ReconcileReport, ReplicaLine, note_counters, reconcile
 from tidemill.store.engine import Store
 from tidemill.store.tenants import Tenant
 from tidemill.store.usage import store_records
-
-from .conftest import OCTOBER
 
 MINUTE = timedelta(minutes=1)
 ids = count(1)
@@ -35,7 +34,7 @@ def served(
     *,
     at: datetime = OCTOBER,
     replica: str = "m/0",
-    status: Status = Status.OK,
+    status: RequestStatus = RequestStatus.OK,
 ) -> None:
     """A record that took a second and finished at `at`."""
     usage = TokenUsage(prompt, 0, completion)
@@ -96,20 +95,24 @@ def test_each_life_of_an_engine_is_a_line_of_its_own(store: Store, acme: Tenant)
 @pytest.mark.parametrize(
     ("engine", "status", "verdict"),
     [
-        ((100, 20), Status.OK, "equal"),
-        ((100, 23), Status.CLIENT_CLOSED, "engine exceeds the records: 1 requests were given up in the middle"),
-        ((130, 20), Status.GATEWAY_LOST, "engine exceeds the records: 1 requests were given up in the middle"),
-        ((130, 20), Status.OK, "engine exceeds the records: it served requests that did not come through here"),
-        ((100, 19), Status.OK, "records exceed the engine: sampled before the engine's last requests, or it died"),
+        ((100, 20), RequestStatus.OK, "equal"),
+        ((100, 23), RequestStatus.CLIENT_CLOSED, "engine exceeds the records: 1 requests were given up in the middle"),
+        ((130, 20), RequestStatus.GATEWAY_LOST, "engine exceeds the records: 1 requests were given up in the middle"),
+        ((130, 20), RequestStatus.OK, "engine exceeds the records: it served requests that did not come through here"),
+        (
+            (100, 19),
+            RequestStatus.OK,
+            "records exceed the engine: sampled before the engine's last requests, or it died",
+        ),
         (
             (99, 25),
-            Status.CLIENT_CLOSED,
+            RequestStatus.CLIENT_CLOSED,
             "records exceed the engine: sampled before the engine's last requests, or it died",
         ),
     ],
 )
 def test_a_difference_is_explained_as_far_as_the_figures_tell(
-    store: Store, acme: Tenant, engine: tuple[int, int], status: Status, verdict: str
+    store: Store, acme: Tenant, engine: tuple[int, int], status: RequestStatus, verdict: str
 ) -> None:
     served(store, acme, 100, 20, replica="m/0#one", status=status)
     sample(store, *engine, life="one")

@@ -5,11 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidemill.ledger.money import Nanos
-from tidemill.meter.wallet import Wallet
+from tidemill.meter.wallet import LeasedBalance
 
 
 def test_a_hold_is_all_or_nothing() -> None:
-    wallet = Wallet()
+    wallet = LeasedBalance()
     assert not wallet.hold(1)
     assert wallet.hold(0)
     wallet.grant(100)
@@ -21,7 +21,7 @@ def test_a_hold_is_all_or_nothing() -> None:
 
 
 def test_a_hold_grows_only_within_the_budget() -> None:
-    wallet = Wallet()
+    wallet = LeasedBalance()
     wallet.grant(100)
     assert wallet.hold(60)
     assert not wallet.extend(41)
@@ -32,7 +32,7 @@ def test_a_hold_grows_only_within_the_budget() -> None:
 
 @pytest.mark.parametrize("charge", [-1, 61])
 def test_a_charge_lies_within_its_hold(charge: int) -> None:
-    wallet = Wallet()
+    wallet = LeasedBalance()
     wallet.grant(100)
     wallet.hold(60)
     with pytest.raises(ValueError, match="its hold of 60"):
@@ -42,7 +42,7 @@ def test_a_charge_lies_within_its_hold(charge: int) -> None:
 
 def test_a_hold_is_not_negative() -> None:
     with pytest.raises(ValueError, match="not negative"):
-        Wallet().hold(-1)
+        LeasedBalance().hold(-1)
 
 
 amounts = st.integers(0, 1000)
@@ -54,7 +54,7 @@ steps = st.lists(
 
 @given(steps)
 def test_whatever_happens_the_sum_fits(steps: list[tuple[str, int, float]]) -> None:
-    wallet, holds = Wallet(), []
+    wallet, holds = LeasedBalance(), []
     for what, amount, share in steps:
         before = (wallet.budget, wallet.spent, wallet.held, wallet.holds)
         match what:

@@ -1,13 +1,14 @@
 """Requests to meter in tests."""
 
-from tidemill.ledger.usage import Status, TokenUsage
+from tests.meter.conftest import OCTOBER
+from tests.support.prices import token_price
+from tidemill.clock import to_micros
+from tidemill.ledger.pricing import Price
+from tidemill.ledger.usage import RequestStatus, TokenUsage
 from tidemill.meter.records import Opened, Settled, settle
-from tidemill.store.clock import to_micros
 
-from .conftest import OCTOBER
-
-PRICE = (4_000_000_000, 1_000_000_000, 16_000_000_000)
-"""Nanos per million tokens: 4, 1 and 16 units."""
+PRICE = token_price(4_000_000_000, 1_000_000_000, 16_000_000_000)
+"""4, 1 and 16 units per million tokens."""
 START_US = to_micros(OCTOBER)
 
 
@@ -15,7 +16,7 @@ def opened(
     request_id: str = "req_1",
     tenant_id: str = "ten_1",
     *,
-    price: tuple[int, int, int] = PRICE,
+    price: Price = PRICE,
     currency: str = "CNY",
     started_us: int = START_US,
 ) -> Opened:
@@ -38,7 +39,7 @@ def settled(
     usage: TokenUsage = TokenUsage(100, 20, 50),  # noqa: B008
     *,
     hold: int = 10**12,
-    status: Status = Status.OK,
+    status: RequestStatus = RequestStatus.OK,
     finished_us: int | None = None,
 ) -> Settled:
     return settle(

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from tidemill.errors import BadInput
-from tidemill.planner.arrivals import Bin, Day, Trace, daily_curve, history_of, read_trace, requests_of
+from tidemill.planner.arrivals import ArrivalBin, Day, Trace, daily_curve, history_of, read_trace, requests_of
 
-TRACE = Trace(tuple(Bin(index % 5, 1000.0 * (index % 5), 200.0 * (index % 5)) for index in range(300)), 2.0)
+TRACE = Trace(tuple(ArrivalBin(index % 5, 1000.0 * (index % 5), 200.0 * (index % 5)) for index in range(300)), 2.0)
 
 
 def test_a_trace_is_read_into_bins(tmp_path: Path) -> None:
@@ -19,7 +19,7 @@ def test_a_trace_is_read_into_bins(tmp_path: Path) -> None:
         "2023-11-16 18:15:50.9951690,396,109\n"
     )
     trace = read_trace(path, 2.0)
-    assert trace.bins == (Bin(2, 400, 50), Bin(), Bin(1, 396, 109))
+    assert trace.bins == (ArrivalBin(2, 400, 50), ArrivalBin(), ArrivalBin(1, 396, 109))
     assert trace.rate == pytest.approx(0.5) and trace.prompt == pytest.approx(796 / 3)
 
 

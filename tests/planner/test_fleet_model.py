@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidemill.planner.arrivals import Bin
-from tidemill.planner.fleet_model import Load, ModelSpec, advance
+from tidemill.planner.arrivals import ArrivalBin
+from tidemill.planner.fleet_model import SimulatedLoad, SimulatedModel, advance
 from tidemill.tides.slack import StepTime
 from tidemill.tides.state import Objective
 
-SPEC = ModelSpec(
+SPEC = SimulatedModel(
     name="chat",
     devices=4,
     steps=StepTime(0.010, 5.9e-5, 8.0e-5, 2.0e-8),
@@ -22,13 +22,13 @@ SPEC = ModelSpec(
 )
 
 
-def evenly(rate: float, dt_s: float = 2.0) -> Bin:
-    return Bin(rate * dt_s, rate * dt_s * SPEC.prompt, rate * dt_s * SPEC.output)
+def evenly(rate: float, dt_s: float = 2.0) -> ArrivalBin:
+    return ArrivalBin(rate * dt_s, rate * dt_s * SPEC.prompt, rate * dt_s * SPEC.output)
 
 
-def run(rate: float, seconds: float = 300.0, fillers: float = 0.0) -> tuple[Load, float, float, float]:
+def run(rate: float, seconds: float = 300.0, fillers: float = 0.0) -> tuple[SimulatedLoad, float, float, float]:
     """Sequences at the end, share that was late, work a second, step time."""
-    load, late, work, step = Load(fillers=fillers), 0.0, 0.0, 0.0
+    load, late, work, step = SimulatedLoad(fillers=fillers), 0.0, 0.0, 0.0
     steps = round(seconds / 2)
     for _ in range(steps):
         outcome = advance(load, SPEC, evenly(rate), 2.0)
@@ -67,7 +67,7 @@ def test_fillers_make_steps_longer_and_add_their_work() -> None:
 
 def test_a_measured_capacity_is_less_where_requests_come_in_bursts() -> None:
     even = [evenly(10.0) for _ in range(300)]
-    bursts = [evenly(60.0) if index % 6 == 0 else Bin() for index in range(300)]
+    bursts = [evenly(60.0) if index % 6 == 0 else ArrivalBin() for index in range(300)]
     assert 0 < SPEC.measured(bursts, 2.0) < SPEC.measured(even, 2.0)
 
 
@@ -77,8 +77,8 @@ def test_a_measured_capacity_is_less_where_requests_come_in_bursts() -> None:
 def test_no_load_makes_nonsense(
     sequences: float, fillers: float, queue: float, requests: float, prompt: float, output: float
 ) -> None:
-    load = Load(sequences, queue, fillers)
-    outcome = advance(load, SPEC, Bin(requests, requests * prompt, requests * output), 2.0)
+    load = SimulatedLoad(sequences, queue, fillers)
+    outcome = advance(load, SPEC, ArrivalBin(requests, requests * prompt, requests * output), 2.0)
     assert 0 <= outcome.late <= 1
     assert outcome.step_s >= SPEC.steps.base
     assert load.sequences >= 0 and load.queue >= 0

@@ -2,19 +2,19 @@
 
 import msgspec
 import pytest
-from tests.planner.test_fleet_model import SPEC
 
-from tidemill.planner.arrivals import Bin, Day, Trace, history_of, requests_of
-from tidemill.planner.policies import Policy, alone, kueue_like, reactive, static, tide
+from tests.planner.test_fleet_model import SPEC
+from tidemill.planner.arrivals import ArrivalBin, Day, Trace, history_of, requests_of
+from tidemill.planner.model_run import DemandStream
+from tidemill.planner.policies import SchedulingPolicy, alone, kueue_like, reactive, static, tide
 from tidemill.planner.scenario import a_day, fleet, peak_replicas
-from tidemill.planner.served import Stream
-from tidemill.planner.simulate import Figures, Scenario, Simulation
-from tidemill.planner.work_model import BatchSpec, JobSpec, SimJob
+from tidemill.planner.simulate import Scenario, Simulation, SimulationResult
+from tidemill.planner.work_model import SimJob, SimulatedBatchSpec, SimulatedJobSpec
 from tidemill.tides.rules import RULES
 from tidemill.tides.state import JobPhase
 
 COUNTS = [8 + index % 7 for index in range(900)]
-TRACE = Trace(tuple(Bin(count, 1155.0 * count, 211.0 * count) for count in COUNTS), 4.0)
+TRACE = Trace(tuple(ArrivalBin(count, 1155.0 * count, 211.0 * count) for count in COUNTS), 4.0)
 DEVICES = 32
 
 
@@ -24,7 +24,7 @@ def scenario() -> Scenario:
     capacity = SPEC.capacity()
     day = Day(peak_rate=DEVICES / 2 / 4 * 0.7 * capacity / (SPEC.prompt + 5 * SPEC.output), noise=0.03)
     bins = requests_of(day, TRACE, seed=1, seconds=6 * 3600)
-    stream = Stream(
+    stream = DemandStream(
         spec=SPEC,
         bins=bins,
         capacity=capacity,
@@ -32,7 +32,7 @@ def scenario() -> Scenario:
         first_replicas=2,
     )
     jobs = tuple(
-        JobSpec(
+        SimulatedJobSpec(
             id=f"j{number}",
             queue="research",
             devices=(1, 2, 4, 8)[number % 4],
@@ -43,7 +43,7 @@ def scenario() -> Scenario:
         for number in range(40)
     )
     batches = tuple(
-        BatchSpec(model="chat", submitted_at=at, deadline=at + 10_000, work=5e7)
+        SimulatedBatchSpec(model="chat", submitted_at=at, deadline=at + 10_000, work=5e7)
         for at in (0.0, 3600.0, 7200.0, 9000.0, 12_000.0, 15_000.0)
     )
     return Scenario(
@@ -52,10 +52,10 @@ def scenario() -> Scenario:
 
 
 @pytest.fixture(scope="module")
-def figures(scenario: Scenario) -> dict[str, Figures]:
+def figures(scenario: Scenario) -> dict[str, SimulationResult]:
     peak = peak_replicas(scenario, RULES.target)
     ours = sum(count * 4 for count in peak.values())
-    policies: list[Policy] = [
+    policies: list[SchedulingPolicy] = [
         tide(RULES),
         alone(peak, RULES),
         static(peak, ours, RULES),
@@ -65,14 +65,14 @@ def figures(scenario: Scenario) -> dict[str, Figures]:
     return {each.name: Simulation(scenario, each).run() for each in policies}
 
 
-def test_the_tide_fills_the_fleet_and_keeps_deadlines_and_objective(figures: dict[str, Figures]) -> None:
+def test_the_tide_fills_the_fleet_and_keeps_deadlines_and_objective(figures: dict[str, SimulationResult]) -> None:
     best = figures["tide"]
     assert best.fill > 0.85
     assert best.deadlines_kept == best.deadlines > 5
     assert best.kept > figures["interactive alone"].kept - 0.01
 
 
-def test_no_base_line_fills_it_as_well(figures: dict[str, Figures]) -> None:
+def test_no_base_line_fills_it_as_well(figures: dict[str, SimulationResult]) -> None:
     best = figures.pop("tide")
     assert all(each.fill < best.fill for each in figures.values())
     figures["tide"] = best
@@ -113,7 +113,7 @@ def test_the_scenario_of_the_bench_needs_what_it_says() -> None:
 
 
 def test_a_job_goes_on_where_its_checkpoint_was() -> None:
-    job = SimJob(JobSpec(id="j", queue="q", devices=2, submitted_at=0.0, run_s=1000.0, restore_s=60.0))
+    job = SimJob(SimulatedJobSpec(id="j", queue="q", devices=2, submitted_at=0.0, run_s=1000.0, restore_s=60.0))
     job.start(("a", "b"), 0.0)
     assert job.advance(0.0, 100.0) == 40.0
     job.preempt(100.0)
@@ -123,7 +123,7 @@ def test_a_job_goes_on_where_its_checkpoint_was() -> None:
     job.start(("a", "b"), 200.0)
     job.advance(200.0, 1020.0)
     assert job.ended_at is not None and job.done_s == 1000.0
-    job = SimJob(JobSpec(id="k", queue="q", devices=1, submitted_at=0.0, run_s=1000.0, restore_s=0.0))
+    job = SimJob(SimulatedJobSpec(id="k", queue="q", devices=1, submitted_at=0.0, run_s=1000.0, restore_s=0.0))
     job.start(("a",), 0.0)
     job.advance(0.0, 300.0)
     job.lose()

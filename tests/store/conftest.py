@@ -1,11 +1,10 @@
 import pytest
 from sqlalchemy import Connection
 
+from tests.store.databases import databases, postgres_server, quick_directory, store
+from tests.store.values import LONG_AGO
 from tidemill.store.engine import Store
 from tidemill.store.tenants import Tenant, create_tenant
-
-from .databases import databases, postgres_server, quick_directory, store
-from .values import LONG_AGO
 
 __all__ = ["databases", "postgres_server", "quick_directory", "store"]
 

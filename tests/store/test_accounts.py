@@ -9,6 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import text
 
+from tests.store.conftest import new_tenant
+from tests.store.databases import Databases
+from tests.store.values import LONG_AGO, OCTOBER, assert_clean, balance_of, grant
 from tidemill.ledger.money import MAX_NANOS, Nanos
 from tidemill.ledger.posting import FUNDING_CREDIT, Discrepancy, Entry, credit_grant, tenant_account
 from tidemill.store.accounts import (
@@ -24,10 +27,6 @@ from tidemill.store.accounts import (
 from tidemill.store.engine import Store
 from tidemill.store.ids import new_id
 from tidemill.store.tenants import Tenant
-
-from .conftest import new_tenant
-from .databases import Databases
-from .values import LONG_AGO, OCTOBER, assert_clean, balance_of, grant
 
 on_one_store = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

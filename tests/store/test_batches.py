@@ -6,15 +6,17 @@ from typing import Any
 import msgspec
 import pytest
 
+from tests.support.prices import token_price
 from tidemill.errors import BadInput, Conflict, NotFound
+from tidemill.ledger.components import INPUT, OUTPUT
 from tidemill.ledger.money import Nanos
-from tidemill.ledger.pricing import Price, Tier
-from tidemill.ledger.usage import Status, TokenUsage, UsageRecord
+from tidemill.ledger.pricing import PriceTier
+from tidemill.ledger.usage import RequestStatus, TokenUsage, UsageRecord
 from tidemill.store.accounts import verify_books
 from tidemill.store.batches import (
     Batch,
     BatchStatus,
-    Counts,
+    LineCounts,
     LineError,
     TooManyBatches,
     ask_to_cancel,
@@ -157,16 +159,16 @@ def test_a_life(store: Store, acme: Tenant) -> None:
     with store.write() as connection:
         assert start_batch(connection, "batch_one", total=7, model="mock", now=NOW)
         assert not start_batch(connection, "batch_one", total=8, model="mock", now=NOW)
-        note_counts(connection, "batch_one", Counts(completed=3, input_tokens=2**40))
+        note_counts(connection, "batch_one", LineCounts(completed=3, input_tokens=2**40))
     running = found(store, acme)
     assert (running.status, running.total, running.model) == (BatchStatus.IN_PROGRESS, 7, "mock")
-    assert running.counts == Counts(completed=3, input_tokens=2**40) and not running.finished
+    assert running.counts == LineCounts(completed=3, input_tokens=2**40) and not running.finished
     with store.write() as connection:
-        sealed = seal_batch(connection, running, BatchStatus.COMPLETED, Counts(completed=7), NOW)
+        sealed = seal_batch(connection, running, BatchStatus.COMPLETED, LineCounts(completed=7), NOW)
         assert (sealed.status, sealed.outcome) == (BatchStatus.FINALIZING, BatchStatus.COMPLETED)
         with pytest.raises(Conflict):
             ask_to_cancel(connection, tenant_id=acme.tenant_id, batch_id="batch_one", now=NOW)
-        again = seal_batch(connection, running, BatchStatus.EXPIRED, Counts(), NOW)
+        again = seal_batch(connection, running, BatchStatus.EXPIRED, LineCounts(), NOW)
         assert again == sealed
         output = file(acme, "out", purpose="batch_output")
         for first_time in (True, False):
@@ -187,7 +189,7 @@ def test_cancelling_wins_over_the_end_of_the_lines(store: Store, acme: Tenant) -
         cancelling = ask_to_cancel(connection, tenant_id=acme.tenant_id, batch_id="batch_one", now=NOW)
         assert cancelling.status is BatchStatus.CANCELLING
         assert not fail_batch(connection, "batch_one", [], NOW)
-        sealed = seal_batch(connection, cancelling, BatchStatus.COMPLETED, Counts(completed=7), NOW)
+        sealed = seal_batch(connection, cancelling, BatchStatus.COMPLETED, LineCounts(completed=7), NOW)
         assert (sealed.status, sealed.outcome) == (BatchStatus.CANCELLING, BatchStatus.CANCELLED)
         finish_batch(connection, sealed, BatchStatus.CANCELLED, sealed.counts, output=None, error=None, now=NOW)
         again = ask_to_cancel(connection, tenant_id=acme.tenant_id, batch_id="batch_one", now=NOW)
@@ -216,16 +218,21 @@ def test_bounds_order_and_pages(store: Store, acme: Tenant) -> None:
 
 def test_each_tier_has_prices_of_its_own(store: Store) -> None:
     with store.write() as connection:
-        for amount, tier in ((10, Tier.STANDARD), (5, Tier.BATCH), (12, Tier.STANDARD), (5, Tier.BATCH)):
-            price = Price(amount, amount, amount)
+        for amount, tier in (
+            (10, PriceTier.STANDARD),
+            (5, PriceTier.BATCH),
+            (12, PriceTier.STANDARD),
+            (5, PriceTier.BATCH),
+        ):
+            price = token_price(amount, amount, amount)
             set_price(connection, model="m", currency="USD", price=price, now=NOW, tier=tier)
         later = NOW + timedelta(days=1)
-        assert current_prices(connection, later)["m", "USD"].price.input == 12
-        assert current_prices(connection, later, Tier.BATCH)["m", "USD"].price.input == 5
+        assert current_prices(connection, later)["m", "USD"].price.rates[INPUT] == 12
+        assert current_prices(connection, later, PriceTier.BATCH)["m", "USD"].price.rates[INPUT] == 5
 
 
 def attempt(
-    tenant: Tenant, status: Status, charge: int = 0, *, at: int = 0, request_id: str = "batch_x_1"
+    tenant: Tenant, status: RequestStatus, charge: int = 0, *, at: int = 0, request_id: str = "batch_x_1"
 ) -> UsageRecord:
     return UsageRecord(
         request_id=request_id,
@@ -239,9 +246,7 @@ def attempt(
         streamed=False,
         price_id="prc_1",
         currency=tenant.currency,
-        charge_input=Nanos(charge),
-        charge_cached=Nanos(0),
-        charge_output=Nanos(0),
+        charges={INPUT: Nanos(charge), OUTPUT: Nanos(0)},
         uncollected=Nanos(0 if charge else 7),
         hold=Nanos(100),
         started_at=NOW,
@@ -252,23 +257,23 @@ def attempt(
 
 
 ORDERS = [
-    [Status.OK],
-    [Status.CLIENT_CLOSED, Status.OK],
-    [Status.GATEWAY_LOST, Status.ENGINE_LOST, Status.OK],
-    [Status.OK, Status.CLIENT_CLOSED],
-    [Status.OK, Status.OK],
-    [Status.CLIENT_CLOSED, Status.OK, Status.ENGINE_ERROR, Status.OK],
+    [RequestStatus.OK],
+    [RequestStatus.CLIENT_CLOSED, RequestStatus.OK],
+    [RequestStatus.GATEWAY_LOST, RequestStatus.ENGINE_LOST, RequestStatus.OK],
+    [RequestStatus.OK, RequestStatus.CLIENT_CLOSED],
+    [RequestStatus.OK, RequestStatus.OK],
+    [RequestStatus.CLIENT_CLOSED, RequestStatus.OK, RequestStatus.ENGINE_ERROR, RequestStatus.OK],
 ]
 
 
 @pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("order", ORDERS, ids=lambda order: "-".join(order))
 def test_the_attempts_at_a_line_are_billed_once(
-    store: Store, acme: Tenant, order: list[Status], together: bool
+    store: Store, acme: Tenant, order: list[RequestStatus], together: bool
 ) -> None:
     """Whatever order the logs of the gateways are read in, and in however many steps."""
     attempts = [
-        attempt(acme, status, 50 + number if status is Status.OK else 0, at=number)
+        attempt(acme, status, 50 + number if status is RequestStatus.OK else 0, at=number)
         for number, status in enumerate(order)
     ]
     for part in [attempts] if together else [[each] for each in attempts]:
@@ -278,16 +283,18 @@ def test_the_attempts_at_a_line_are_billed_once(
     with store.read() as connection:
         (record,) = records_between(connection, tenant_id=acme.tenant_id, start=None, end=None)
         assert all(not found for found in verify_books(connection).values())
-    first = order.index(Status.OK)
-    assert record.status is Status.OK and record.charge == 50 + first
+    first = order.index(RequestStatus.OK)
+    assert record.status is RequestStatus.OK and record.charge == 50 + first
     before = len(order[:first])
     assert record.device_ns == 1000 * (1 + before) and record.uncollected == 7 * before
 
 
 def test_other_requests_are_never_replaced(store: Store, acme: Tenant) -> None:
-    lost = attempt(acme, Status.ENGINE_LOST, request_id="req_1")
+    lost = attempt(acme, RequestStatus.ENGINE_LOST, request_id="req_1")
     with store.write() as connection:
         store_records(connection, [lost], zone="UTC")
-        assert store_records(connection, [attempt(acme, Status.OK, 50, at=1, request_id="req_1")], zone="UTC") == []
+        assert (
+            store_records(connection, [attempt(acme, RequestStatus.OK, 50, at=1, request_id="req_1")], zone="UTC") == []
+        )
     with store.read() as connection:
         assert list(records_between(connection, tenant_id=acme.tenant_id, start=None, end=None)) == [lost]

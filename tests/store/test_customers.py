@@ -7,20 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.store.conftest import new_tenant
+from tests.store.databases import Databases
+from tests.store.values import LONG_AGO, OCTOBER
+from tests.support.prices import token_price
+from tidemill.clock import from_micros, to_micros
 from tidemill.errors import BadInput, Conflict, NotFound
 from tidemill.ledger.money import MoneyError
-from tidemill.ledger.pricing import Price
-from tidemill.store.clock import from_micros, to_micros
 from tidemill.store.engine import Store
 from tidemill.store.ids import new_id
 from tidemill.store.keys import create_key, digest_of, list_keys, revoke_key
 from tidemill.store.prices import current_prices, price_versions, set_price
 from tidemill.store.revision import bump_revision, current_revision
 from tidemill.store.tenants import Tenant, create_tenant, find_tenant, list_tenants
-
-from .conftest import new_tenant
-from .databases import Databases
-from .values import LONG_AGO, OCTOBER
 
 
 def revision(store: Store) -> int:
@@ -111,7 +110,7 @@ def test_an_unknown_key_is_never_repeated_in_the_answer(store: Store) -> None:
 
 # Prices
 
-FOUR = Price(4, 1, 16)
+FOUR = token_price(4, 1, 16)
 
 
 def test_a_price_is_a_version_and_the_same_price_is_no_new_one(store: Store) -> None:
@@ -120,7 +119,7 @@ def test_a_price_is_a_version_and_the_same_price_is_no_new_one(store: Store) -> 
         at = current_revision(connection)
         assert set_price(connection, model="m", currency="CNY", price=FOUR, now=OCTOBER) == first
         assert current_revision(connection) == at
-        second = set_price(connection, model="m", currency="CNY", price=Price(5, 1, 16), now=OCTOBER)
+        second = set_price(connection, model="m", currency="CNY", price=token_price(5, 1, 16), now=OCTOBER)
         back = set_price(connection, model="m", currency="CNY", price=FOUR, now=OCTOBER)  # the same instant
         assert back.valid_from == OCTOBER + timedelta(microseconds=1)
         assert price_versions(connection) == [first, second, back]
@@ -138,16 +137,16 @@ def test_prices_of_models_and_currencies_do_not_touch_each_other(store: Store) -
             for model in ("a", "b/c:d")
             for currency in ("USD", "CNY")
         }
-        set_price(connection, model="a", currency="USD", price=Price(9, 9, 9), now=OCTOBER)
+        set_price(connection, model="a", currency="USD", price=token_price(9, 9, 9), now=OCTOBER)
         now = current_prices(connection, OCTOBER)
     assert {key: version.price_id for key, version in now.items() if key != ("a", "USD")} == {
         key: version.price_id for key, version in made.items() if key != ("a", "USD")
     }
-    assert now["a", "USD"].price == Price(9, 9, 9)
+    assert now["a", "USD"].price == token_price(9, 9, 9)
 
 
 def test_the_dearest_price_fits(store: Store) -> None:
-    price = Price(10**16, 10**16, 10**16)
+    price = token_price(10**16, 10**16, 10**16)
     with store.write() as connection:
         set_price(connection, model="m", currency="CNY", price=price, now=LONG_AGO)
         assert current_prices(connection, OCTOBER)["m", "CNY"].price == price

@@ -5,11 +5,12 @@ from itertools import count
 
 from msgspec.structs import replace
 
-from ledger.values import record
+from tests.ledger.values import record
+from tests.store.values import OCTOBER, ZONE
 from tidemill.ledger.usage import TokenUsage
 from tidemill.store.demand import (
     BIN_S,
-    Bin,
+    DemandBin,
     bin_of,
     drop_bins,
     keep_measures,
@@ -21,8 +22,6 @@ from tidemill.store.demand import (
 from tidemill.store.engine import Store
 from tidemill.store.tenants import Tenant
 from tidemill.store.usage import store_records
-
-from .values import OCTOBER, ZONE
 
 NOON = datetime.fromtimestamp(bin_of(OCTOBER.timestamp()) * BIN_S, UTC)
 FIRST = bin_of(NOON.timestamp())
@@ -49,7 +48,7 @@ def use(store: Store, tenant: Tenant, *at_s: float, name: str = "", model: str =
         store_records(connection, made, zone=ZONE)
 
 
-def bins(store: Store, first: int = FIRST) -> dict[str, list[Bin]]:
+def bins(store: Store, first: int = FIRST) -> dict[str, list[DemandBin]]:
     with store.write() as connection:
         refresh_bins(connection, first, decode_weight=5)
     with store.read() as connection:
@@ -60,8 +59,8 @@ def test_requests_are_counted_where_they_began(store: Store, acme: Tenant) -> No
     use(store, acme, 0, 1, BIN_S - 1, BIN_S, 3 * BIN_S + 7)
     use(store, acme, 2, model="other")
     found = bins(store)
-    assert found["mock"] == [Bin(FIRST, 3, 300), Bin(FIRST + 1, 1, 100), Bin(FIRST + 3, 1, 100)]
-    assert found["other"] == [Bin(FIRST, 1, 100)]
+    assert found["mock"] == [DemandBin(FIRST, 3, 300), DemandBin(FIRST + 1, 1, 100), DemandBin(FIRST + 3, 1, 100)]
+    assert found["other"] == [DemandBin(FIRST, 1, 100)]
     with store.read() as connection:
         assert last_bin(connection) == FIRST + 3
 
@@ -71,16 +70,16 @@ def test_computing_again_changes_nothing_and_takes_in_what_came_late(store: Stor
     assert bins(store) == bins(store)
     use(store, acme, 1)
     (found,) = bins(store).values()
-    assert found == [Bin(FIRST, 2, 200), Bin(FIRST + 1, 1, 100)]
+    assert found == [DemandBin(FIRST, 2, 200), DemandBin(FIRST + 1, 1, 100)]
     (found,) = bins(store, FIRST + 1).values()
-    assert found == [Bin(FIRST, 2, 200), Bin(FIRST + 1, 1, 100)], "earlier ones stay"
+    assert found == [DemandBin(FIRST, 2, 200), DemandBin(FIRST + 1, 1, 100)], "earlier ones stay"
 
 
 def test_lines_of_batches_are_no_demand(store: Store, acme: Tenant) -> None:
     use(store, acme, 0, name="batch_abc_1")
     use(store, acme, 0, name="batchy")  # no line, whatever it looks like
     (found,) = bins(store).values()
-    assert found == [Bin(FIRST, 1, 100)]
+    assert found == [DemandBin(FIRST, 1, 100)]
 
 
 def test_old_bins_are_forgotten(store: Store, acme: Tenant) -> None:
@@ -89,7 +88,7 @@ def test_old_bins_are_forgotten(store: Store, acme: Tenant) -> None:
     with store.write() as connection:
         drop_bins(connection, FIRST + 1)
         (found,) = read_bins(connection, 0).values()
-    assert found == [Bin(FIRST + 1, 1, 100)]
+    assert found == [DemandBin(FIRST + 1, 1, 100)]
 
 
 def test_the_last_measure_counts(store: Store) -> None:

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
+from tests.store.databases import Databases
 from tidemill.errors import ConfigError, Unavailable
 from tidemill.store.engine import Store, open_store, store_url
 from tidemill.store.revision import current_revision, get_setting, set_setting
-
-from .databases import Databases
 
 
 def test_the_store_is_an_sqlite_file_unless_said_otherwise(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from tidemill.errors import BadInput, NotFound
 from tidemill.store.job_files import LOG_PIECE, JobFiles
-from tidemill.work import job_exec
+from tidemill.work.jobs import process as job_exec
 
 JOB = "job_0123456789abcdef"
 

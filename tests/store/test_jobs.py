@@ -7,29 +7,31 @@ import pytest
 
 from tidemill.errors import Conflict, NotFound
 from tidemill.store.engine import Store
+from tidemill.store.job_transitions import (
+    begin_attempt,
+    end_attempt,
+    end_waiting,
+    note_preempting,
+    note_running,
+    note_waiting,
+    put_back,
+)
 from tidemill.store.jobs import (
+    AssignedDevice,
     Attempt,
-    DevicePlace,
+    AttemptOutcome,
     Job,
     JobSpec,
     JobState,
-    Outcome,
     TooManyJobs,
     ask_to_cancel,
-    begin_attempt,
     create_job,
-    end_attempt,
-    end_waiting,
     ended_before,
     find_job,
     list_attempts,
     list_jobs,
     new_job_id,
-    note_preempting,
-    note_running,
-    note_waiting,
     open_jobs,
-    put_back,
 )
 from tidemill.store.queues import Queue, find_queue, list_queues, remove_queue, set_queue
 from tidemill.store.reservations import (
@@ -45,7 +47,7 @@ from tidemill.store.reservations import (
 from tidemill.store.tenants import Tenant
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
-PLACES = (DevicePlace("local/0", "local", "cpu"),)
+PLACES = (AssignedDevice("local/0", "local", "cpu"),)
 
 
 def submitted(store: Store, acme: Tenant, *, minute: int = 0, **fields: Any) -> str:
@@ -73,7 +75,7 @@ def begun(store: Store, job: str) -> Attempt:
     return attempt
 
 
-def ended(store: Store, attempt: Attempt, outcome: Outcome, becomes: JobState) -> bool:
+def ended(store: Store, attempt: Attempt, outcome: AttemptOutcome, becomes: JobState) -> bool:
     with store.write() as connection:
         return end_attempt(
             connection,
@@ -103,25 +105,25 @@ def test_from_attempt_to_attempt(store: Store, acme: Tenant) -> None:
         note_running(connection, first, NOW)
         note_preempting(connection, job, "people come")
     assert job_of(store, job).state is JobState.PREEMPTING
-    assert ended(store, first, Outcome.FAILED, JobState.QUEUED)
-    assert not ended(store, first, Outcome.FAILED, JobState.QUEUED)  # written down once
+    assert ended(store, first, AttemptOutcome.FAILED, JobState.QUEUED)
+    assert not ended(store, first, AttemptOutcome.FAILED, JobState.QUEUED)  # written down once
     waits = job_of(store, job)
     assert (waits.failures, waits.losses, waits.ran_us, waits.not_before) == (1, 0, 7, NOW)
     for losses in (1, 2):
-        assert ended(store, begun(store, job), Outcome.LOST, JobState.QUEUED)
+        assert ended(store, begun(store, job), AttemptOutcome.LOST, JobState.QUEUED)
         assert job_of(store, job).losses == losses
     last = begun(store, job)
     assert job_of(store, job).not_before is None
-    assert ended(store, last, Outcome.SUCCEEDED, JobState.SUCCEEDED)
+    assert ended(store, last, AttemptOutcome.SUCCEEDED, JobState.SUCCEEDED)
     done = job_of(store, job)
     assert done.finished and done.losses == 0 and done.attempts == 4 and done.ran_us == 28
     assert done.started_at == NOW and done.ended_at == NOW + timedelta(hours=1)
     with store.read() as connection:
         assert [each.outcome for each in list_attempts(connection, job)] == [
-            Outcome.FAILED,
-            Outcome.LOST,
-            Outcome.LOST,
-            Outcome.SUCCEEDED,
+            AttemptOutcome.FAILED,
+            AttemptOutcome.LOST,
+            AttemptOutcome.LOST,
+            AttemptOutcome.SUCCEEDED,
         ]
         assert ended_before(connection, "site_1", NOW + timedelta(hours=2)) == [job]
         assert ended_before(connection, "site_1", NOW) == []
@@ -131,7 +133,7 @@ def test_from_attempt_to_attempt(store: Store, acme: Tenant) -> None:
 def test_cancelling_and_steps_that_come_too_late(store: Store, acme: Tenant) -> None:
     waits, runs, over = (submitted(store, acme, minute=minute) for minute in range(3))
     begun(store, runs)
-    ended(store, begun(store, over), Outcome.SUCCEEDED, JobState.SUCCEEDED)
+    ended(store, begun(store, over), AttemptOutcome.SUCCEEDED, JobState.SUCCEEDED)
     with store.write() as connection:
         assert ask_to_cancel(connection, waits, now=NOW).state is JobState.CANCELLED
         assert ask_to_cancel(connection, waits, now=NOW).state is JobState.CANCELLED

@@ -6,20 +6,19 @@ from datetime import timedelta
 
 import pytest
 
+from tests.store.databases import Databases
+from tests.store.values import OCTOBER
 from tidemill.errors import Conflict, NotFound
 from tidemill.ledger.limits import Limit, LimitKind, Per
 from tidemill.ledger.slots import SlotReport
 from tidemill.ledger.windows import AHEAD_S, RateReport, RateShare
+from tidemill.store.balance_leases import leasing_workers, release_worker
 from tidemill.store.engine import Store
 from tidemill.store.keys import KeyPolicy, create_key, find_key, rotate_key
-from tidemill.store.leases import leasing_workers, release_worker
+from tidemill.store.limit_leases import LimitReply, exchange, rates_in_force, slots_in_use
 from tidemill.store.limits import find_limit, list_limits, remove_limit, set_limit
 from tidemill.store.revision import current_revision
-from tidemill.store.shares import Exchanged, exchange, rates_in_force, slots_in_use
 from tidemill.store.tenants import Tenant
-
-from .databases import Databases
-from .values import OCTOBER
 
 
 def put(store: Store, tenant: Tenant, kind: str, amount: int, **more: object) -> Limit:
@@ -28,7 +27,7 @@ def put(store: Store, tenant: Tenant, kind: str, amount: int, **more: object) ->
         return set_limit(connection, Limit(**values), now=OCTOBER)  # type: ignore[arg-type]
 
 
-def ask(store: Store, worker: str, limit: Limit, need: int = 0, *, spent: int = 0, held: int = 0) -> Exchanged:
+def ask(store: Store, worker: str, limit: Limit, need: int = 0, *, spent: int = 0, held: int = 0) -> LimitReply:
     """A report of a limit per minute."""
     report = RateReport({int(time.time()): spent} if spent else {}, held, need=need, least=max(need, 1), want=need)
     with store.write() as connection:

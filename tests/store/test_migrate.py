@@ -5,12 +5,11 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import inspect, text
 
+from tests.store.databases import Databases
 from tidemill.errors import ConfigError
 from tidemill.store.engine import Store
 from tidemill.store.migrate import migrate, schema_head
-from tidemill.store.schema import metadata
-
-from .databases import Databases
+from tidemill.store.tables import metadata
 
 
 def revision_of(store: Store) -> str | None:

@@ -10,17 +10,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select
 
-from ledger.values import PRICES, UNCAPPED, record, usages
+from tests.ledger.values import PRICES, UNCAPPED, record, usages
+from tests.store.conftest import new_tenant
+from tests.store.values import LONG_AGO, OCTOBER, ZONE, assert_clean, balance_of, grant
+from tests.support.prices import token_price
+from tidemill.ledger.components import MAX_PRICE, MAX_TOKENS
 from tidemill.ledger.invoice import LineSum, MonthUsage, sum_month
 from tidemill.ledger.money import MAX_NANOS, Nanos
 from tidemill.ledger.period import parse_period, period_of
 from tidemill.ledger.posting import REVENUE_USAGE, TransactionKind
-from tidemill.ledger.pricing import MAX_PRICE, Price, PriceVersion
+from tidemill.ledger.pricing import PriceVersion
 from tidemill.ledger.statement import usage_statement
-from tidemill.ledger.usage import MAX_TOKENS, Status, TokenUsage, UsageRecord
+from tidemill.ledger.usage import RequestStatus, TokenUsage, UsageRecord
 from tidemill.store.accounts import account_balance, find_transaction
 from tidemill.store.engine import Store
-from tidemill.store.schema import transactions, usage_records
+from tidemill.store.tables.money import transactions
+from tidemill.store.tables.usage import usage_records
 from tidemill.store.tenants import Tenant
 from tidemill.store.usage import (
     device_use,
@@ -30,9 +35,6 @@ from tidemill.store.usage import (
     store_records,
     usage_totals,
 )
-
-from .conftest import new_tenant
-from .values import LONG_AGO, OCTOBER, ZONE, assert_clean, balance_of, grant
 
 ids = count(1)
 on_one_store = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -90,7 +92,7 @@ def test_the_first_word_on_a_request_stands(store: Store, acme: Tenant) -> None:
 
 
 def test_free_records_are_kept_without_a_transaction(store: Store, acme: Tenant) -> None:
-    keep(store, of(acme, price=PRICES["prc_free"]), of(acme, usage=TokenUsage(), status=Status.ENGINE_ERROR))
+    keep(store, of(acme, price=PRICES["prc_free"]), of(acme, usage=TokenUsage(), status=RequestStatus.ENGINE_ERROR))
     assert len(kept(store)) == 2
     with store.read() as connection:
         assert connection.execute(select(transactions)).first() is None
@@ -99,7 +101,7 @@ def test_free_records_are_kept_without_a_transaction(store: Store, acme: Tenant)
 
 def test_the_largest_figures_fit(store: Store, acme: Tenant) -> None:
     """On both databases, to the nano: the price and the token counts at the limits of the ledger."""
-    dear = PriceVersion("prc_dear", "m", "CNY", Price(MAX_PRICE, MAX_PRICE, MAX_PRICE), LONG_AGO)
+    dear = PriceVersion("prc_dear", "m", "CNY", token_price(MAX_PRICE, MAX_PRICE, MAX_PRICE), LONG_AGO)
     made = of(acme, price=dear, usage=TokenUsage(MAX_TOKENS, 0, MAX_TOKENS), device_ns=MAX_NANOS)
     keep(store, made)
     assert kept(store) == [made]
@@ -133,7 +135,7 @@ def test_a_batch_of_several_tenants_and_months_is_one_transaction_for_each(store
 
 
 def period_of_micros(micros: int) -> str:
-    from tidemill.store.clock import from_micros
+    from tidemill.clock import from_micros
 
     return period_of(from_micros(micros), ZONE).month
 
@@ -212,7 +214,7 @@ asked = st.lists(
         usages,
         st.just(UNCAPPED) | st.integers(0, 10**9).map(Nanos),
         finishes | edges,
-        st.sampled_from(list(Status)),
+        st.sampled_from(list(RequestStatus)),
         st.booleans(),
     ),
     max_size=15,
@@ -251,4 +253,4 @@ def test_the_database_adds_up_as_the_ledger_does(store: Store, asked: list[Any])
 
 
 def sorted_sums(month: MonthUsage) -> list[LineSum]:
-    return sorted(month.sums, key=lambda row: (row.model, row.price_id, row.kind))
+    return sorted(month.sums, key=lambda row: (row.model, row.price_id, row.component))

@@ -7,11 +7,11 @@ from typing import Any
 
 import msgspec
 
-from support.plane import Plane
-from tidemill.gateway.batches import Batches, BatchRules
-from tidemill.gateway.files import FileRules, Files, open_blobs
-from tidemill.gateway.flight import Meter
-from tidemill.gateway.gateway import OPERATIONS, Gateway
+from tests.support.plane import Plane
+from tidemill.gateway.endpoints.app import OPERATIONS, GatewayApp
+from tidemill.gateway.endpoints.batches import BatchEndpoints, BatchRules
+from tidemill.gateway.endpoints.files import FileEndpoints, FileRules, open_blobs
+from tidemill.gateway.proxy.inflight import GatewayMeter
 
 BOUNDARY = b"---tide"
 
@@ -41,15 +41,19 @@ class Archive:
         plane = self.plane
         self.blobs = open_blobs(self.rules)
         self.executor = ThreadPoolExecutor(2)
-        self.files = Files(plane.door, plane.store, self.blobs, self.rules, self.executor)
-        batches = Batches(
-            plane.door, plane.store, BatchRules(tenant_open=self._tenant_open), self.executor, operations=OPERATIONS
+        self.files = FileEndpoints(plane.authenticator, plane.store, self.blobs, self.rules, self.executor)
+        batches = BatchEndpoints(
+            plane.authenticator,
+            plane.store,
+            BatchRules(tenant_open=self._tenant_open),
+            self.executor,
+            operations=OPERATIONS,
         )
-        meter = Meter(plane.log, plane.live, plane.leasing)
-        plane.server.handler = Gateway(
-            plane.door, plane.routes, meter, started_at=0, more={**self.files.routes, **batches.routes}
+        meter = GatewayMeter(plane.log, plane.live, plane.leasing)
+        plane.server.handler = GatewayApp(
+            plane.authenticator, plane.routes, meter, started_at=0, more={**self.files.routes, **batches.routes}
         )
-        plane.server.streamed = Files.streamed
+        plane.server.streamed = FileEndpoints.streamed
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:

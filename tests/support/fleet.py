@@ -6,8 +6,8 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-from support.plane import Plane, model
-from support.upstream import (
+from tests.support.plane import Plane, model
+from tests.support.upstream import (
     DONE,
     LAST_CHUNK,
     STREAM_HEAD,
@@ -21,8 +21,8 @@ from support.upstream import (
     usage_object,
     word,
 )
-from support.upstream import completion as answer
-from tidemill.gateway.routing import ModelSpec, ReplicaSpec
+from tests.support.upstream import completion as answer
+from tidemill.gateway.routing.models import ModelSpec, ReplicaSpec
 
 
 def replicas(name: str, *ports: int, ready: bool = True) -> tuple[ReplicaSpec, ...]:

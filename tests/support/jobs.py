@@ -9,24 +9,24 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from support.platform import parent_of
+from tests.support.platform import parent_of
+from tidemill.clock import JumpTolerantClock
 from tidemill.fleet.backend import Device
 from tidemill.fleet.local import LocalBackend
-from tidemill.fleet.steady import SteadyClock
 from tidemill.ledger.devices import DeviceTier
 from tidemill.ledger.money import Nanos, parse_amount
 from tidemill.ledger.posting import credit_grant
 from tidemill.store.accounts import post, tenant_balance, verify_books
+from tidemill.store.balance_leases import leased
+from tidemill.store.device_meters import MeterTotals, meter_rows, verify_meters
 from tidemill.store.device_prices import set_device_price
-from tidemill.store.devices import MeterRow, meter_rows, verify_meters
 from tidemill.store.engine import Store, open_store, store_url
 from tidemill.store.ids import new_id
 from tidemill.store.job_files import JobFiles
 from tidemill.store.jobs import Attempt, Job, JobSpec, JobState, create_job, find_job, list_attempts, new_job_id
-from tidemill.store.leases import leased
 from tidemill.store.migrate import migrate
 from tidemill.store.tenants import Tenant, create_tenant, list_tenants
-from tidemill.work.job_book import JobBook
+from tidemill.work.jobs.controller import JobController
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_classifier.py"
 WITHIN_S = 30.0
@@ -37,7 +37,9 @@ HOUR = "3.6"
 class Jobs:
     """A small platform that has jobs and nothing else; several lives on one directory."""
 
-    def __init__(self, directory: Path, *, balance: str = "100", tick_s: float = 0.2) -> None:
+    def __init__(
+        self, directory: Path, *, balance: str = "100", tick_s: float = 0.2, files: JobFiles | None = None
+    ) -> None:
         self.directory = directory
         fresh = not (directory / "tidemill.db").exists()
         self.store: Store = open_store(store_url(None, directory))
@@ -48,10 +50,10 @@ class Jobs:
             self.tenant: Tenant = list_tenants(connection)[0]
         self.devices = [Device(f"local/{index}", "local", index, "cpu") for index in range(2)]
         self.backend = LocalBackend(self.devices, owner=f"jobs-{directory}", secret=["SECRET_OF_TEST"])
-        self.files = JobFiles(directory / "jobs")
+        self.files = files or JobFiles(directory / "jobs")
         self.skew_s = 0.0
-        clock = SteadyClock(lambda: time.time() + self.skew_s)
-        self.book = JobBook(self.store, self.backend, self.files, tick_s=tick_s, clock=clock)
+        clock = JumpTolerantClock(lambda: time.time() + self.skew_s)
+        self.controller = JobController(self.store, self.backend, self.files, tick_s=tick_s, clock=clock)
 
     def _found(self, balance: str) -> None:
         now = datetime.now(UTC)
@@ -74,11 +76,11 @@ class Jobs:
 
     async def open(self) -> "Jobs":
         await self.backend.open()
-        await self.book.open()
+        await self.controller.open()
         return self
 
     async def close(self) -> None:
-        await self.book.close()
+        await self.controller.close()
         await self.backend.close()
         self.store.close()
 
@@ -104,7 +106,7 @@ class Jobs:
         )
         with self.store.write() as connection:
             create_job(connection, job, max_open=100)
-        self.book.wake()
+        self.controller.wake()
         return job.job_id
 
     def train(self, *arguments: str, **spec: Any) -> str:
@@ -112,8 +114,8 @@ class Jobs:
 
     async def start(self, job_id: str, devices: int = 1) -> None:
         """Do what the tide does, as soon as the job waits."""
-        await self.until(lambda: any(view.id == job_id and view.phase == "queued" for view in self.book.views()))
-        self.book.start(job_id, self.devices[:devices], "for a test")
+        await self.until(lambda: any(view.id == job_id and view.phase == "queued" for view in self.controller.views()))
+        self.controller.start(job_id, self.devices[:devices], "for a test")
 
     async def reach(self, job_id: str, *states: JobState) -> Job:
         """Wait until the job is in one of these states."""
@@ -139,7 +141,7 @@ class Jobs:
         with self.store.read() as connection:
             return list_attempts(connection, job_id)
 
-    def rows(self) -> list[MeterRow]:
+    def rows(self) -> list[MeterTotals]:
         with self.store.read() as connection:
             return meter_rows(connection, tenant_id=self.tenant.tenant_id)
 

@@ -9,23 +9,23 @@ from typing import Any
 
 import msgspec
 
-from support.wire import Answer, Line, post
-from tidemill.gateway.admission import Admission
-from tidemill.gateway.door import Door
-from tidemill.gateway.flight import Meter
-from tidemill.gateway.gateway import Gateway, RequestIds
-from tidemill.gateway.http import HttpServer
-from tidemill.gateway.limits import Limits
-from tidemill.gateway.queueing import Queues
-from tidemill.gateway.responses_shelf import Shelf
-from tidemill.gateway.routing import ModelSpec, ReplicaSpec, Routes
-from tidemill.gateway.shares import Shares
+from tests.support.prices import token_price
+from tests.support.wire import Answer, Line, post
+from tidemill.gateway.admission.admission import Admission
+from tidemill.gateway.admission.fair_queue import FairQueues
+from tidemill.gateway.admission.limit_leases import LimitLeases
+from tidemill.gateway.admission.rate_limits import RateLimits
+from tidemill.gateway.auth.authenticator import Authenticator
+from tidemill.gateway.endpoints.app import GatewayApp, RequestIds
+from tidemill.gateway.protocols.responses.store import ResponseStore
+from tidemill.gateway.proxy.inflight import GatewayMeter
+from tidemill.gateway.routing.models import ModelRoutes, ModelSpec, ReplicaSpec
+from tidemill.http.server import HttpServer
 from tidemill.ledger.limits import Limit, LimitKind
 from tidemill.ledger.money import parse_amount
 from tidemill.ledger.posting import credit_grant
-from tidemill.ledger.pricing import Price
+from tidemill.meter.balance_leases import BalanceLeases
 from tidemill.meter.frames import read_frames
-from tidemill.meter.leasing import Leasing
 from tidemill.meter.live import LiveTable
 from tidemill.meter.log import UsageLog
 from tidemill.meter.records import Settled, decode_settled
@@ -39,7 +39,7 @@ from tidemill.store.prices import set_price
 from tidemill.store.tenants import create_tenant, set_weight
 
 CHAT = "/v1/chat/completions"
-PRICE = Price(1_000_000_000, 250_000_000, 2_000_000_000)
+PRICE = token_price(1_000_000_000, 250_000_000, 2_000_000_000)
 """1.00, 0.25 and 2.00 per million tokens: 1000, 250 and 2000 nanos a token."""
 SWEEP_S = 0.05
 MAX_BODY_BYTES = 2 * 1024 * 1024
@@ -104,24 +104,24 @@ class Plane:
         self._log_directory.mkdir(exist_ok=True)
         self.log = UsageLog(self._log_directory, loop, segment_bytes=self._segment_bytes)
         self.live = LiveTable(self._path / "live", slots=256)
-        self.leasing = Leasing(self.store, "worker", self.executor)
-        self.door = Door(self.store, self.executor)
-        self.limits = Limits(Shares(self.store, "worker", self.executor), "UTC")
-        self.door.on_news = self.limits.update
-        await self.door.renew()
-        self.routes = Routes(loop)
+        self.leasing = BalanceLeases(self.store, "worker", self.executor)
+        self.authenticator = Authenticator(self.store, self.executor)
+        self.limits = RateLimits(LimitLeases(self.store, "worker", self.executor), "UTC")
+        self.authenticator.on_news = self.limits.update
+        await self.authenticator.renew()
+        self.routes = ModelRoutes(loop)
         self.routes.update(self._models)
-        self.queues = Queues(0, 1, time.monotonic)
+        self.queues = FairQueues(0, 1, time.monotonic)
         self.queues.update(self._models)
-        self.shelf = Shelf(self.store)
-        self.meter = Meter(self.log, self.live, self.leasing)
-        self.gateway = Gateway(
-            self.door,
+        self.response_store = ResponseStore(self.store)
+        self.meter = GatewayMeter(self.log, self.live, self.leasing)
+        self.gateway = GatewayApp(
+            self.authenticator,
             self.routes,
             self.meter,
             started_at=int(time.time()),
             admission=Admission(self.leasing, self.limits, self.queues),
-            shelf=self.shelf,
+            response_store=self.response_store,
         )
         self.server = HttpServer(
             self.gateway,
@@ -147,7 +147,7 @@ class Plane:
             self._sweeping.cancel()
             self.log.close()
             self.live.close()
-            await self.shelf.close(within_s=5.0)
+            await self.response_store.close(within_s=5.0)
             self.executor.shutdown()
             self.store.close()
 
@@ -196,7 +196,7 @@ class Plane:
         wanted = Limit(limit_id="", tenant_id=self.tenant_id, kind=LimitKind(kind), amount=amount, **more)
         with self.store.write() as connection:
             limit = set_limit(connection, wanted, now=datetime.now(UTC))
-        await self.door.renew()
+        await self.authenticator.renew()
         return limit
 
     async def new_tenant(self, name: str, *, weight: int = 1, credit: str = "100") -> str:
@@ -211,7 +211,7 @@ class Plane:
                 connection,
                 credit_grant(new_id("txn"), tenant_id=tenant.tenant_id, currency="USD", amount=amount, at=now),
             )
-        await self.door.renew()
+        await self.authenticator.renew()
         return key
 
     async def line(self, **options: Any) -> Line:

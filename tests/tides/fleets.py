@@ -10,6 +10,7 @@ from tidemill.tides.state import (
     BacklogView,
     Demand,
     DeviceView,
+    FleetSnapshot,
     JobPhase,
     JobView,
     ModelView,
@@ -18,7 +19,6 @@ from tidemill.tides.state import (
     QueueView,
     ReplicaView,
     ReservationView,
-    Snapshot,
 )
 
 NOW = 1_000_000.0
@@ -43,8 +43,8 @@ def snapshot(
     reservations: Sequence[ReservationView] = (),
     backlogs: Sequence[BacklogView] = (),
     now: float = NOW,
-) -> Snapshot:
-    return Snapshot(
+) -> FleetSnapshot:
+    return FleetSnapshot(
         now=now,
         devices=tuple(views),
         models=tuple(models),
@@ -73,9 +73,9 @@ def model(name: str = "qwen", work: float = 0.0, **more: object) -> ModelView:
     return ModelView(name=name, **fields)  # type: ignore[arg-type]
 
 
-def carried_out(before: Snapshot, plan: Plan) -> Snapshot:
+def carried_out(before: FleetSnapshot, plan: Plan) -> FleetSnapshot:
     """The snapshot right after a plan was carried out."""
-    turned = {turn.replica: turn.batch_only for turn in plan.turn_replicas}
+    lent = {each.replica: each.batch_only for each in plan.lend_replicas}
     stopped = {stop.replica for stop in plan.stop_replicas}
     dozing = {stop.replica for stop in plan.stop_replicas if stop.sleep}
     woken = {start.wake for start in plan.start_replicas if start.wake is not None}
@@ -87,7 +87,7 @@ def carried_out(before: Snapshot, plan: Plan) -> Snapshot:
             each,
             phase=Phase.DRAINING if each.id in stopped else Phase.WARMING if each.id in woken else each.phase,
             dozing=each.id in dozing,
-            batch_only=turned.get(each.id, each.batch_only),
+            batch_only=lent.get(each.id, each.batch_only),
         )
         for each in before.replicas
     ]
@@ -115,7 +115,7 @@ def carried_out(before: Snapshot, plan: Plan) -> Snapshot:
     return replace(before, devices=views, replicas=tuple(replicas), jobs=tuple(jobs), promises=plan.promises)
 
 
-def settled(before: Snapshot, seconds: float) -> Snapshot:
+def settled(before: FleetSnapshot, seconds: float) -> FleetSnapshot:
     """The snapshot so much later: what stops has gone, what starts is ready, what runs has come further."""
     replace = msgspec.structs.replace
     now = before.now + seconds
@@ -147,12 +147,12 @@ def actions(plan: Plan) -> list[object]:
         *plan.stop_replicas,
         *plan.start_jobs,
         *plan.preempt_jobs,
-        *plan.turn_replicas,
+        *plan.lend_replicas,
         *plan.reserve,
     ]
 
 
-def check(before: Snapshot, plan: Plan) -> None:
+def check(before: FleetSnapshot, plan: Plan) -> None:
     """What must hold of every plan."""
     views = {view.id: view for view in before.devices}
     size = Counter((view.kind, view.node) for view in before.devices if view.up)
@@ -225,7 +225,7 @@ def check(before: Snapshot, plan: Plan) -> None:
         assert complete, "a job was preempted for work that does not get all that it needs"
     assert len({each.job for each in plan.preempt_jobs}) == len(plan.preempt_jobs)
     assert len({each.replica for each in plan.stop_replicas}) == len(plan.stop_replicas)
-    assert not {each.replica for each in plan.stop_replicas} & {each.replica for each in plan.turn_replicas}
+    assert not {each.replica for each in plan.stop_replicas} & {each.replica for each in plan.lend_replicas}
 
     queues = {each.name: each for each in before.queues}
     used: Counter[str] = Counter()
@@ -254,7 +254,7 @@ def check(before: Snapshot, plan: Plan) -> None:
 
 
 @st.composite
-def fleets(draw: st.DrawFn, kinds: Sequence[str] = ("h100",), reserve: bool = True) -> Snapshot:
+def fleets(draw: st.DrawFn, kinds: Sequence[str] = ("h100",), reserve: bool = True) -> FleetSnapshot:
     """Fleets of up to 5 nodes with work of all sorts on some of their devices, and more that waits."""
     views: list[DeviceView] = []
     for number in range(draw(st.integers(1, 5))):

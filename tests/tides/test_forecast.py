@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tidemill.tides.forecast import OUTLOOK, History, Outlook, forecast, quantile
+from tidemill.tides.forecast import OUTLOOK, DemandSeries, ForecastSettings, forecast, quantile
 
 BIN_S = 300.0
 DAY = 288
@@ -31,7 +31,7 @@ def asked_through(values: Sequence[float], first: int, every: int, ahead: int) -
     """(expected, high, what came at the most), as asked in the course of time."""
     found = []
     for known in range(first, len(values) - ahead, every):
-        demand = forecast(History(END, tuple(values[:known])), ahead * BIN_S)
+        demand = forecast(DemandSeries(END, tuple(values[:known])), ahead * BIN_S)
         found.append((demand.expected, demand.high, max(values[known : known + ahead])))
     return found
 
@@ -65,14 +65,14 @@ def test_high_is_not_far_above_what_comes() -> None:
 def test_weekdays_are_told_apart_after_two_weeks() -> None:
     values = [wave(index) for index in range(19 * DAY)]  # ends before a Saturday (day 19 % 7 == 5)
     noon = DAY // 4
-    saturday = forecast(History(END, tuple(values + [wave(19 * DAY + index) for index in range(noon)])), BIN_S)
+    saturday = forecast(DemandSeries(END, tuple(values + [wave(19 * DAY + index) for index in range(noon)])), BIN_S)
     assert abs(saturday.expected - wave(19 * DAY + noon)) < 0.1 * wave(19 * DAY + noon)
 
 
 def test_a_busy_day_is_noticed() -> None:
     values = [wave(index) for index in range(10 * DAY)]
     values[-6:] = [value * 1.5 for value in values[-6:]]
-    soon = forecast(History(END, tuple(values)), BIN_S)
+    soon = forecast(DemandSeries(END, tuple(values)), BIN_S)
     assert 1.3 * wave(10 * DAY) < soon.expected < 1.6 * wave(10 * DAY)
 
 
@@ -80,20 +80,20 @@ def test_one_burst_is_no_busy_day_and_one_day_no_habit() -> None:
     values = [wave(index) for index in range(10 * DAY)]
     values[-2] *= 20
     values[-DAY] *= 20
-    soon = forecast(History(END, tuple(values)), BIN_S)
+    soon = forecast(DemandSeries(END, tuple(values)), BIN_S)
     assert soon.expected < 1.1 * wave(10 * DAY)
 
 
 def test_gaps_do_no_harm() -> None:
     chance = random.Random(1)
     values = [None if chance.random() < 0.3 or index // DAY == 4 else wave(index) for index in range(10 * DAY)]
-    soon = forecast(History(END, tuple(values)), BIN_S)
+    soon = forecast(DemandSeries(END, tuple(values)), BIN_S)
     assert 0.9 * wave(10 * DAY) < soon.expected < 1.1 * wave(10 * DAY)
 
 
 def test_without_history_nothing_is_expected_and_with_a_little_what_there_was() -> None:
-    assert forecast(History(END), 60).high == 0
-    few = forecast(History(END, (100.0, 110.0, 105.0)), 60)
+    assert forecast(DemandSeries(END), 60).high == 0
+    few = forecast(DemandSeries(END, (100.0, 110.0, 105.0)), 60)
     assert 100 <= few.expected <= 110 and few.high > 1.2 * few.expected
 
 
@@ -105,7 +105,7 @@ bins = st.lists(st.one_of(st.none(), st.floats(0, 1e7)), max_size=600)
 def test_a_forecast_is_never_negative_nor_beyond_reason(
     values: list[float | None], horizon_s: float, share: float
 ) -> None:
-    demand = forecast(History(END, tuple(values)), horizon_s, Outlook(quantile=share))
+    demand = forecast(DemandSeries(END, tuple(values)), horizon_s, ForecastSettings(quantile=share))
     known = [value for value in values if value is not None]
     assert 0 <= demand.expected <= demand.high
     assert math.isfinite(demand.high)
@@ -118,7 +118,7 @@ def test_a_forecast_is_never_negative_nor_beyond_reason(
 @given(st.integers(2, 400), st.floats(0.0, 1e6))
 @settings(max_examples=40, deadline=None)
 def test_what_never_changes_is_expected_to_stay(length: int, value: float) -> None:
-    demand = forecast(History(END, (value,) * length), BIN_S)
+    demand = forecast(DemandSeries(END, (value,) * length), BIN_S)
     assert math.isclose(demand.expected, value, rel_tol=1e-6, abs_tol=1e-6)
     assert demand.high <= value * (1 + OUTLOOK.spread) + 1e-6
 

@@ -6,32 +6,32 @@ from collections.abc import Sequence
 import msgspec
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tests.tides.fleets import NOW, actions, carried_out, check, devices, fleets, job, model, settled, snapshot
 
+from tests.tides.fleets import NOW, actions, carried_out, check, devices, fleets, job, model, settled, snapshot
 from tidemill.tides.plan import plan
 from tidemill.tides.rules import Rules
-from tidemill.tides.state import BacklogView, JobView, QueueView, Snapshot
+from tidemill.tides.state import BacklogView, FleetSnapshot, JobView, QueueView
 
 KINDS = ("h100", "h20")
-TURN = Rules(turn=True)
+LEND = Rules(lend_replicas=True)
 
 
 @given(fleets(KINDS), st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_every_plan_can_be_carried_out(before: Snapshot, turn: bool) -> None:
-    check(before, plan(before, Rules(turn=turn)))
+def test_every_plan_can_be_carried_out(before: FleetSnapshot, lend: bool) -> None:
+    check(before, plan(before, Rules(lend_replicas=lend)))
 
 
 @given(fleets(), st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_a_plan_that_was_carried_out_asks_for_nothing_more(before: Snapshot, turn: bool) -> None:
-    rules = Rules(turn=turn)
+def test_a_plan_that_was_carried_out_asks_for_nothing_more(before: FleetSnapshot, lend: bool) -> None:
+    rules = Rules(lend_replicas=lend)
     first = plan(before, rules)
     if first.reserve:  # devices that have become a reservation's can be lent from then on
         before = carried_out(before, first)
         first = plan(before, rules)
         assert not first.reserve
-    back = {turn.replica for turn in first.turn_replicas if not turn.batch_only}
+    back = {lent.replica for lent in first.lend_replicas if not lent.batch_only}
     models = {each.model for each in before.replicas if each.id in back}
     assume(not any(each.waiting and each.name in models for each in before.models))  # they are on it by the next plan
     after = carried_out(before, first)
@@ -42,16 +42,16 @@ def test_a_plan_that_was_carried_out_asks_for_nothing_more(before: Snapshot, tur
 
 @given(fleets(KINDS))
 @settings(max_examples=100, deadline=None)
-def test_the_same_snapshot_gives_the_same_plan(before: Snapshot) -> None:
-    copied = msgspec.json.decode(msgspec.json.encode(before), type=Snapshot)
+def test_the_same_snapshot_gives_the_same_plan(before: FleetSnapshot) -> None:
+    copied = msgspec.json.decode(msgspec.json.encode(before), type=FleetSnapshot)
     assert plan(before) == plan(copied)
 
 
 @given(fleets(KINDS), st.booleans())
 @settings(max_examples=100, deadline=None)
-def test_plans_come_to_rest(before: Snapshot, turn: bool) -> None:
+def test_plans_come_to_rest(before: FleetSnapshot, lend: bool) -> None:
     """With nothing new to do, a fleet doesn't go on exchanging one piece of work for another."""
-    rules = Rules(turn=turn)
+    rules = Rules(lend_replicas=lend)
     now = msgspec.structs.replace(
         before, jobs=tuple(msgspec.structs.replace(each, remaining_s=None, deadline=None) for each in before.jobs)
     )

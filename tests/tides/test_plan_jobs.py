@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tides.fleets import NOW, carried_out, check, devices, job, model, replica, settled, snapshot
 
+from tests.tides.fleets import NOW, carried_out, check, devices, job, model, replica, settled, snapshot
 from tidemill.tides.plan import plan
-from tidemill.tides.quota import presses
+from tidemill.tides.quota import is_urgent
 from tidemill.tides.rules import RULES
-from tidemill.tides.state import BacklogView, JobPhase, JobView, Plan, QueueView, Snapshot
+from tidemill.tides.state import BacklogView, FleetSnapshot, JobPhase, JobView, Plan, QueueView
 
 EIGHT = devices(4, 4)
 IDS = [view.id for view in EIGHT]
@@ -28,7 +28,7 @@ def why(decided: Plan, name: str) -> str:
     return next(note.why for note in decided.waiting if note.work == f"job {name}")
 
 
-def run_through(now: Snapshot, seconds: float = 60, times: int = 100) -> tuple[Snapshot, set[str]]:
+def run_through(now: FleetSnapshot, seconds: float = 60, times: int = 100) -> tuple[FleetSnapshot, set[str]]:
     """Carry plans out until all jobs have ended, or so many times. Returns the jobs that ever ran, too."""
     ran: set[str] = set()
     for _ in range(times):
@@ -128,7 +128,7 @@ def test_what_cannot_be_preempted_leaves_room_for_what_is_guaranteed() -> None:
     assert started(plan(snapshot(EIGHT, queues=[QueueView(name="default", quota=6)], jobs=jobs))) == ["firm"]
 
 
-def test_a_deadline_that_presses_goes_first_and_a_lost_one_does_not() -> None:
+def test_an_urgent_job_goes_first_and_one_whose_deadline_is_lost_does_not() -> None:
     old = job("old", 8, submitted_at=NOW - 20_000, remaining_s=1000.0)
     due = job("due", 8, submitted_at=NOW, remaining_s=1000.0, deadline=NOW + 1100)
     assert started(plan(snapshot(EIGHT, jobs=[old, due]))) == ["due"]
@@ -243,17 +243,17 @@ def test_no_device_is_left_free_that_a_waiting_job_could_have(jobs: Sequence[Job
     assert all((each.devices if each.gang else 1) > free for each in waiting)
 
 
-def test_a_deadline_that_pressed_presses_until_its_job_has_ended() -> None:
-    """Else the job would be preempted as soon as it has run for a while, until it presses again."""
+def test_an_urgent_job_stays_urgent_until_it_has_ended() -> None:
+    """Else the job would be preempted as soon as it has run for a while, until it is urgent again."""
     waits = job("due", 1, submitted_at=NOW - 9000, remaining_s=20_000.0, deadline=NOW + 24_000.0)
-    assert presses(waits, NOW, RULES)
+    assert is_urgent(waits, NOW, RULES)
     for ran in (0.0, 7_000.0, 19_000.0):
         runs = msgspec.structs.replace(
             waits, phase=JobPhase.RUNNING, on=(IDS[0],), started_at=NOW, remaining_s=20_000.0 - ran
         )
-        assert presses(runs, NOW + ran, RULES)
+        assert is_urgent(runs, NOW + ran, RULES)
     idle = msgspec.structs.replace(waits, remaining_s=5_000.0)
-    assert not presses(idle, NOW, RULES), "it can wait long"
+    assert not is_urgent(idle, NOW, RULES), "it can wait long"
 
 
 def test_a_quota_waits_for_a_deadline_that_is_nearly_kept() -> None:

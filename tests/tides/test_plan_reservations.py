@@ -2,10 +2,10 @@
 
 import msgspec
 from hypothesis import given, settings
-from tests.tides.fleets import NOW, actions, carried_out, devices, fleets, job, model, replica, settled, snapshot
 
+from tests.tides.fleets import NOW, actions, carried_out, devices, fleets, job, model, replica, settled, snapshot
 from tidemill.tides.plan import plan
-from tidemill.tides.state import BacklogView, JobPhase, ReservationView, Snapshot
+from tidemill.tides.state import BacklogView, FleetSnapshot, JobPhase, ReservationView
 
 FOUR = devices(4)
 IDS = [view.id for view in FOUR]
@@ -105,7 +105,7 @@ def test_a_device_that_is_lost_is_replaced_and_the_spare_one_handed_back_later()
 
 @given(fleets())
 @settings(max_examples=100, deadline=None)
-def test_a_reservation_has_its_devices_after_the_longest_grace_time(before: Snapshot) -> None:
+def test_a_reservation_has_its_devices_after_the_longest_grace_time(before: FleetSnapshot) -> None:
     """As far as there are devices that may be taken: not those of what can't be preempted, nor minimum replicas."""
     now = before
     for _ in range(4):

@@ -10,33 +10,33 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
+from tidemill.clock import to_micros
 from tidemill.store.batches import Batch, BatchStatus, ask_to_cancel, create_batch, find_batch
 from tidemill.store.blobs import BlobStore
-from tidemill.store.clock import to_micros
 from tidemill.store.engine import open_store, store_url
 from tidemill.store.files import File, FileQuota, add_file
 from tidemill.store.ids import new_id
 from tidemill.store.migrate import migrate
-from tidemill.store.schema import batches
+from tidemill.store.tables.files import batches
 from tidemill.store.tenants import create_tenant
-from tidemill.work.attempt import Answer, Call
-from tidemill.work.batch import BatchRunner
-from tidemill.work.lifecycle import Lifecycle
-from tidemill.work.lines import LineRules
-from tidemill.work.slack import ConfiguredSlack
+from tidemill.work.batches.attempt import LineAnswer, LineCall
+from tidemill.work.batches.lifecycle import Lifecycle
+from tidemill.work.batches.lines import LineRules
+from tidemill.work.batches.runner import BatchRunner
+from tidemill.work.batches.slack import ConfiguredSlack
 
 CHAT = "/v1/chat/completions"
 RULES = LineRules(max_lines=1000, max_line_bytes=100_000)
-Plane = Callable[[Call], Awaitable[Answer]]
+Plane = Callable[[LineCall], Awaitable[LineAnswer]]
 
 
 def line(custom_id: str, **fields: Any) -> dict[str, Any]:
     return {"custom_id": custom_id, "method": "POST", "url": CHAT, "body": {"model": "mock", **fields}}
 
 
-def answered(status: int = 200, body: Any = None, retry_after_s: float = 0.0) -> Answer:
+def answered(status: int = 200, body: Any = None, retry_after_s: float = 0.0) -> LineAnswer:
     usage = {"prompt_tokens": 3, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 1}}
-    return Answer(status, json.dumps(body or {"id": "c", "usage": usage}).encode(), retry_after_s)
+    return LineAnswer(status, json.dumps(body or {"id": "c", "usage": usage}).encode(), retry_after_s)
 
 
 class Mill:
@@ -118,7 +118,7 @@ class Running:
 
     def __init__(self, mill: Mill, plane: Plane) -> None:
         self.mill = mill
-        self.calls: list[Call] = []
+        self.calls: list[LineCall] = []
         self.most = 0
         """The most lines that were ever in flight together."""
         self._plane = plane
@@ -126,7 +126,7 @@ class Running:
         self._stop = asyncio.Event()
         self.runner = BatchRunner(mill.lifecycle(), self._send, mill.slack, lambda: {"mock": "mock", "alias": "mock"})
 
-    async def _send(self, call: Call) -> Answer:
+    async def _send(self, call: LineCall) -> LineAnswer:
         self.calls.append(call)
         self._in_flight += 1
         self.most = max(self.most, self._in_flight)
@@ -168,12 +168,12 @@ def mill(tmp_path: Path) -> Iterator[Mill]:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The waits of the runner, shortened."""
-    monkeypatch.setattr("tidemill.work.batch.LOOK_EVERY_S", 0.05)
-    monkeypatch.setattr("tidemill.work.batch.SYNC_EVERY_S", 0.05)
-    monkeypatch.setattr("tidemill.work.attempt.FIRST_WAIT_S", 0.02)
+    monkeypatch.setattr("tidemill.work.batches.runner.LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr("tidemill.work.batches.runner.SYNC_EVERY_S", 0.05)
+    monkeypatch.setattr("tidemill.work.batches.attempt.FIRST_WAIT_S", 0.02)
 
 
-async def fine(call: Call) -> Answer:
+async def fine(call: LineCall) -> LineAnswer:
     """A data plane that answers."""
     await asyncio.sleep(0)
     return answered()

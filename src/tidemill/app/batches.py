@@ -1,31 +1,32 @@
-"""The batch runner, as the supervisor keeps it: started, told what changes, restarted, stopped before the gateways."""
+"""The batch runner, as the supervisor keeps it.
+
+Started, told what changes, restarted, stopped before the gateways.
+"""
 
 import asyncio
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import msgspec
 import structlog
 
-from tidemill.app.batch_worker import LineModel, RunnerCommand, RunnerReport, RunnerSpec
-from tidemill.app.children import Child, start_child
-from tidemill.app.config import Config
+from tidemill.app.batch_worker import RunnerCommand, RunnerModel, RunnerReport, RunnerSpec
+from tidemill.app.config.schema.platform import Config
 from tidemill.app.datadir import DataDir
 from tidemill.app.gateways import file_rules
-from tidemill.gateway.routing import ModelSpec
+from tidemill.child_protocol import Child, start_child
+from tidemill.gateway.routing.models import ModelSpec
 from tidemill.tides.state import BacklogView
 
-RESTART_AFTER_S = (0.5, 1.0, 2.0, 5.0)
-STEADY_AFTER_S = 60.0
+_RESTART_AFTER_S = (0.5, 1.0, 2.0, 5.0)
+_STEADY_AFTER_S = 60.0
 UPSTREAM_PARALLEL = 8
 """Lines at a time at an upstream, when the configuration does not say."""
 
 log = structlog.get_logger()
-_decode_report = msgspec.json.Decoder(RunnerReport).decode
 
 
 class BatchProcess:
-    """The one runner of this platform, life after life."""
+    """The one batch runner of this platform, started again whenever its process ends."""
 
     def __init__(
         self,
@@ -109,18 +110,18 @@ class BatchProcess:
         while not self._stopping:
             began = loop.time()
             try:
-                code = await self._one_life()
+                code = await self._run_once()
             except OSError as error:  # no process or no log file to be had, for now
                 code = error.errno or 1
             if self._stopping:
                 return
-            failures = 0 if loop.time() - began > STEADY_AFTER_S else failures
-            wait = RESTART_AFTER_S[min(failures, len(RESTART_AFTER_S) - 1)]
+            failures = 0 if loop.time() - began > _STEADY_AFTER_S else failures
+            wait = _RESTART_AFTER_S[min(failures, len(_RESTART_AFTER_S) - 1)]
             failures += 1
             log.error("the batch runner has died; it is started again", code=code, restart_in_s=wait)
             await asyncio.sleep(wait)
 
-    async def _one_life(self) -> int:
+    async def _run_once(self) -> int:
         child = await start_child("batches", "tidemill.app.batch_worker", [], self._data.log_file("batches"))
         self._child = child
         if self._stopping:  # meanwhile; `stop` has spoken to the one before
@@ -135,25 +136,20 @@ class BatchProcess:
             token=self._token,
             models=self._models(),
         )
-        child.tell(msgspec.json.encode(spec))
+        child.tell(spec)
         self._tell(RunnerCommand(do="load", waiting=self._waiting))
         self._tell(RunnerCommand(do="slots", slots=self._allowed))
-        while line := await child.line():
-            self._hear(line)
+        async for report in child.reports(RunnerReport):
+            self._hear(report)
         return await child.wait()
 
-    def _hear(self, line: bytes) -> None:
-        try:
-            report = _decode_report(line)
-        except msgspec.DecodeError:
-            log.warning("the batch runner says what is no report", line=line[:200])
-            return
+    def _hear(self, report: RunnerReport) -> None:
         models = [backlog.model for backlog in self.backlogs]
         self.backlogs = report.backlogs
         if models != [backlog.model for backlog in self.backlogs]:
             self.on_backlog()
 
-    def _models(self) -> list[LineModel]:
+    def _models(self) -> list[RunnerModel]:
         found = []
         for spec in self._specs():
             config = self._config.models[spec.name]
@@ -161,9 +157,9 @@ class BatchProcess:
             if parallel is None:
                 slots = None if spec.slots is None else max(spec.slots // 2, 1) * len(spec.replicas)
                 parallel = UPSTREAM_PARALLEL if slots is None else slots
-            found.append(LineModel(spec.name, spec.aliases, parallel))
+            found.append(RunnerModel(spec.name, spec.aliases, parallel))
         return found
 
     def _tell(self, command: RunnerCommand) -> None:
         if self._child is not None:
-            self._child.tell(msgspec.json.encode(command))
+            self._child.tell(command)

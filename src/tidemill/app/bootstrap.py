@@ -1,4 +1,7 @@
-"""The first start, and what each start sees to: schema, settings, prices, the first tenant and its key."""
+"""The first start, and what each start sees to.
+
+Schema, settings, prices, the first tenant and its key.
+"""
 
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -6,14 +9,14 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, func, select
 
-from tidemill.app.config import Config
+from tidemill.app.config.schema.platform import Config
+from tidemill.clock import from_micros, to_micros
 from tidemill.errors import ConfigError
 from tidemill.ledger.money import parse_amount
 from tidemill.ledger.period import period_of
 from tidemill.ledger.posting import credit_grant
-from tidemill.ledger.pricing import Tier
+from tidemill.ledger.pricing import PriceTier
 from tidemill.store.accounts import post
-from tidemill.store.clock import from_micros, to_micros
 from tidemill.store.device_prices import set_device_price
 from tidemill.store.engine import Store
 from tidemill.store.ids import new_id
@@ -21,7 +24,9 @@ from tidemill.store.keys import create_key
 from tidemill.store.migrate import migrate
 from tidemill.store.prices import set_price
 from tidemill.store.revision import get_setting, set_setting
-from tidemill.store.schema import tenants, transactions, usage_records
+from tidemill.store.tables.money import transactions
+from tidemill.store.tables.tenants import tenants
+from tidemill.store.tables.usage import usage_records
 from tidemill.store.tenants import create_tenant
 
 
@@ -33,7 +38,9 @@ class FirstTenant(NamedTuple):
 
 
 def prepare_store(store: Store, config: Config, keep_key: Callable[[str], None]) -> FirstTenant | None:
-    """Bring the store up to date with the program and the configuration, in one transaction after the migration.
+    """Bring the store up to date with the program and the configuration.
+
+    It is one transaction after the migration.
 
     Returns the first tenant when it was made now. Its key is handed to `keep_key` before the commit, as a kill behind
     it would leave a tenant whose key nobody knows. Raises ConfigError when the configuration contradicts the store.
@@ -48,7 +55,7 @@ def prepare_store(store: Store, config: Config, keep_key: Callable[[str], None])
             for currency, price in currencies.items():
                 set_price(connection, model=model, currency=currency, price=price.price(), now=now)
                 batch = price.batch_price()
-                set_price(connection, model=model, currency=currency, price=batch, now=now, tier=Tier.BATCH)
+                set_price(connection, model=model, currency=currency, price=batch, now=now, tier=PriceTier.BATCH)
         for kind, by_currency in config.device_prices.items():
             for currency, device_price in by_currency.items():
                 for tier, hour in device_price.hours().items():
@@ -71,7 +78,10 @@ def _settle_currency(connection: Connection, config: Config) -> None:
 
 
 def _settle_zone(connection: Connection, zone: str, now: datetime) -> None:
-    """Another zone moves the bounds of all months; it is taken only if nothing that was booked changes its month."""
+    """Another zone moves the bounds of all months.
+
+    It is taken only if nothing that was booked changes its month.
+    """
     known = get_setting(connection, "zone")
     if known is not None and known != zone:
         moved = _first_moved(connection, known, zone, now)
@@ -85,7 +95,10 @@ def _settle_zone(connection: Connection, zone: str, now: datetime) -> None:
 
 
 def _first_moved(connection: Connection, known: str, zone: str, now: datetime) -> datetime | None:
-    """The first booking or usage that is of one month in `known` and of another in `zone`; None when there is none."""
+    """The first booking or usage that is of one month in `known` and of another in `zone`.
+
+    None when there is none.
+    """
     instants = (transactions.c.at, usage_records.c.finished_at)
     begun = [connection.execute(select(func.min(each))).scalar() for each in instants]
     if not any(begun):

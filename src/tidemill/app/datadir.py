@@ -5,7 +5,7 @@ DATA/runtime.json   where the running platform listens
 DATA/tidemill.db    the embedded store
 DATA/store-url      where the store is instead, without the password
 DATA/meter/         the usage logs of the gateway processes, one directory each
-DATA/board          what the gateway processes tell each other of replicas (see gateway.board)
+DATA/board          what the gateway processes tell each other of replicas (see gateway.routing.shared_state)
 DATA/files/         files of tenants, and batches at work (see store.blobs)
 DATA/logs/          what the engines and gateways say
 DATA/admin-token    the control plane's token (0600)
@@ -71,7 +71,10 @@ class DataDir:
             shutil.rmtree(unborn, ignore_errors=True)
 
     def _take_lock(self) -> None:
-        """Lock at once, or after a moment: a command that looks whether a platform runs holds the lock briefly."""
+        """Lock at once, or after a moment.
+
+        A command that looks whether a platform runs holds the lock briefly.
+        """
         assert self._lock is not None
         for _ in range(LOCK_TRIES - 1):
             try:
@@ -93,7 +96,10 @@ class DataDir:
         self.write("runtime.json", msgspec.json.format(msgspec.json.encode(runtime)).decode() + "\n")
 
     def note_store(self, url: URL) -> None:
-        """Say where the store is, for who reads the data of a stopped platform. Its password is not written down."""
+        """Say where the store is, for who reads the data of a stopped platform.
+
+        Its password is not written down.
+        """
         if url.get_backend_name() == "sqlite" and url.database == str(self.path.resolve() / "tidemill.db"):
             (self.path / STORE_FILE).unlink(missing_ok=True)
         else:

@@ -1,4 +1,7 @@
-"""The fleet as the platform runs it: replicas of our own and upstreams, and both as the gateways shall know them."""
+"""The fleet as the platform runs it.
+
+Replicas of our own and upstreams, and both as the gateways shall know them.
+"""
 
 import asyncio
 import hashlib
@@ -9,30 +12,27 @@ from pathlib import Path
 
 import structlog
 
-from tidemill.app.asking import get, post, status_of
-from tidemill.app.config import Config
+from tidemill.app.config.schema.models import GPU_ENGINES, ModelConfig
+from tidemill.app.config.schema.platform import Config
 from tidemill.app.datadir import DataDir
-from tidemill.app.fleet_config import GPU_ENGINES
-from tidemill.app.model_config import ModelConfig
+from tidemill.app.engine_http import get, post, status_of
 from tidemill.app.nodes import find_devices
 from tidemill.app.probes import UpstreamProbe
 from tidemill.app.recipes import EMBEDDED_CONTEXT, recipes_of
-from tidemill.app.routes_config import addresses
-from tidemill.engines.own import engine_of
 from tidemill.engines.protocol import Counters
+from tidemill.engines.registry import engine_of
 from tidemill.errors import ConfigError
 from tidemill.fleet.local import LocalBackend
 from tidemill.fleet.ray import RayBackend
 from tidemill.fleet.replica import Replica
 from tidemill.fleet.replicas import ReplicaSet
-from tidemill.gateway.routing import ModelCost, ModelSpec, ReplicaSpec
-from tidemill.ledger.pricing import Price
+from tidemill.gateway.routing.models import ModelCost, ModelSpec, ReplicaSpec
 from tidemill.tides.state import Objective
 
 log = structlog.get_logger()
 
 Sample = tuple[str, str | None, Counters]
-"""What an engine has counted: its replica, the replica's life, and the totals."""
+"""What an engine has counted: its replica, its incarnation, and the totals."""
 Keep = Callable[[list[Sample]], object]
 
 
@@ -44,7 +44,7 @@ class Fleet:
         self._keys = {name: api_key(name, model) for name, model in config.models.items()}
         self.upstreams: dict[str, UpstreamProbe] = {}
         for name, model in config.models.items():
-            for index, url in enumerate(addresses(model)):
+            for index, url in enumerate(model.addresses):
                 probe = UpstreamProbe(
                     f"{name}/{index}",
                     url,
@@ -62,7 +62,7 @@ class Fleet:
             post=post,
             logs=data.path.resolve() / "logs",
             changed=changed,
-            last_words=self._last_words,
+            on_drained=self._on_drained,
         )
         self.keep: Keep | None = None
         """Stores what a replica has counted before it ends."""
@@ -93,11 +93,11 @@ class Fleet:
         engines = self.replicas.of(name)
         if own:
             replicas = [
-                ReplicaSpec(engine.name, engine.base_url, engine.ready, engine.life, engine.batch_only)
+                ReplicaSpec(engine.name, engine.base_url, engine.ready, engine.incarnation, engine.batch_only)
                 for engine in engines
             ]
         else:
-            probes = [self.upstreams[f"{name}/{index}"] for index in range(len(addresses(model)))]
+            probes = [self.upstreams[f"{name}/{index}"] for index in range(len(model.addresses))]
             replicas = [ReplicaSpec(probe.name, probe.base_url, probe.ready) for probe in probes]
         cost = model.cost.price() if model.cost is not None else None
         low, _ = model.replica_bounds
@@ -120,11 +120,12 @@ class Fleet:
             queue_seconds=model.queue_seconds,
             lacks=next((engine.lacks for engine in engines if engine.ready), engines[0].lacks if engines else ()),
             embeds=model.engine != "llamacpp" or bool(model.embeddings),
+            ranks=model.engine != "llamacpp" or model.reranking,
             aliases=model.aliases,
             fallbacks=model.fallbacks,
             overflow=model.overflow,
             split=tuple(model.split.items()),
-            cost=ModelCost(self._config.currency, cost) if cost is not None and cost != Price(0, 0, 0) else None,
+            cost=ModelCost(self._config.currency, cost) if cost is not None and any(cost.rates.values()) else None,
             allow_loss=model.allow_loss,
             objective=objective_of(model),
             wakes=own and low == 0 and not any(engine.stuck for engine in engines),  # else nobody would be answered
@@ -133,27 +134,30 @@ class Fleet:
         )
 
     async def counters(self) -> list[Sample]:
-        """The token counters of every engine that has them: (replica, life, totals)."""
+        """The token counters of every engine that has them: (replica, incarnation, totals)."""
         found = []
         for spec in self.specs():
             for replica in spec.replicas:
                 if replica.ready:
-                    found += await self._count(spec, replica.name, replica.base_url, replica.life)
+                    found += await self._count(spec, replica.name, replica.base_url, replica.incarnation)
         return found
 
-    async def _count(self, spec: ModelSpec, replica: str, base_url: str, life: str) -> list[Sample]:
+    async def _count(self, spec: ModelSpec, replica: str, base_url: str, incarnation: str) -> list[Sample]:
         engine = engine_of(spec.engine)
         root = base_url.rstrip("/").removesuffix("/v1")
         page = await get(root, b"/metrics", 5.0, spec.api_key)
         counters = engine.counters(page.decode(errors="replace")) if page is not None else None
-        return [(replica, life or None, counters)] if counters is not None else []
+        return [(replica, incarnation or None, counters)] if counters is not None else []
 
-    async def _last_words(self, replica: Replica) -> None:
-        """A replica that is about to end has its counters read once more, or the records could not be reconciled."""
+    async def _on_drained(self, replica: Replica) -> None:
+        """Read the counters of a replica that is about to end.
+
+        Else its records could not be reconciled.
+        """
         if self.keep is None:
             return
         spec = self._spec(replica.model, self._config.models[replica.model])
-        samples = await self._count(spec, replica.name, replica.base_url, replica.life)
+        samples = await self._count(spec, replica.name, replica.base_url, replica.incarnation)
         if samples:
             await asyncio.to_thread(self.keep, samples)
 

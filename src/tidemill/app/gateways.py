@@ -7,22 +7,21 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import msgspec
 import structlog
 
-from tidemill.app.children import Child, start_child
-from tidemill.app.config import Config
+from tidemill.app.config.schema.platform import Config
 from tidemill.app.datadir import DataDir
 from tidemill.app.jobs import tenant_rules
-from tidemill.app.worker import Command, Report, WorkerSpec
+from tidemill.app.worker import GatewayCommand, GatewayReport, WorkerSpec
+from tidemill.child_protocol import Child, start_child
 from tidemill.errors import Conflict, Unavailable
-from tidemill.gateway.batches import BatchRules
-from tidemill.gateway.board import create_board
-from tidemill.gateway.files import FileRules
-from tidemill.gateway.gauge import Load
-from tidemill.gateway.responses_shelf import ShelfRules
-from tidemill.gateway.routing import ModelSpec
-from tidemill.gateway.tally import Figures, Standings
+from tidemill.gateway.endpoints.batches import BatchRules
+from tidemill.gateway.endpoints.files import FileRules
+from tidemill.gateway.metrics import MetricsSnapshot, ProcessGauges
+from tidemill.gateway.protocols.responses.store import ResponseStoreRules
+from tidemill.gateway.routing.demand import DemandReport
+from tidemill.gateway.routing.models import ModelSpec
+from tidemill.gateway.routing.shared_state import create_board
 
 ANNOUNCE_WITHIN_S = 2.0
 """How long a change waits for the gateways to take it over; one that is busy takes it over a second later anyway."""
@@ -31,20 +30,19 @@ FIRST_STARTS = 3
 """A gateway process that has never listened is given up after so many attempts."""
 
 log = structlog.get_logger()
-_decode_report = msgspec.json.Decoder(Report).decode
 
 
 class GatewayProcess:
-    """One gateway process, life after life."""
+    """One gateway worker, started again whenever its process ends."""
 
     def __init__(self, index: int, owner: "Gateways") -> None:
         self.index = index
         self.listening = False
-        self.load = Report(say="load")
+        self.load = GatewayReport(say="load")
         """Its requests in flight and those that wait."""
-        self.figures = Figures()
-        """What its present life has counted."""
-        self.standings = Standings()
+        self.figures = MetricsSnapshot()
+        """What its present process has counted."""
+        self.gauges = ProcessGauges()
         self.worker_id = ""
         self.restarts = 0
         self.all_finished = True
@@ -75,7 +73,7 @@ class GatewayProcess:
         if self._child is None or not self.listening:
             return
         done = self._waiting[ticket] = asyncio.get_running_loop().create_future()
-        self.tell(Command(do="refresh", ticket=ticket))
+        self.tell(GatewayCommand(do="refresh", ticket=ticket))
         try:
             async with asyncio.timeout(ANNOUNCE_WITHIN_S):
                 await done
@@ -84,14 +82,14 @@ class GatewayProcess:
         finally:
             self._waiting.pop(ticket, None)
 
-    def tell(self, command: Command) -> None:
+    def tell(self, command: GatewayCommand) -> None:
         if self._child is not None:
-            self._child.tell(msgspec.json.encode(command))
+            self._child.tell(command)
 
     async def stop(self, grace_s: float) -> None:
         """Let its open requests finish for `grace_s` seconds, then end it."""
         self._owner.stopping = True
-        self.tell(Command(do="stop", grace_s=grace_s))
+        self.tell(GatewayCommand(do="stop", grace_s=grace_s))
         if self._child is not None:
             try:
                 async with asyncio.timeout(grace_s + 10.0):
@@ -108,14 +106,14 @@ class GatewayProcess:
             starts += 1
             self.restarts = starts - 1
             try:
-                code = await self._one_life()
+                code = await self._run_once()
             except OSError as error:  # no process or no log file to be had, for now
                 code = error.errno or 1
             self.listening = False
-            self.load = Report(say="load")
+            self.load = GatewayReport(say="load")
             self._owner.heard(self.index, None)
             self._owner.past.add(self.figures)
-            self.figures, self.standings = Figures(), Standings()
+            self.figures, self.gauges = MetricsSnapshot(), ProcessGauges()
             self._owner.add_up_load()
             for waiting in self._waiting.values():
                 if not waiting.done():
@@ -134,7 +132,7 @@ class GatewayProcess:
             log.error("a gateway process has died; it is started again", worker=self.index, code=code)
             await asyncio.sleep(RESTART_AFTER_S)
 
-    async def _one_life(self) -> int:
+    async def _run_once(self) -> int:
         spec = self._owner.worker_spec(self.index)
         self.worker_id = spec.worker_id
         name = f"gateway-{self.index}"
@@ -145,19 +143,16 @@ class GatewayProcess:
         if self._owner.stopping:  # meanwhile; `stop` has spoken to the one before
             await child.end()
             return 0
-        child.tell(msgspec.json.encode(spec))
-        while line := await child.line():
-            try:
-                self._hear(_decode_report(line))
-            except msgspec.DecodeError:
-                log.warning("a gateway process says what is no report", worker=self.index, line=line[:200])
+        child.tell(spec)
+        async for report in child.reports(GatewayReport):
+            self._hear(report)
         return await child.wait()
 
-    def _hear(self, report: Report) -> None:
+    def _hear(self, report: GatewayReport) -> None:
         match report.say:
             case "listening":
                 self.listening = True
-                self.tell(Command(do="models", models=self._owner.specs()))
+                self.tell(GatewayCommand(do="models", models=self._owner.specs()))
                 if not self.first_start.done():
                     self.first_start.set_result(None)
             case "failed":
@@ -175,8 +170,8 @@ class GatewayProcess:
             case "stopped":
                 self.all_finished = report.all_finished
             case "figures":
-                self.figures = report.figures or Figures()
-                self.standings = report.standings or Standings()
+                self.figures = report.figures or MetricsSnapshot()
+                self.gauges = report.gauges or ProcessGauges()
             case "load":
                 self.load = report
                 self._owner.heard(self.index, report.load)
@@ -205,23 +200,27 @@ class Gateways:
         self.specs = specs
         self.ended = ended
         self._load_changed = load_changed
-        self.heard: Callable[[int, Load | None], None] = lambda process, load: None
+        self.heard: Callable[[int, DemandReport | None], None] = lambda process, load: None
         """Called with the report of a gateway process to the tide; None: the process has died."""
         self._internal_token = internal_token
         self.stopping = False
-        self.past = Figures()
+        self.past = MetricsSnapshot()
         """What processes that have ended had counted."""
         self._config = config
         self._config_dir = config_dir
         self._store_url = store_url
         self._tickets = itertools.count(1)
         self._board: Path | None = None
-        # The gateways look prompts up by Python's hash, and tell each other what they found (gateway.board).
+        # The gateways look prompts up by Python's hash, and tell each other what they found
+        # (gateway.routing.shared_state).
         self.environment = {"PYTHONHASHSEED": str(1 + secrets.randbelow(2**32 - 1))}
         self.processes = [GatewayProcess(index, self) for index in range(workers)]
 
     def worker_spec(self, index: int) -> WorkerSpec:
-        """What a gateway process is told at its start; each life has an id and a meter directory of its own."""
+        """What a gateway process is told at its start.
+
+        Each process has an id and a meter directory of its own.
+        """
         gateway = self._config.gateway
         return WorkerSpec(
             worker_id=f"gw{index}-{secrets.token_hex(6)}",
@@ -244,7 +243,7 @@ class Gateways:
             internal_token=self._internal_token,
             board=str(self._board) if self._board is not None else None,
             charge_header=gateway.charge_header,
-            responses=ShelfRules(
+            responses=ResponseStoreRules(
                 keep_s=round(self._config.responses.keep_days * 86_400),
                 by_default=self._config.responses.store_default,
             ),
@@ -264,7 +263,7 @@ class Gateways:
         await asyncio.gather(*(process.first_start for process in self.processes))
 
     def announce_models(self) -> None:
-        command = Command(do="models", models=self.specs())
+        command = GatewayCommand(do="models", models=self.specs())
         for process in self.processes:
             if process.listening:
                 process.tell(command)
@@ -277,9 +276,9 @@ class Gateways:
             waiting.update(process.load.waiting)
         self._load_changed(active, waiting)
 
-    def figures(self) -> Figures:
+    def figures(self) -> MetricsSnapshot:
         """What all of them have counted in all their lives."""
-        total = Figures()
+        total = MetricsSnapshot()
         total.add(self.past)
         for process in self.processes:
             total.add(process.figures)

@@ -1,4 +1,4 @@
-"""The job book of this platform, as the configuration has it."""
+"""The job controller of this platform, as the configuration has it."""
 
 import os
 import pwd
@@ -6,15 +6,15 @@ from pathlib import Path
 
 import structlog
 
-from tidemill.app.config import Config
+from tidemill.app.config.schema.platform import Config
 from tidemill.app.datadir import DataDir
 from tidemill.errors import ConfigError
 from tidemill.fleet.backend import Backend
-from tidemill.gateway.jobs import JobRules
+from tidemill.gateway.endpoints.jobs import JobRules
 from tidemill.store.engine import Store
 from tidemill.store.job_files import JobFiles
-from tidemill.store.job_wish import JobLimits
-from tidemill.work.job_book import JobBook
+from tidemill.store.job_submission import JobLimits
+from tidemill.work.jobs.controller import JobController
 
 log = structlog.get_logger()
 
@@ -57,8 +57,8 @@ def tenant_rules(config: Config, config_dir: Path, data: DataDir) -> JobRules:
     return JobRules(config.jobs.tenants, str(files.root.resolve()), files.user, job_limits(config, files))
 
 
-def job_book(config: Config, store: Store, backend: Backend, files: JobFiles) -> JobBook:
-    """A job book that is not open yet."""
+def job_controller(config: Config, store: Store, backend: Backend, files: JobFiles) -> JobController:
+    """A job controller that is not open yet."""
     if config.jobs.tenants and not config.jobs.user and os.geteuid() == 0:
         log.warning("jobs of tenants run as root", hint="Name another user in [jobs] user, or run Tidemill as one.")
-    return JobBook(store, backend, files, zone=config.timezone, keep_s=config.jobs.keep_days * 86_400)
+    return JobController(store, backend, files, zone=config.timezone, keep_s=config.jobs.keep_days * 86_400)

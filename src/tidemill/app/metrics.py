@@ -13,17 +13,17 @@ from prometheus_client.metrics_core import Metric
 from sqlalchemy import Connection, func, select
 
 from tidemill import __version__
-from tidemill.gateway.routing import ModelSpec
-from tidemill.gateway.tally import Figures, ModelFigures, Standings
+from tidemill.gateway.metrics import MetricsSnapshot, ModelFigures, ProcessGauges
+from tidemill.gateway.routing.models import ModelSpec
 from tidemill.meter.histogram import Histogram
 from tidemill.store.files import UNFINISHED
-from tidemill.store.schema import batches
+from tidemill.store.tables.files import batches
 
 US = 1_000_000
 OF_MODEL = ("model", "tier")
 
 
-class Trough(msgspec.Struct, frozen=True):
+class BatchBacklog(msgspec.Struct, frozen=True):
     """The batches that are not finished."""
 
     open: Mapping[str, int]
@@ -31,7 +31,7 @@ class Trough(msgspec.Struct, frozen=True):
     lines_left: int
 
 
-def read_trough(connection: Connection) -> Trough:
+def read_backlog(connection: Connection) -> BatchBacklog:
     """What is in the store of unfinished batches."""
     rows = connection.execute(
         select(
@@ -42,14 +42,14 @@ def read_trough(connection: Connection) -> Trough:
         .where(batches.c.status.in_(UNFINISHED))
         .group_by(batches.c.status)
     ).all()
-    return Trough({row[0]: row[1] for row in rows}, sum(int(row[2]) for row in rows))
+    return BatchBacklog({row[0]: row[1] for row in rows}, sum(int(row[2]) for row in rows))
 
 
-class Standing(msgspec.Struct, frozen=True, kw_only=True):
+class PlatformMetrics(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that a page of metrics is made of."""
 
-    figures: Figures
-    standings: Sequence[Standings]
+    figures: MetricsSnapshot
+    gauges: Sequence[ProcessGauges]
     """One of each gateway process."""
     gateways_ready: int
     gateway_restarts: int
@@ -62,11 +62,11 @@ class Standing(msgspec.Struct, frozen=True, kw_only=True):
     lag_s: float
     started_at: float
     """Seconds since 1970 UTC."""
-    trough: Trough | None
+    backlog: BatchBacklog | None
     """None when the store does not answer."""
 
 
-def families(now: Standing) -> Iterator[Metric]:
+def families(now: PlatformMetrics) -> Iterator[Metric]:
     """The page, family by family."""
     info = GaugeMetricFamily("tidemill_info", "The program that runs.", labels=["version"])
     info.add_metric([__version__], 1)
@@ -76,17 +76,17 @@ def families(now: Standing) -> Iterator[Metric]:
     yield from _fleet(now)
     yield from _hedges(now.figures)
     yield from _meter(now)
-    if now.trough is not None:
-        trough = GaugeMetricFamily("tidemill_batches_open", "Batches that are not finished.", labels=["status"])
+    if now.backlog is not None:
+        backlog = GaugeMetricFamily("tidemill_batches_open", "Batches that are not finished.", labels=["status"])
         for status in sorted(UNFINISHED):
-            trough.add_metric([status], now.trough.open.get(status, 0))
-        yield trough
+            backlog.add_metric([status], now.backlog.open.get(status, 0))
+        yield backlog
         yield _gauge(
-            "tidemill_batch_lines_left", "Lines of unfinished batches without a result.", now.trough.lines_left
+            "tidemill_batch_lines_left", "Lines of unfinished batches without a result.", now.backlog.lines_left
         )
 
 
-def _requests(figures: Figures) -> Iterator[Metric]:
+def _requests(figures: MetricsSnapshot) -> Iterator[Metric]:
     requests = CounterMetricFamily(
         "tidemill_requests", "Metered requests, by how they ended.", labels=[*OF_MODEL, "status"]
     )
@@ -130,14 +130,14 @@ def _requests(figures: Figures) -> Iterator[Metric]:
         yield family
 
 
-def _fleet(now: Standing) -> Iterator[Metric]:
+def _fleet(now: PlatformMetrics) -> Iterator[Metric]:
     active: Counter[str] = Counter()
     queued: Counter[str] = Counter()
     broken: Counter[str] = Counter()
-    for standings in now.standings:
-        active.update(standings.active)
-        queued.update(standings.queued)
-        broken.update(standings.broken)
+    for gauges in now.gauges:
+        active.update(gauges.active)
+        queued.update(gauges.queued)
+        broken.update(gauges.broken)
     of_replica = ["model", "replica"]
     flying = GaugeMetricFamily("tidemill_requests_in_flight", "Requests at a replica.", labels=of_replica)
     waiting = GaugeMetricFamily("tidemill_requests_queued", "Requests that wait for a full model.", labels=["model"])
@@ -161,7 +161,7 @@ def _fleet(now: Standing) -> Iterator[Metric]:
     yield _counter("tidemill_gateway_restarts", "Gateway processes started again.", now.gateway_restarts)
 
 
-def _hedges(figures: Figures) -> Iterator[Metric]:
+def _hedges(figures: MetricsSnapshot) -> Iterator[Metric]:
     asked = CounterMetricFamily("tidemill_hedges", "Requests that two replicas were asked for.", labels=["model"])
     won = CounterMetricFamily("tidemill_hedges_won", "Those that the second one answered.", labels=["model"])
     for model, count in sorted(figures.hedges.items()):
@@ -170,7 +170,7 @@ def _hedges(figures: Figures) -> Iterator[Metric]:
     yield from (asked, won)
 
 
-def _meter(now: Standing) -> Iterator[Metric]:
+def _meter(now: PlatformMetrics) -> Iterator[Metric]:
     figures = now.figures
     yield _counter("tidemill_lease_shortages", "Holds that had to ask the store for more.", figures.shortages)
     yield _counter("tidemill_log_records", "Records written to the usage logs.", figures.records)
@@ -184,7 +184,7 @@ def _meter(now: Standing) -> Iterator[Metric]:
     yield _gauge("tidemill_loader_lag_seconds", "All that was settled so long ago is stored.", now.lag_s)
 
 
-def _each(figures: Figures) -> Iterator[tuple[str, str, ModelFigures]]:
+def _each(figures: MetricsSnapshot) -> Iterator[tuple[str, str, ModelFigures]]:
     for model, tiers in sorted(figures.models.items()):
         for tier, of_model in sorted(tiers.items()):
             yield model, tier, of_model

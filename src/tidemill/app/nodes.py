@@ -1,9 +1,9 @@
 """The devices of this machine as the configuration has them: declared in `[nodes.local]`, else found."""
 
-from tidemill.app.config import Config
+from tidemill.app.config.schema.platform import Config
 from tidemill.fleet.backend import Device
-from tidemill.fleet.devices import Declared, declared, discover
-from tidemill.fleet.kinds import check_kind, kind_of, memory_of
+from tidemill.fleet.device_kinds import check_kind, kind_of, memory_of
+from tidemill.fleet.devices import DeclaredDevices, declared, discover
 from tidemill.fleet.local import NODE
 
 
@@ -15,7 +15,7 @@ def find_devices(config: Config) -> tuple[Device, ...]:
     node = config.nodes.get(NODE)
     if node is not None and node.devices:
         key = f"nodes.{NODE}.devices"
-        entries = [Declared(check_kind(key, each.kind), each.count, each.memory_gib) for each in node.devices]
+        entries = [DeclaredDevices(check_kind(key, each.kind), each.count, each.memory_gib) for each in node.devices]
         devices = declared(NODE, entries, {entry.kind: memory_of(entry.kind) for entry in entries})
     else:
         devices = discover(NODE, kind_of)

@@ -1,8 +1,10 @@
-"""Looking after upstreams: a coarse question whether each is well, asked by the supervisor for all gateway processes.
+"""Probes of upstreams: whether each is well.
+
+It is a coarse question, asked by the supervisor for all gateway processes.
 
 Engines of one's own are watched by their own guard (`fleet.replica`). What a probe sees of an upstream comes on top of
-what the gateways learn from real requests (`gateway.breaker`): it finds an outage that no request has met yet, and
-the end of one, so that nobody has to be the guinea pig.
+what the gateways learn from real requests (`gateway.routing.circuit_breaker`): it finds an outage that no request has
+met yet, and the end of one, so that nobody has to be the guinea pig.
 """
 
 import asyncio
@@ -11,7 +13,7 @@ from collections.abc import Awaitable, Callable
 
 import structlog
 
-TIMEOUT_S = 5.0
+_TIMEOUT_S = 5.0
 FAILURES = 2
 """Probes that fail one after the other before an upstream is left out."""
 AGAIN_S = 1.0
@@ -24,7 +26,10 @@ StatusOf = Callable[[str, bytes, float, str | None], Awaitable[int | None]]
 
 
 class UpstreamProbe:
-    """Asks one upstream, `every_s` seconds; `ready` is what it has found. 0 seconds: it is taken for well, always."""
+    """Asks one upstream, `every_s` seconds; `ready` is what it has found.
+
+    0 seconds: it is taken for well, always.
+    """
 
     def __init__(
         self,
@@ -75,9 +80,9 @@ class UpstreamProbe:
         """Whether it answers: `/health` where it has one, else its list of models. A refusal is an answer too."""
         if self._has_health:
             root = self.base_url.rstrip("/").removesuffix("/v1")
-            status = await self._get(root, b"/health", TIMEOUT_S, self._api_key)
+            status = await self._get(root, b"/health", _TIMEOUT_S, self._api_key)
             if status is None or status == 200 or status >= 500:
                 return status == 200
             self._has_health = False
-        status = await self._get(self.base_url, b"/models", TIMEOUT_S, self._api_key)
+        status = await self._get(self.base_url, b"/models", _TIMEOUT_S, self._api_key)
         return status is not None and status < 500

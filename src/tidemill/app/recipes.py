@@ -1,4 +1,7 @@
-"""What the configuration says of models with engines of our own, as the fleet needs it: recipes, and their weights."""
+"""What the configuration says of models with engines of our own, as the fleet needs it.
+
+Recipes, and their weights.
+"""
 
 import importlib.util
 import sys
@@ -7,16 +10,16 @@ from pathlib import Path
 
 import msgspec
 
-from tidemill.app.config import Config
-from tidemill.app.fleet_config import GPU_ENGINES, OWN_ENGINES, FleetConfig
-from tidemill.app.model_config import ModelConfig
-from tidemill.engines.launch import Command, EngineLaunch, MultiNode
+from tidemill.app.config.schema.fleet import FleetConfig
+from tidemill.app.config.schema.models import GPU_ENGINES, OWN_ENGINES, ModelConfig
+from tidemill.app.config.schema.platform import Config
+from tidemill.engines.launch import CommandLine, EngineLaunch, MultiNode
 from tidemill.engines.llamacpp_child import LlamaCppLaunch
-from tidemill.engines.own import CONTROLS, LAUNCHERS, PROGRAMS
+from tidemill.engines.registry import CONTROLS, LAUNCHERS, PROGRAMS
 from tidemill.errors import ConfigError
 from tidemill.fleet.backend import Device
-from tidemill.fleet.kinds import canonical
-from tidemill.fleet.recipe import MakeCommand, Recipe, Version
+from tidemill.fleet.device_kinds import canonical
+from tidemill.fleet.recipe import MakeCommand, Recipe, WeightsVersion
 
 EMBEDDED_CONTEXT = 4096
 
@@ -38,7 +41,7 @@ def recipe_of(name: str, model: ModelConfig, fleet: FleetConfig, config_dir: Pat
         engine=model.engine,
         command=command_of(name, model),
         control=CONTROLS[model.engine],
-        version=Version(model.version, weights_of(name, model, model.path, config_dir)),
+        version=WeightsVersion(model.version, weights_of(name, model, model.path, config_dir)),
         devices=devices_of(model),
         kinds=tuple(canonical(kind) for kind in model.kinds),
         spans=model.engine in GPU_ENGINES,
@@ -63,7 +66,7 @@ def command_of(name: str, model: ModelConfig) -> MakeCommand:
         return llamacpp_command(name, model)
     make = gpu_command(name, model)
     try:
-        make(Version(path=name), (), None)
+        make(WeightsVersion(path=name), (), None)
     except ConfigError as error:
         raise ConfigError(f"models.{name}.launch.{error.message}", hint=error.hint) from error
     return make
@@ -73,7 +76,7 @@ def gpu_command(name: str, model: ModelConfig) -> MakeCommand:
     """vLLM's or SGLang's own server (`engines.vllm`, `engines.sglang`)."""
     keys = model.launch
 
-    def command(version: Version, devices: Sequence[Device], part: MultiNode | None) -> Command:
+    def command(version: WeightsVersion, devices: Sequence[Device], part: MultiNode | None) -> CommandLine:
         launch = EngineLaunch(
             model=version.path,
             served_name=model.upstream_model or name,
@@ -97,7 +100,7 @@ def gpu_command(name: str, model: ModelConfig) -> MakeCommand:
             extra_args=keys.extra_args,
         )
         made = LAUNCHERS[model.engine].command(launch, keys.command or PROGRAMS[model.engine])
-        return Command(made.argv, {**made.env, **keys.env})
+        return CommandLine(made.argv, {**made.env, **keys.env})
 
     return command
 
@@ -105,7 +108,7 @@ def gpu_command(name: str, model: ModelConfig) -> MakeCommand:
 def llamacpp_command(name: str, model: ModelConfig) -> MakeCommand:
     """The child process that runs llama.cpp (`engines.llamacpp_child`)."""
 
-    def command(version: Version, devices: Sequence[Device], part: MultiNode | None) -> Command:
+    def command(version: WeightsVersion, devices: Sequence[Device], part: MultiNode | None) -> CommandLine:
         launch = LlamaCppLaunch(
             path=version.path,
             alias=name,
@@ -113,10 +116,10 @@ def llamacpp_command(name: str, model: ModelConfig) -> MakeCommand:
             context=model.context or EMBEDDED_CONTEXT,
             parallel=model.parallel,
             threads=model.threads or threads_for(model, devices),
-            embeddings=model.embeddings,
+            embeddings="rank" if model.reranking else model.embeddings,
         )
         line = msgspec.json.encode(launch).decode().replace(f'"port":{PORT}', '"port":{port}')
-        return Command((sys.executable, "-m", "tidemill.engines.llamacpp_child", line))
+        return CommandLine((sys.executable, "-m", "tidemill.engines.llamacpp_child", line))
 
     return command
 
@@ -126,7 +129,10 @@ PORT = 65_535
 
 
 def threads_for(model: ModelConfig, devices: Sequence[Device]) -> int:
-    """The CPU threads of a replica: one for each of its slots; 0, llama.cpp's own choice, for one that has them all."""
+    """The CPU threads of a replica: one for each of its slots.
+
+    0, llama.cpp's own choice, for one that has them all.
+    """
     _, high = model.replica_bounds
     if model.devices is None and high == 1:
         return 0

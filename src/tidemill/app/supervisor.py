@@ -1,4 +1,7 @@
-"""The supervisor: `tidemill up`. It starts the parts in order, keeps them alive, and stops them in order."""
+"""The supervisor: `tidemill up`.
+
+It starts the parts in order, keeps them alive, and stops them in order.
+"""
 
 import asyncio
 import os
@@ -11,34 +14,31 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import structlog
-from granian.constants import Interfaces
-from granian.server.embed import Server as ControlServer
 from prometheus_client.metrics_core import Metric
 
 from tidemill import __version__
 from tidemill.app.batches import BatchProcess
 from tidemill.app.bootstrap import FirstTenant, prepare_store
-from tidemill.app.config import Config
+from tidemill.app.config.schema.platform import Config
+from tidemill.app.control_server import ControlServer
 from tidemill.app.datadir import DataDir, Runtime
 from tidemill.app.fleet import Fleet
 from tidemill.app.gateways import Gateways
-from tidemill.app.jobs import job_book, job_files, job_limits
-from tidemill.app.metering import Metering
-from tidemill.app.metrics import Standing, Trough, families, read_trough
-from tidemill.app.rolling import Rolling
+from tidemill.app.jobs import job_controller, job_files, job_limits
+from tidemill.app.meter_service import MeterService
+from tidemill.app.metrics import BatchBacklog, PlatformMetrics, families, read_backlog
+from tidemill.app.platform_state import PlatformState, ServedModelState, model_states, reachable
+from tidemill.app.rolls import PlatformRolls
 from tidemill.app.tide import Tide
-from tidemill.errors import Conflict, TidemillError, Unavailable
-from tidemill.fleet.history import History
+from tidemill.errors import TidemillError, Unavailable
+from tidemill.fleet.history import DemandHistory
 from tidemill.fleet.roll import RollState
-from tidemill.fleet.standing import FleetState
-from tidemill.ledger.money import Nanos, parse_amount
-from tidemill.ledger.pricing import Price
+from tidemill.fleet.status import FleetStatus
 from tidemill.meter.reconcile import ReconcileReport
 from tidemill.store.engine import Store, open_store, store_url
 from tidemill.store.job_files import JobFiles
-from tidemill.store.job_wish import JobLimits
+from tidemill.store.job_submission import JobLimits
 from tidemill.store.keys import digest_of
 from tidemill.tides.state import Phase
 
@@ -50,30 +50,6 @@ log = structlog.get_logger()
 ControlApp = Callable[["Supervisor", str], Any]
 """Makes the control plane's ASGI application from the platform and the SHA-256 of the admin token."""
 Progress = Callable[[str], None]
-
-
-class ModelState(msgspec.Struct, frozen=True):
-    """A model as the control plane shows it."""
-
-    name: str
-    engine: str
-    state: str
-    replicas_ready: int
-    replicas_total: int
-    endpoint: str | None
-    cost_per_hour: Nanos
-    token_cost: Price | None = None
-
-
-class PlatformState(msgspec.Struct, frozen=True):
-    """How the platform does."""
-
-    version: str
-    state: str
-    started_at: datetime
-    gateway_url: str
-    workers_ready: int
-    workers_total: int
 
 
 class Supervisor:
@@ -104,7 +80,7 @@ class Supervisor:
         self._state = "starting"
         self._started_at = datetime.now(UTC)
         self._internal_token = secrets.token_urlsafe(32)
-        """See `gateway.internal`: made anew at each start, stored nowhere."""
+        """See `gateway.auth.internal_token`: made anew at each start, stored nowhere."""
         self.first_tenant: FirstTenant | None = None
 
     # What the control plane asks for
@@ -129,11 +105,11 @@ class Supervisor:
 
     @property
     def url(self) -> str:
-        return f"http://{_reachable(self.config.host)}:{self.port}/v1"
+        return f"http://{reachable(self.config.host)}:{self.port}/v1"
 
     @property
     def control_url(self) -> str:
-        return f"http://{_reachable(self.config.control_host)}:{self.control_port}"
+        return f"http://{reachable(self.config.control_host)}:{self.control_port}"
 
     async def drain_usage(self) -> None:
         """All that was settled until now is in the store afterwards, as far as it can be loaded."""
@@ -147,23 +123,8 @@ class Supervisor:
         """The gateways have loaded what the store holds now."""
         await self._gateways.refresh()
 
-    def models(self) -> list[ModelState]:
-        states = []
-        for spec in self._fleet.specs():
-            ready = sum(replica.ready for replica in spec.replicas)
-            states.append(
-                ModelState(
-                    name=spec.name,
-                    engine=spec.engine,
-                    state="ready" if ready else "starting",
-                    replicas_ready=ready,
-                    replicas_total=len(spec.replicas),
-                    endpoint=next((replica.base_url for replica in spec.replicas if replica.ready), None),
-                    cost_per_hour=parse_amount(self.config.models[spec.name].cost_per_hour),
-                    token_cost=None if spec.cost is None else spec.cost.price,
-                )
-            )
-        return states
+    def models(self) -> list[ServedModelState]:
+        return model_states(self._fleet.specs(), self.config.models)
 
     def status(self) -> PlatformState:
         processes = self._gateways.processes
@@ -195,8 +156,8 @@ class Supervisor:
     def rolls(self) -> list[RollState]:
         return self._rolling.states()
 
-    def fleet(self) -> FleetState:
-        return self._tide.standing()
+    def fleet(self) -> FleetStatus:
+        return self._tide.status()
 
     async def drain(self, name: str, why: str) -> None:
         await self._tide.drain(name, why)
@@ -212,16 +173,16 @@ class Supervisor:
         """The figures of `/metrics`, as of now. Those that only the store has are left out while it is away."""
         try:
             async with asyncio.timeout(METRICS_PATIENCE_S):
-                trough = await asyncio.to_thread(self._read_trough)
+                backlog = await asyncio.to_thread(self._read_backlog)
         except (TidemillError, TimeoutError):
-            trough = None
+            backlog = None
         processes = self._gateways.processes
         loader = self._metering.loader
         return list(
             families(
-                Standing(
+                PlatformMetrics(
                     figures=self._gateways.figures(),
-                    standings=[process.standings for process in processes],
+                    gauges=[process.gauges for process in processes],
                     gateways_ready=sum(process.listening for process in processes),
                     gateway_restarts=sum(process.restarts for process in processes),
                     specs=self._fleet.specs(),
@@ -233,19 +194,21 @@ class Supervisor:
                     ),
                     lag_s=max(time.monotonic() - loader.complete_at, 0.0),
                     started_at=self._started_at.timestamp(),
-                    trough=trough,
+                    backlog=backlog,
                 )
             )
         )
 
-    def _read_trough(self) -> Trough:
+    def _read_backlog(self) -> BatchBacklog:
         with self.store.read() as connection:
-            return read_trough(connection)
+            return read_backlog(connection)
 
-    # Its life
+    # Start, stop
 
     async def run(self, ready: Callable[["Supervisor"], None]) -> bool:
-        """Start everything, call `ready`, run until a signal, stop in order. True when all open requests finished.
+        """Start everything, call `ready`, run until a signal, stop in order.
+
+        True when all open requests finished.
 
         Raises TidemillError when it cannot start; then nothing is left running.
         """
@@ -275,16 +238,16 @@ class Supervisor:
         self.first_tenant = await asyncio.to_thread(
             prepare_store, store, self.config, lambda key: self.data.write("first-key", key + "\n")
         )
-        self._metering = Metering(store, self.data, zone=self.config.timezone, progress=self._progress)
+        self._metering = MeterService(store, self.data, zone=self.config.timezone, progress=self._progress)
         await self._metering.recover()
         if store.is_sqlite:
             await asyncio.to_thread(self._metering.loader.release_strays)
         self._fleet = Fleet(self.config, self._config_dir, self.data, self._models_changed)
         self._metering.watch(self._fleet)
-        self._rolling = Rolling(self.config, self.data, self._fleet.replicas)
+        self._rolling = PlatformRolls(self.config, self.data, self._fleet.replicas)
         self._rolling.restore()
         self._job_files = await asyncio.to_thread(job_files, self.config, self._config_dir, self.data)
-        self.jobs = job_book(self.config, store, self._fleet.backend, self._job_files)
+        self.jobs = job_controller(self.config, store, self._fleet.backend, self._job_files)
         self.jobs.shared = self._fleet.replicas.shared
         self._fleet.replicas.held_elsewhere = lambda: {device for job in self.jobs.views() for device in job.on}
         self._gateways = Gateways(
@@ -314,14 +277,16 @@ class Supervisor:
             self._batches,
             self.jobs,
             store,
-            history=History(store),
+            history=DemandHistory(store),
             rolling=lambda: {state.model for state in self.rolls() if state.under_way},
         )
         await self._tide.open()
         self._progress("starting the engines and the gateway")
         await self._fleet.start()
         await self.jobs.open()
-        await self._start_control()
+        app = self._control_app(self, digest_of(self.data.admin_token()))
+        self._control = ControlServer(app, self.config.control_host, self.control_port)
+        await self._control.start()
         self._gateways.heard = self._tide.note_load
         await self._gateways.start()
         self._tide.start()
@@ -351,26 +316,6 @@ class Supervisor:
                 async with asyncio.timeout(0.05):
                     await self._stop.wait()
 
-    async def _start_control(self) -> None:
-        app = self._control_app(self, digest_of(self.data.admin_token()))
-        self._control = ControlServer(
-            app,
-            address=self.config.control_host,
-            port=self.control_port,
-            interface=Interfaces.ASGI,
-            log_enabled=False,
-            websockets=False,
-        )
-        try:
-            await _try_port(self.config.control_host, self.control_port)
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise Conflict(
-                f"Port {self.control_port} cannot be listened on: {reason}.",
-                hint="Another program uses it; choose another with --control-port.",
-            ) from error
-        self._control_task: asyncio.Task[None] = asyncio.create_task(self._control.serve())
-
     async def _shut_down(self) -> bool:
         finished = True
         if hasattr(self, "_gateways"):
@@ -395,11 +340,8 @@ class Supervisor:
             with suppress(TidemillError):
                 await self._metering.sample()
             await self._fleet.stop()
-        if hasattr(self, "_control_task"):
-            self._control.stop()  # type: ignore[no-untyped-call]
-            with suppress(TimeoutError):
-                async with asyncio.timeout(5.0):
-                    await asyncio.gather(self._control_task, return_exceptions=True)
+        if hasattr(self, "_control"):
+            await self._control.stop()
         if hasattr(self, "_metering"):
             await self._metering.close()
         if self._store is not None:
@@ -427,14 +369,3 @@ class Supervisor:
 
     def _gateway_ended(self) -> None:
         """Nothing to do at once: the loader finds the directory of the dead process unlocked and finishes it."""
-
-
-def _reachable(host: str) -> str:
-    return "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
-
-
-async def _try_port(host: str, port: int) -> None:
-    """Raises OSError when the address cannot be listened on."""
-    server = await asyncio.get_running_loop().create_server(asyncio.Protocol, host, port)
-    server.close()
-    await server.wait_closed()

@@ -1,5 +1,7 @@
-"""The tide on this platform: what the gateways report, what is remembered and what waits, made into what the fleet's
-controller plans with; and how many lines of batches may run at each moment.
+"""The tide on this platform: what the fleet's controller plans with.
+
+It is made of what the gateways report, what is remembered and what waits. And how many lines of batches may run at each
+moment.
 """
 
 import asyncio
@@ -13,26 +15,25 @@ import msgspec
 import structlog
 
 from tidemill.app.batches import BatchProcess
-from tidemill.app.config import Config
+from tidemill.app.config.schema.models import ModelConfig
+from tidemill.app.config.schema.platform import Config
 from tidemill.app.fleet import Fleet, objective_of
-from tidemill.app.model_config import ModelConfig
 from tidemill.errors import NotFound
 from tidemill.fleet.backend import Node
-from tidemill.fleet.controller import LIVING, Controller, JobBook
-from tidemill.fleet.history import History
-from tidemill.fleet.placing import share_of_slots
+from tidemill.fleet.controller import LIVING, FleetController, JobSource
+from tidemill.fleet.history import DemandHistory
 from tidemill.fleet.recipe import Recipe
-from tidemill.fleet.replica import Replica, Use
-from tidemill.fleet.standing import FleetState, standing
-from tidemill.fleet.traffic import Meter, Traffic
-from tidemill.gateway.gauge import Load
-from tidemill.store.drained import drain, read_drained, undrain
+from tidemill.fleet.replica import Replica, ReplicaLoadSample
+from tidemill.fleet.static_placement import share_of_slots
+from tidemill.fleet.status import FleetStatus, fleet_status
+from tidemill.fleet.traffic import CapacityMeter, ModelTraffic
+from tidemill.gateway.routing.demand import DemandReport
+from tidemill.store.drains import drain, read_drained, undrain
 from tidemill.store.engine import Store
-from tidemill.tides.rules import RULES
 from tidemill.tides.slack import ReplicaLoad, adapted, filler_slots
 from tidemill.tides.state import BacklogView, Demand, ModelView
 
-TICK_S = 0.2
+_TICK_S = 0.2
 """How often the lines of batches that may run are counted anew, while there are any."""
 ADAPT_S = 1.0
 """How often experience moves the limit of lines inside a replica (`tides.slack.adapted`)."""
@@ -57,8 +58,8 @@ class ModelTide:
         self.config = config
         self.recipe = recipe
         self.objective = objective_of(config)
-        self.traffic = Traffic(now, percentile=self.objective.percentile)
-        self.meter = Meter(measures.get("capacity", 0.0), percentile=self.objective.percentile)
+        self.traffic = ModelTraffic(now, percentile=self.objective.percentile)
+        self.meter = CapacityMeter(measures.get("capacity", 0.0), percentile=self.objective.percentile)
         self.startup_s = measures.get("startup_s", FIRST_STARTUP_S)
         self.seen_startup = "startup_s" in measures
         self.limits: dict[str, float] = {}
@@ -73,27 +74,30 @@ class ModelTide:
         return self.recipe.min_replicas != self.recipe.max_replicas
 
     @property
-    def beside(self) -> bool:
+    def colocated(self) -> bool:
         """Lines run in a replica beside each ordinary one."""
         filler = self.config.filler
         return filler == "beside" or (filler is None and self.recipe.engine == "llamacpp")
 
 
 class Tide:
-    """Plans this platform's fleet; what `fleet.controller.Sight` asks for."""
+    """Plans this platform's fleet; what `fleet.controller.FleetView` asks for."""
 
     def __init__(
         self,
         config: Config,
         fleet: Fleet,
         batches: BatchProcess,
-        jobs: JobBook,
+        jobs: JobSource,
         store: Store,
         *,
-        history: History,
+        history: DemandHistory,
         rolling: Callable[[], Collection[str]],
     ) -> None:
-        """`rolling`: models that are being rolled to another version; who rolls them decides on their replicas."""
+        """`rolling`: models that are being rolled to another version.
+
+        Who rolls them decides on their replicas.
+        """
         self._config = config
         self._fleet = fleet
         self._batches = batches
@@ -101,7 +105,7 @@ class Tide:
         self._history = history
         self._rolling = rolling
         self._models: dict[str, ModelTide] = {}
-        self._loads: dict[int, Load] = {}
+        self._loads: dict[int, DemandReport] = {}
         """What each gateway process has in flight."""
         self._waiting: Mapping[str, int] = {}
         self._done: Counter[str] = Counter()
@@ -109,7 +113,7 @@ class Tide:
         self._drained: dict[str, str] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._adapt_at = 0.0
-        self.controller = Controller(self, fleet.replicas, jobs, rules=msgspec.structs.replace(RULES, turn=True))
+        self.controller = FleetController(self, fleet.replicas, jobs)
 
     async def open(self) -> None:
         """Read what is remembered. Raises Unavailable."""
@@ -139,7 +143,7 @@ class Tide:
 
     # What the gateways report
 
-    def note_load(self, process: int, load: Load | None) -> None:
+    def note_load(self, process: int, load: DemandReport | None) -> None:
         """A gateway process has reported, or has died (None)."""
         now = time.monotonic()
         if load is None:
@@ -157,23 +161,26 @@ class Tide:
         self._fleet.replicas.note_use(self._uses())
 
     def note_waiting(self, waiting: Mapping[str, int]) -> None:
-        """Interactive requests that wait in the gateways, by model: the first for one without a replica starts one."""
+        """Interactive requests that wait in the gateways, by model.
+
+        The first for one without a replica starts one.
+        """
         before, self._waiting = self._waiting, dict(waiting)
         if any(name not in before and not self._ready(name) for name in self._waiting if name in self._models):
             self.controller.poke()
 
-    def _uses(self) -> dict[str, Use]:
-        uses: dict[str, Use] = {}
+    def _uses(self) -> dict[str, ReplicaLoadSample]:
+        uses: dict[str, ReplicaLoadSample] = {}
         for load in self._loads.values():
             for replica, used in load.replicas.items():
-                before = uses.get(replica, Use())
-                uses[replica] = Use(before.people + used.people, before.filler + used.filler)
+                before = uses.get(replica, ReplicaLoadSample())
+                uses[replica] = ReplicaLoadSample(before.people + used.people, before.filler + used.filler)
         return uses
 
     def _ready(self, model: str) -> list[Replica]:
         return [each for each in self._fleet.replicas.of(model) if each.ready and not each.batch_only]
 
-    # What the controller asks for (`fleet.controller.Sight`)
+    # What the controller asks for (`fleet.controller.FleetView`)
 
     def nodes(self) -> Sequence[Node]:
         return self._fleet.replicas.nodes
@@ -184,7 +191,7 @@ class Tide:
     def backlogs(self) -> Sequence[BacklogView]:
         return self._batches.backlogs
 
-    def beside(self) -> Collection[str]:
+    def colocated_models(self) -> Collection[str]:
         now = time.monotonic()
         work = {each.model: sum(part for part, _ in each.parts) for each in self._batches.backlogs}
         wanted = set()
@@ -192,7 +199,7 @@ class Tide:
             left, running = work.get(name, 0.0), now < model.lines_until
             if left >= BESIDE_WORK or (running and left > 0):
                 model.lines_until = now + BESIDE_LINGER_S
-            if model.beside and now < model.lines_until:
+            if model.colocated and now < model.lines_until:
                 wanted.add(name)
         return wanted
 
@@ -252,7 +259,7 @@ class Tide:
 
     async def _keep_ticking(self) -> None:
         while True:
-            await asyncio.sleep(TICK_S)
+            await asyncio.sleep(_TICK_S)
             try:
                 self.tick(time.monotonic())
             except Exception:
@@ -277,8 +284,11 @@ class Tide:
         self._batches.allow(allowed)
 
     def _slots(self, model: ModelTide, replicas: Sequence[Replica], now: float, *, adapt: bool) -> int:
-        """How many lines may be in flight at a model, in all: at replicas that are lent to batches where there are any
-        (lines go nowhere else then), else inside the others as far as their slack allows."""
+        """How many lines may be in flight at a model, in all.
+
+        At replicas that are lent to batches where there are any (lines go nowhere else then), else inside the others as
+        far as their slack allows.
+        """
         slots, most = model.config.slots, model.config.batch_parallel
         lent = [each for each in replicas if each.batch_only and each.ready]
         if lent:
@@ -318,10 +328,10 @@ class Tide:
 
     # What operators ask for
 
-    def standing(self) -> FleetState:
+    def status(self) -> FleetStatus:
         """How the fleet stands, as of the last plan."""
         replicas = list(self._fleet.replicas.replicas.values())
-        return standing(self.nodes(), replicas, self._drained, self.controller.last)
+        return fleet_status(self.nodes(), replicas, self._drained, self.controller.last)
 
     async def drain(self, name: str, why: str) -> None:
         """Take a node or a device out: nothing new starts there, and what runs there moves. Raises NotFound."""

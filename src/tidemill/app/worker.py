@@ -1,7 +1,7 @@
 """A gateway process: `python -m tidemill.app.worker`, started and spoken to by the supervisor.
 
-The supervisor writes JSON lines to its standard input: first a `WorkerSpec`, then `Command`s. The end of standard
-input is the supervisor's death; the process then lets open requests finish for a moment and goes too.
+The supervisor writes JSON lines to its standard input: first a `WorkerSpec`, then `GatewayCommand`s. The end of
+standard input is the supervisor's death; the process then lets open requests finish for a moment and goes too.
 """
 
 import asyncio
@@ -25,42 +25,43 @@ import uvloop
 from sqlalchemy import make_url
 
 from tidemill.app.logs import configure_logs
+from tidemill.child_protocol import Commands, finish_within, report
 from tidemill.errors import Unavailable
-from tidemill.gateway.admission import Admission
-from tidemill.gateway.batches import Batches, BatchRules
-from tidemill.gateway.board import Board
-from tidemill.gateway.door import Door
-from tidemill.gateway.files import FileRules, Files, open_blobs
-from tidemill.gateway.flight import Meter
-from tidemill.gateway.gateway import OPERATIONS, Gateway, RequestIds
-from tidemill.gateway.gauge import Load
-from tidemill.gateway.http import HttpServer
-from tidemill.gateway.internal import InternalRoad
-from tidemill.gateway.jobs import JobRules, TenantJobs
-from tidemill.gateway.key_rules import networks_of
-from tidemill.gateway.limits import Limits
-from tidemill.gateway.queueing import Queues
-from tidemill.gateway.responses_shelf import Shelf, ShelfRules
-from tidemill.gateway.routing import ModelSpec, Routes
-from tidemill.gateway.shares import BEAT_S, Shares
-from tidemill.gateway.tally import Figures, Standings, standings
-from tidemill.meter.leasing import Leasing
+from tidemill.gateway.admission.admission import Admission
+from tidemill.gateway.admission.fair_queue import FairQueues
+from tidemill.gateway.admission.limit_leases import BEAT_S, LimitLeases
+from tidemill.gateway.admission.rate_limits import RateLimits
+from tidemill.gateway.auth.authenticator import Authenticator
+from tidemill.gateway.auth.internal_token import InternalAuth
+from tidemill.gateway.auth.key_policy import networks_of
+from tidemill.gateway.endpoints.app import OPERATIONS, GatewayApp, RequestIds
+from tidemill.gateway.endpoints.batches import BatchEndpoints, BatchRules
+from tidemill.gateway.endpoints.files import FileEndpoints, FileRules, open_blobs
+from tidemill.gateway.endpoints.jobs import JobEndpoints, JobRules
+from tidemill.gateway.metrics import MetricsSnapshot, ProcessGauges, process_gauges
+from tidemill.gateway.protocols.responses.store import ResponseStore, ResponseStoreRules
+from tidemill.gateway.proxy.inflight import GatewayMeter
+from tidemill.gateway.routing.demand import DemandReport
+from tidemill.gateway.routing.models import ModelRoutes, ModelSpec
+from tidemill.gateway.routing.shared_state import SharedReplicaState
+from tidemill.http.server import HttpServer
+from tidemill.meter.balance_leases import BalanceLeases
 from tidemill.meter.live import LiveTable
 from tidemill.meter.loader import LIVE_FILE, claim_directory
 from tidemill.meter.log import UsageLog
 from tidemill.store.engine import open_store
 
 SWEEP_S = 0.25
-FILES_OF_ONES_OWN = 128
+RESERVED_FILES = 128
 """Open files that a gateway process needs for itself: the usage log, the store, files of tenants."""
-FIGURES_EVERY_S = 1.0
-SWEEP_SHELF_S = 600.0
+METRICS_EVERY_S = 1.0
+SWEEP_RESPONSES_S = 600.0
 REPORT_S = 0.1
 """How often the supervisor is told of the load, while it changes: so often the tide decides on filler."""
 ORPHAN_GRACE_S = 5.0
 """How long open requests may go on after the supervisor was killed."""
 
-SHELF_GRACE_S = 5.0
+RESPONSES_GRACE_S = 5.0
 """How long a stop waits for kept responses to be written."""
 
 log = structlog.get_logger()
@@ -89,15 +90,15 @@ class WorkerSpec(msgspec.Struct, kw_only=True):
     batch: BatchRules
     jobs: JobRules | None = None
     internal_token: str
-    """See `gateway.internal`."""
+    """See `gateway.auth.internal_token`."""
     board: str | None = None
-    """See `gateway.board`."""
-    responses: ShelfRules = ShelfRules()
+    """See `gateway.routing.shared_state`."""
+    responses: ResponseStoreRules = ResponseStoreRules()
     charge_header: bool = False
     """Answers say what they cost."""
 
 
-class Command(msgspec.Struct, kw_only=True):
+class GatewayCommand(msgspec.Struct, kw_only=True):
     """What the supervisor asks for later on."""
 
     do: Literal["models", "refresh", "stop"]
@@ -106,7 +107,7 @@ class Command(msgspec.Struct, kw_only=True):
     ticket: int = 0
 
 
-class Report(msgspec.Struct, kw_only=True):
+class GatewayReport(msgspec.Struct, kw_only=True):
     """What the gateway process tells the supervisor."""
 
     say: Literal["listening", "failed", "refreshed", "stopped", "load", "figures"]
@@ -117,56 +118,49 @@ class Report(msgspec.Struct, kw_only=True):
     """Requests in flight, by model."""
     waiting: dict[str, int] = {}
     """Interactive requests that wait for their turn, or for a replica, by model, where any do."""
-    load: Load | None = None
-    figures: Figures | None = None
-    standings: Standings | None = None
+    load: DemandReport | None = None
+    figures: MetricsSnapshot | None = None
+    gauges: ProcessGauges | None = None
     """For `/metrics`, once a second."""
 
 
-_decode_command = msgspec.json.Decoder(Command).decode
-
-
-def tell(report: Report) -> None:
-    """Write a line to the supervisor. A supervisor that is gone is noticed elsewhere."""
-    with contextlib.suppress(OSError):
-        os.write(1, msgspec.json.encode(report) + b"\n")
-
-
-async def serve(spec: WorkerSpec, commands: asyncio.StreamReader) -> None:
+async def serve(spec: WorkerSpec, commands: Commands) -> None:
     """Run the data plane until the supervisor says stop or is gone."""
     loop = asyncio.get_running_loop()
     store = open_store(make_url(spec.store_url))
     executor = ThreadPoolExecutor(2, thread_name_prefix="store")
     directory, _lock = claim_directory(Path(spec.meter_dir), spec.worker_id)
-    meter = Meter(
+    meter = GatewayMeter(
         UsageLog(directory, loop),
         LiveTable(directory / LIVE_FILE),
-        Leasing(store, spec.worker_id, executor),
+        BalanceLeases(store, spec.worker_id, executor),
         tells_charge=spec.charge_header,
     )
     proxies = networks_of(spec.trusted_proxies)
-    door = Door(store, executor, InternalRoad(spec.internal_token), proxies=proxies)
-    board = Board(Path(spec.board), spec.index, spec.workers) if spec.board is not None else None
-    routes = Routes(loop, board, spec.workers)
-    queues = Queues(spec.index, spec.workers, time.monotonic)
+    authenticator = Authenticator(store, executor, InternalAuth(spec.internal_token), proxies=proxies)
+    board = SharedReplicaState(Path(spec.board), spec.index, spec.workers) if spec.board is not None else None
+    routes = ModelRoutes(loop, board, spec.workers)
+    queues = FairQueues(spec.index, spec.workers, time.monotonic)
     for each in (routes, queues):
         each.update(spec.models)
     # With a thread of its own: a request that waits for permits must not wait for something else's transaction.
-    limits = Limits(Shares(store, spec.worker_id, ThreadPoolExecutor(1, thread_name_prefix="limits")), spec.zone)
-    door.on_news = limits.update
+    limits = RateLimits(
+        LimitLeases(store, spec.worker_id, ThreadPoolExecutor(1, thread_name_prefix="limits")), spec.zone
+    )
+    authenticator.on_news = limits.update
     admission = Admission(meter.leasing, limits, queues)
     clerks = ThreadPoolExecutor(4, thread_name_prefix="files")
-    files = Files(door, store, await asyncio.to_thread(open_blobs, spec.files), spec.files, clerks)
-    batches = Batches(door, store, spec.batch, clerks, operations=OPERATIONS)
-    jobs = TenantJobs(door, store, spec.jobs, clerks).routes if spec.jobs is not None else {}
-    shelf = Shelf(store, spec.responses)
-    gateway = Gateway(
-        door,
+    files = FileEndpoints(authenticator, store, await asyncio.to_thread(open_blobs, spec.files), spec.files, clerks)
+    batches = BatchEndpoints(authenticator, store, spec.batch, clerks, operations=OPERATIONS)
+    jobs = JobEndpoints(authenticator, store, spec.jobs, clerks).routes if spec.jobs is not None else {}
+    response_store = ResponseStore(store, spec.responses)
+    gateway = GatewayApp(
+        authenticator,
         routes,
         meter,
         started_at=int(time.time()),
         admission=admission,
-        shelf=shelf if shelf.open else None,
+        response_store=response_store if response_store.open else None,
         more={**files.routes, **batches.routes, **jobs},
     )
     server = HttpServer(
@@ -175,160 +169,155 @@ async def serve(spec: WorkerSpec, commands: asyncio.StreamReader) -> None:
         loop=loop,
         max_body_bytes=spec.max_body_bytes,
         write_timeout_s=spec.write_timeout_s,
-        streamed=Files.streamed,
+        streamed=FileEndpoints.streamed,
         lets_in=gateway.lets_in,
         max_connections=min(spec.max_connections, _room_for_connections()),
     )
-    await door.renew()
+    await authenticator.renew()
     try:
         await server.listen(spec.host, spec.port, reuse_port=spec.reuse_port)
     except OSError as error:
-        tell(Report(say="failed", message=error.strerror or str(error)))
+        report(GatewayReport(say="failed", message=error.strerror or str(error)))
         return
     # What is alive now lives for ever; the collector need not look at it again, and need not look often.
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
-    tell(Report(say="listening"))
+    report(GatewayReport(say="listening"))
     stop = asyncio.Event()
     chores = [
         asyncio.create_task(chore)
         for chore in (
             _sweep(routes),
-            _tell_load(routes, queues),
-            _keep_house(door, meter),
+            _report_load(routes, queues),
+            _keep_house(authenticator, meter),
             _watch_disk(meter, stop),
-            _keep_shares(limits.shares),
-            _tell_figures(meter, routes, queues),
-            *([_sweep_shelf(shelf)] if spec.index == 0 else []),
+            _keep_limit_leases(limits.shares),
+            _report_metrics(meter, routes, queues),
+            *([_sweep_responses(response_store)] if spec.index == 0 else []),
         )
     ]
-    grace_s = await _obey(commands, door, routes, queues, meter, stop)
+    grace_s = await _obey(commands, authenticator, routes, queues, meter, stop)
     finished = await _let_finish(server, commands, grace_s)
     if not finished:
         await server.cut_off()
     for chore in chores:
         chore.cancel()
-    await shelf.close(within_s=SHELF_GRACE_S)
+    await response_store.close(within_s=RESPONSES_GRACE_S)
     await limits.shares.give_back()
     await meter.leasing.return_idle(all_of_it=True)
     meter.log.close()
-    tell(figures_of(meter, routes, queues))
-    tell(Report(say="stopped", all_finished=finished))
+    report(figures_of(meter, routes, queues))
+    report(GatewayReport(say="stopped", all_finished=finished))
     executor.shutdown(wait=False)
     clerks.shutdown(wait=False)
 
 
 def _room_for_connections() -> int:
-    """How many clients the open files that are allowed have room for: each may need one more, toward an engine."""
+    """How many clients the open files that are allowed have room for.
+
+    Each may need one more, toward an engine.
+    """
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max((files - FILES_OF_ONES_OWN) // 2, 1)
+    return max((files - RESERVED_FILES) // 2, 1)
 
 
 async def _obey(
-    commands: asyncio.StreamReader, door: Door, routes: Routes, queues: Queues, meter: Meter, stop: asyncio.Event
+    commands: Commands,
+    authenticator: Authenticator,
+    routes: ModelRoutes,
+    queues: FairQueues,
+    meter: GatewayMeter,
+    stop: asyncio.Event,
 ) -> float:
     """Carry out the supervisor's commands; returns the grace period when it is time to stop."""
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     stopped = asyncio.create_task(stop.wait())
     while True:
-        line_task = asyncio.create_task(commands.readline())
-        await asyncio.wait([line_task, stopped], return_when=asyncio.FIRST_COMPLETED)
-        if not line_task.done():
-            line_task.cancel()
-            await asyncio.wait([line_task])
+        command = await commands.next(GatewayCommand, until=stopped)
+        if command is None:
             return ORPHAN_GRACE_S
-        line = line_task.result()
-        if not line:
-            return ORPHAN_GRACE_S
-        command = _decode_command(line)
         match command.do:
             case "models":
                 routes.update(command.models)
                 queues.update(command.models)
             case "refresh":
                 meter.leasing.refresh()
-                await door.renew()
-                tell(Report(say="refreshed", ticket=command.ticket))
+                await authenticator.renew()
+                report(GatewayReport(say="refreshed", ticket=command.ticket))
             case "stop":
                 return command.grace_s
 
 
-async def _let_finish(server: HttpServer, commands: asyncio.StreamReader, grace_s: float) -> bool:
-    """Let open requests finish for `grace_s` seconds, or less when the supervisor says stop once more or dies; True
-    when all of them did.
+async def _let_finish(server: HttpServer, commands: Commands, grace_s: float) -> bool:
+    """Let open requests finish for `grace_s` seconds; True when all of them did.
+
+    It is less when the supervisor says stop once more or dies.
     """
     stopping = asyncio.create_task(server.stop(grace_s))
-    while not stopping.done():
-        line_task = asyncio.create_task(commands.readline())
-        await asyncio.wait([line_task, stopping], return_when=asyncio.FIRST_COMPLETED)
-        if not line_task.done():
-            line_task.cancel()
-            break
-        line = line_task.result()
-        command = _decode_command(line) if line else Command(do="stop", grace_s=ORPHAN_GRACE_S)
-        if command.do == "stop":
-            await asyncio.wait([stopping], timeout=command.grace_s)
-            stopping.cancel()
-            break
+    await finish_within(stopping, commands, GatewayCommand, orphan_grace_s=ORPHAN_GRACE_S)
+    stopping.cancel()
     return server.working == 0
 
 
-async def _sweep(routes: Routes) -> None:
+async def _sweep(routes: ModelRoutes) -> None:
     loop = asyncio.get_running_loop()
     while True:
         await asyncio.sleep(SWEEP_S)
         routes.sweep(loop.time())
 
 
-async def _tell_load(routes: Routes, queues: Queues) -> None:
-    """Tell the supervisor of the load when it has changed, and at once when somebody waits for a model at zero."""
+async def _report_load(routes: ModelRoutes, queues: FairQueues) -> None:
+    """Tell the supervisor of the load when it has changed.
+
+    It is told at once when somebody waits for a model at zero.
+    """
     wanted = asyncio.Event()
-    routes.waking.on_wanted = wanted.set
-    told: Report | None = None
+    routes.activator.on_wanted = wanted.set
+    told: GatewayReport | None = None
     while True:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(REPORT_S):
                 await wanted.wait()
         wanted.clear()
         active = {name: route.active for name, route in routes.by_name.items()}
-        waiting = routes.waking.waiting
+        waiting = routes.activator.waiting
         for name, people in queues.people_waiting().items():
             waiting[name] = waiting.get(name, 0) + people
-        report = Report(say="load", active=active, waiting=waiting, load=routes.take_load())
-        if report != told:
-            told = report
-            tell(report)
+        load = GatewayReport(say="load", active=active, waiting=waiting, load=routes.take_load())
+        if load != told:
+            told = load
+            report(load)
 
 
-async def _sweep_shelf(shelf: Shelf) -> None:
+async def _sweep_responses(response_store: ResponseStore) -> None:
     """Forget responses that are too old; one process does it for all."""
     while True:
         try:
-            await shelf.sweep()
+            await response_store.sweep()
         except Unavailable:
             log.warning("responses that are too old cannot be deleted now: the store does not answer")
         except Exception:
             log.exception("responses that are too old cannot be deleted")
-        await asyncio.sleep(SWEEP_SHELF_S)
+        await asyncio.sleep(SWEEP_RESPONSES_S)
 
 
-async def _tell_figures(meter: Meter, routes: Routes, queues: Queues) -> None:
+async def _report_metrics(meter: GatewayMeter, routes: ModelRoutes, queues: FairQueues) -> None:
     """Once a second, where anything has changed: what `/metrics` shows of this process."""
     told = b""
     while True:
-        await asyncio.sleep(FIGURES_EVERY_S)
-        report = figures_of(meter, routes, queues)
-        encoded = msgspec.json.encode(report)
+        await asyncio.sleep(METRICS_EVERY_S)
+        figures = figures_of(meter, routes, queues)
+        encoded = msgspec.json.encode(figures)
         if encoded != told and _heard():
             told = encoded
-            tell(report)
+            report(figures)
 
 
-def figures_of(meter: Meter, routes: Routes, queues: Queues) -> Report:
+def figures_of(meter: GatewayMeter, routes: ModelRoutes, queues: FairQueues) -> GatewayReport:
     """What this process has counted, and how it stands."""
-    figures = meter.tally.figures(meter.leasing, meter.log)
-    return Report(say="figures", figures=figures, standings=standings(routes, queues.queued()))
+    figures = meter.metrics.figures(meter.leasing, meter.log)
+    return GatewayReport(say="figures", figures=figures, gauges=process_gauges(routes, queues.queued()))
 
 
 def _heard() -> bool:
@@ -340,27 +329,33 @@ def _heard() -> bool:
     return not unread
 
 
-async def _keep_shares(shares: Shares) -> None:
+async def _keep_limit_leases(shares: LimitLeases) -> None:
     """Once a second: report what was taken of limits, and give back what is not needed."""
     while True:
         await asyncio.sleep(BEAT_S)
         await shares.beat()
 
 
-async def _keep_house(door: Door, meter: Meter) -> None:
-    """Once a second: news from the store, and idle leases back to it, unless it is away: they are needed then."""
+async def _keep_house(authenticator: Authenticator, meter: GatewayMeter) -> None:
+    """Once a second, take news from the store, and give idle leases back to it.
+
+    Not while it is away: they are needed then.
+    """
     while True:
         await asyncio.sleep(1.0)
         try:
-            await door.renew()
-            if door.answering:
+            await authenticator.renew()
+            if authenticator.answering:
                 await meter.leasing.return_idle()
         except Exception:
             log.exception("housekeeping failed")
 
 
-async def _watch_disk(meter: Meter, stop: asyncio.Event) -> None:
-    """Once a second, also while the store hangs: the live table to disk; an end when the usage log has failed."""
+async def _watch_disk(meter: GatewayMeter, stop: asyncio.Event) -> None:
+    """Once a second, also while the store hangs: the live table to disk.
+
+    An end when the usage log has failed.
+    """
     while True:
         await asyncio.sleep(1.0)
         if meter.log.failure is not None and not stop.is_set():
@@ -373,12 +368,10 @@ async def _watch_disk(meter: Meter, stop: asyncio.Event) -> None:
 
 
 async def _main() -> None:
-    loop = asyncio.get_running_loop()
-    commands = asyncio.StreamReader(limit=16 * 1024 * 1024)
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
-    first = await commands.readline()
-    if first:
-        await serve(msgspec.json.decode(first, type=WorkerSpec), commands)
+    commands = await Commands.open()
+    spec = await commands.next(WorkerSpec)
+    if spec is not None:
+        await serve(spec, commands)
 
 
 def main() -> None:

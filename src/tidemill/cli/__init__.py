@@ -9,6 +9,7 @@ from cyclopts import App, CycloptsError, UnknownCommandError
 from tidemill import __version__
 from tidemill.cli.output import complain
 from tidemill.errors import TidemillError
+from tidemill.suggestions import nearest
 
 USAGE_ERROR = 2
 """Exit code of a command that was not understood; 1: it was, and failed."""
@@ -29,6 +30,7 @@ app.command("tidemill.cli.limit:app", name="limit", help="Limits: rates, concurr
 app.command("tidemill.cli.credit:app", name="credit", help="Credits: prepaid balances.")
 app.command("tidemill.cli.usage:usage", name="usage", help="What a tenant has used, and what it cost.")
 app.command("tidemill.cli.invoice:invoice", name="invoice", help="A tenant's invoice of a month.")
+app.command("tidemill.cli.ledger:app", name="ledger", help="The ledger: does it agree with itself?")
 app.command("tidemill.cli.margin:margin", name="margin", help="What each model earned against what it cost.")
 app.command("tidemill.cli.model:app", name="model", help="Models that are served.")
 app.command("tidemill.cli.fleet:app", name="fleet", help="The fleet: devices, replicas, and why.")
@@ -40,7 +42,9 @@ app.command("tidemill.cli.meter:app", name="meter", help="The meter: is it right
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code. A failure is one line on standard error, never a traceback.
+    """Run the command line and return the exit code.
+
+    A failure is one line on standard error, never a traceback.
 
     TIDEMILL_DEBUG=1 lets the traceback of an unexpected error through.
     """
@@ -79,11 +83,9 @@ def _wording(error: CycloptsError) -> str:
     if not isinstance(error, UnknownCommandError) or not error.unused_tokens or error.app is None:
         return str(error)
     # Its own wording imports all commands to look for hidden ones.
-    import difflib
-
     name, known = error.unused_tokens[0], [each for each in error.app if not each.startswith("-")]
-    near = difflib.get_close_matches(name, known, n=1)
-    advice = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(sorted(known))}."
+    near = nearest(name, known)
+    advice = f"Did you mean {near}?" if near else f"There are: {', '.join(sorted(known))}."
     return f"There is no command {name!r}. {advice}"
 
 

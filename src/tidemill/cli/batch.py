@@ -10,13 +10,13 @@ from cyclopts import App, Parameter
 
 from tidemill.cli.locate import data_plane_url, running, source
 from tidemill.cli.output import complain, grouped, moment, print_json, print_table, print_text
-from tidemill.cli.place import HERE, Place
+from tidemill.cli.target import HERE, Target
 from tidemill.cli.tenant_client import TenantClient
 from tidemill.errors import NotFound
 
 app = App(name="batch")
 
-LOOK_EVERY_S = 2.0
+_LOOK_EVERY_S = 2.0
 ENDED = ("completed", "failed", "expired", "cancelled")
 SHOWN_ERRORS = 20
 
@@ -39,7 +39,7 @@ def submit(
     endpoint: str = "/v1/chat/completions",
     url: Url = None,
     wait: bool = False,
-    place: Place = HERE,
+    target: Target = HERE,
 ) -> None:
     """Upload a file of requests, one a line, and have them worked on: as a tenant, with its key.
 
@@ -52,12 +52,12 @@ def submit(
     wait
         Return when the batch has ended.
     """
-    client = TenantClient(data_plane_url(place, url), key)
+    client = TenantClient(data_plane_url(target, url), key)
     made = client.create_batch(client.upload(file)["id"], endpoint)
     while wait and made["status"] not in ENDED:
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(_LOOK_EVERY_S)
         made = client.batch(made["id"])
-    if place.json:
+    if target.json:
         print_json(made)
         return
     print_text(made["id"])
@@ -68,7 +68,7 @@ def submit(
 
 
 @app.command
-def results(batch: str, /, *, key: Key, errors: bool = False, url: Url = None, place: Place = HERE) -> None:
+def results(batch: str, /, *, key: Key, errors: bool = False, url: Url = None, target: Target = HERE) -> None:
     """Print what the lines of a batch gave, a JSON object a line: as a tenant, with its key.
 
     Parameters
@@ -78,7 +78,7 @@ def results(batch: str, /, *, key: Key, errors: bool = False, url: Url = None, p
     errors
         What the lines gave that failed.
     """
-    client = TenantClient(data_plane_url(place, url), key)
+    client = TenantClient(data_plane_url(target, url), key)
     found = client.batch(batch)
     file_id = found["error_file_id" if errors else "output_file_id"]
     if file_id is None:
@@ -86,7 +86,7 @@ def results(batch: str, /, *, key: Key, errors: bool = False, url: Url = None, p
         if found["status"] not in ENDED:
             raise NotFound(f"The batch is {found['status']}; its results are there when it has ended.")
         raise NotFound(f"The batch is {found['status']}, and {what}.", hint="" if errors else "Look at --errors.")
-    if place.json:
+    if target.json:
         lines = b"".join(client.content(file_id)).splitlines()
         print_json({"results": [json.loads(line) for line in lines if line]})
         return
@@ -97,7 +97,7 @@ def results(batch: str, /, *, key: Key, errors: bool = False, url: Url = None, p
 
 
 @app.command(name="list")
-def list_(*, tenant: str | None = None, open: bool = False, limit: int = 100, place: Place = HERE) -> None:
+def list_(*, tenant: str | None = None, open: bool = False, limit: int = 100, target: Target = HERE) -> None:
     """List the batches of all tenants, newest first.
 
     Parameters
@@ -109,8 +109,8 @@ def list_(*, tenant: str | None = None, open: bool = False, limit: int = 100, pl
     limit
         How many at the most.
     """
-    found = source(place).batches(tenant, unfinished=open, limit=limit)
-    if place.json:
+    found = source(target).batches(tenant, unfinished=open, limit=limit)
+    if target.json:
         print_json(found)
         return
     print_table(
@@ -145,7 +145,7 @@ def list_(*, tenant: str | None = None, open: bool = False, limit: int = 100, pl
 
 
 @app.command
-def show(batch: str, /, *, place: Place = HERE) -> None:
+def show(batch: str, /, *, target: Target = HERE) -> None:
     """Show a batch: how far it has come, what it has cost, and what is wrong with its lines.
 
     Parameters
@@ -153,8 +153,8 @@ def show(batch: str, /, *, place: Place = HERE) -> None:
     batch
         Its id.
     """
-    found = source(place).batch(batch)
-    if place.json:
+    found = source(target).batch(batch)
+    if target.json:
         print_json(found)
         return
     lines = [
@@ -178,16 +178,18 @@ def show(batch: str, /, *, place: Place = HERE) -> None:
 
 
 @app.command
-def cancel(batch: str, /, *, place: Place = HERE) -> None:
-    """Have a batch cancelled, as its tenant may: lines in flight end and are billed, the others are not begun.
+def cancel(batch: str, /, *, target: Target = HERE) -> None:
+    """Have a batch cancelled, as its tenant may.
+
+    Lines in flight end and are billed, the others are not begun.
 
     Parameters
     ----------
     batch
         Its id.
     """
-    asked = running(place).cancel_batch(batch)
-    if place.json:
+    asked = running(target).cancel_batch(batch)
+    if target.json:
         print_json(asked)
         return
     print_text(f"Batch {asked['id']} of {asked['tenant']} is {asked['status']}.")

@@ -19,12 +19,15 @@ API = "/api/v1"
 Json = dict[str, Any]
 
 
-class Refused(TidemillError):
+class RequestRefused(TidemillError):
     """The platform's own error, as it worded it."""
 
 
-class Running:
-    """A running platform. Each method is one of the API's routes. Raises Unavailable when it does not answer."""
+class AdminClient:
+    """A running platform.
+
+    Each method is one of the API's routes. Raises Unavailable when it does not answer.
+    """
 
     def __init__(self, url: str, token: str) -> None:
         parts = urlsplit(url)
@@ -83,6 +86,9 @@ class Running:
     def reconcile(self) -> Json:
         return self._json("GET", "/meter/reconcile")
 
+    def check_ledger(self) -> Json:
+        return self._json("GET", "/ledger/check")
+
     def reconcile_text(self) -> str:
         return self._ask("GET", "/meter/reconcile/text").decode()
 
@@ -105,8 +111,8 @@ class Running:
     def limits(self, tenant: str | None) -> Json:
         return self._json("GET", "/limits", {"tenant": tenant})
 
-    def set_limits(self, **wish: Any) -> Json:
-        return self._json("POST", "/limits", body=wish)
+    def set_limits(self, **fields: Any) -> Json:
+        return self._json("POST", "/limits", body=fields)
 
     def remove_limit(self, limit: str) -> Json:
         return self._json("POST", "/limits/remove", body={"limit": limit})
@@ -128,8 +134,8 @@ class Running:
     def job(self, job: str) -> Json:
         return self._json("GET", "/jobs/show", {"job": job})
 
-    def submit_job(self, **wish: Any) -> Json:
-        return self._json("POST", "/jobs", body=wish)
+    def submit_job(self, **fields: Any) -> Json:
+        return self._json("POST", "/jobs", body=fields)
 
     def cancel_job(self, job: str) -> Json:
         return self._json("POST", "/jobs/cancel", body={"job": job})
@@ -171,8 +177,8 @@ class Running:
     def queues(self) -> Json:
         return self._json("GET", "/queues")
 
-    def set_queue(self, **wish: Any) -> Json:
-        return self._json("POST", "/queues", body=wish)
+    def set_queue(self, **fields: Any) -> Json:
+        return self._json("POST", "/queues", body=fields)
 
     def remove_queue(self, queue: str) -> Json:
         return self._json("POST", "/queues/remove", body={"queue": queue})
@@ -180,8 +186,8 @@ class Running:
     def reservations(self, tenant: str | None, *, over: bool) -> Json:
         return self._json("GET", "/reservations", {"tenant": tenant, "over": "true" if over else None})
 
-    def create_reservation(self, **wish: Any) -> Json:
-        return self._json("POST", "/reservations", body=wish)
+    def create_reservation(self, **fields: Any) -> Json:
+        return self._json("POST", "/reservations", body=fields)
 
     def cancel_reservation(self, reservation: str) -> Json:
         return self._json("POST", "/reservations/cancel", body={"reservation": reservation})
@@ -244,7 +250,7 @@ class Running:
     def _refused(self, status: int, raw: bytes) -> TidemillError:
         try:
             error = json.loads(raw)["error"]
-            return Refused(str(error["message"]), hint=str(error["hint"] or ""), param=error["param"])
+            return RequestRefused(str(error["message"]), hint=str(error["hint"] or ""), param=error["param"])
         except (ValueError, KeyError, TypeError):
             hint = "Is the port right?"
             return Unavailable(f"{self.url} answers {status}, but not as Tidemill's control plane does.", hint=hint)

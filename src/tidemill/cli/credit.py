@@ -6,7 +6,7 @@ from cyclopts import App, Parameter
 
 from tidemill.cli.locate import running
 from tidemill.cli.output import grouped, print_json, print_text
-from tidemill.cli.place import HERE, Place
+from tidemill.cli.target import HERE, Target
 
 app = App(name="credit")
 
@@ -18,7 +18,7 @@ def grant(
     amount: Annotated[str, Parameter(allow_leading_hyphen=True)],
     memo: str = "",
     idempotency_key: str | None = None,
-    place: Place = HERE,
+    target: Target = HERE,
 ) -> None:
     """Grant a tenant credit to spend.
 
@@ -33,8 +33,8 @@ def grant(
     idempotency_key
         Of your choice: with it, the grant is made once, however often the command is run.
     """
-    granted = running(place).grant_credit(tenant, amount, memo, idempotency_key)
-    if place.json:
+    granted = running(target).grant_credit(tenant, amount, memo, idempotency_key)
+    if target.json:
         print_json(granted)
         return
     said = "was granted before" if granted["replayed"] else "is granted"

@@ -13,17 +13,18 @@ import msgspec
 from cyclopts import Parameter
 
 from tidemill.cli import demo_burst as burst
-from tidemill.cli.demo_platform import ANSWER_WITHIN_S, Answer, DemoPlatform, terminable
-from tidemill.cli.demo_stage import Stage
+from tidemill.cli.demo_platform import ANSWER_WITHIN_S, DemoAnswer, DemoPlatform, terminable
+from tidemill.cli.demo_stage import DemoStage
 from tidemill.cli.output import grouped, print_json
 from tidemill.errors import BadInput, TidemillError
+from tidemill.ledger.components import CACHED_INPUT, INPUT, OUTPUT
 from tidemill.ledger.money import format_amount, parse_amount
 from tidemill.ledger.pricing import Price
 
 MODEL = "smollm2-135m-instruct"
 COST_PER_HOUR = "0.60"
 # Answers are what costs, as with a big reasoning model, and so much that a minute's use is a matter of cents.
-PRICE = Price(input=parse_amount("1.00"), cached_input=parse_amount("0.20"), output=parse_amount("60.00"))
+PRICE = Price.of(input=parse_amount("1.00"), cached_input=parse_amount("0.20"), output=parse_amount("60.00"))
 """In USD per million tokens."""
 CONFIG = f"""
 issuer = "Tidemill demo"
@@ -39,9 +40,9 @@ cost_per_hour = "{COST_PER_HOUR}"
 queue_seconds = {ANSWER_WITHIN_S}  # who is let in gets a turn, be the machine ever so busy
 
 [prices."{MODEL}".USD]
-input = "{format_amount(PRICE.input)}"
-cached_input = "{format_amount(PRICE.cached_input)}"
-output = "{format_amount(PRICE.output)}"
+input = "{format_amount(PRICE.rates[INPUT])}"
+cached_input = "{format_amount(PRICE.rates[CACHED_INPUT])}"
+output = "{format_amount(PRICE.rates[OUTPUT])}"
 
 [prices."{MODEL}".CNY]
 input = "7.00"
@@ -69,7 +70,7 @@ class StoryBroken(TidemillError):
     """Something that the demo claims did not come out so. That is a defect: please report it."""
 
 
-class Facts(msgspec.Struct):
+class DemoFacts(msgspec.Struct):
     """What the demo has seen, for --json and for its own conclusions. Amounts are decimal strings."""
 
     seconds: float = 0.0
@@ -99,7 +100,9 @@ def demo(
     svg_short: Path | None = None,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """Tell the main job in about a minute, on the real model: tenants, streams, a limit that holds, the invoice.
+    """Tell the main job in about a minute, on the real model.
+
+    Tenants, streams, a limit that holds, the invoice.
 
     It runs a platform of its own, in a temporary directory and on free ports, and removes it afterwards.
 
@@ -115,7 +118,7 @@ def demo(
     for option, picture in (("svg", svg), ("svg-short", svg_short)):
         if picture is not None and not picture.parent.is_dir():
             raise BadInput(f"There is no directory {picture.parent} for the picture.", param=option)
-    stage = Stage(quiet=as_json)
+    stage = DemoStage(quiet=as_json)
     facts = play(stage)
     if svg is not None:
         stage.save(svg, title=WINDOW)
@@ -128,10 +131,10 @@ def demo(
         raise StoryBroken(f"This did not hold: {'; '.join(broken)}.", hint="Please report it, with --json's output.")
 
 
-def play(stage: Stage) -> Facts:
+def play(stage: DemoStage) -> DemoFacts:
     """Tell the story on `stage`. Raises TidemillError when the platform does not start or does not answer."""
     began = time.monotonic()
-    facts = Facts()
+    facts = DemoFacts()
     stage.title("Tidemill", "one model, three tenants, one meter")
     with (
         terminable(),
@@ -150,13 +153,13 @@ def play(stage: Stage) -> Facts:
 class _Story:
     """The acts, in order."""
 
-    def __init__(self, stage: Stage, platform: DemoPlatform, facts: Facts) -> None:
+    def __init__(self, stage: DemoStage, platform: DemoPlatform, facts: DemoFacts) -> None:
         self.stage = stage
         self.platform = platform
         self.facts = facts
         self.operator = platform.operator()
         self.keys: dict[str, str] = {}
-        self.answers: list[Answer] = []
+        self.answers: list[DemoAnswer] = []
         self.month = datetime.now(UTC).strftime("%Y-%m")
 
     def tell(self) -> None:
@@ -182,7 +185,7 @@ class _Story:
     def streams(self) -> None:
         self.stage.act("Streams side by side", "POST /v1/chat/completions, as OpenAI's clients send it")
         asked = {ACME: (LETTER, 7), HAIZHOU: (HARBOUR, 1)}
-        answers = {name: Answer() for name in asked}
+        answers = {name: DemoAnswer() for name in asked}
         for name, (prompt, seed) in asked.items():
             self._ask(name, answers[name], _stream(prompt, max_tokens=130, seed=seed))
         finished = lambda: all(answer.done for answer in answers.values())  # noqa: E731
@@ -194,7 +197,7 @@ class _Story:
     def burst(self) -> None:
         enough = f"enough for {burst.ENOUGH_FOR}"
         self.stage.act("A limit that holds", f"{burst.BURST} requests at once on {TENANTS[SHOAL][1]} USD, {enough}")
-        answers = [Answer() for _ in range(burst.BURST)]
+        answers = [DemoAnswer() for _ in range(burst.BURST)]
         for number, answer in enumerate(answers):
             self._ask(SHOAL, answer, burst.wanted(MODEL, number))
         with self._watching_balance():
@@ -217,7 +220,7 @@ class _Story:
     def last_of_the_balance(self) -> None:
         left = self._balance(SHOAL)
         self.stage.act("A stream that eats the rest", f"{STORY_TOKENS:,} tokens wanted, {left} USD there")
-        answer = Answer()
+        answer = DemoAnswer()
         self._ask(SHOAL, answer, _stream(STORY, max_tokens=STORY_TOKENS, seed=7))
         with self._watching_balance():
             self.stage.live(lambda: self.stage.one(SHOAL, answer, None), lambda: answer.done)
@@ -279,12 +282,12 @@ class _Story:
         self.facts.holds["the engine's own counters = the records"] = equal
         self.stage.margin_and_meter(margin, found)
 
-    def _ask(self, tenant: str, answer: Answer, wanted: dict[str, Any]) -> None:
+    def _ask(self, tenant: str, answer: DemoAnswer, wanted: dict[str, Any]) -> None:
         self.answers.append(answer)
         arguments = (self.keys[tenant], answer)
         threading.Thread(target=self.platform.chat, args=arguments, kwargs=wanted, daemon=True).start()
 
-    def _record(self, tenant: str, answer: Answer) -> Mapping[str, Any]:
+    def _record(self, tenant: str, answer: DemoAnswer) -> Mapping[str, Any]:
         """The usage record of an answer; it is on disk before the answer ends, so it is there."""
         for record in self.operator.usage(tenant, None, records=True)["records"]:
             if record["request_id"] == answer.request_id:

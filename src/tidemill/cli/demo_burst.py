@@ -13,7 +13,8 @@ holds are bounds, of which five fill the balance, and the rest gets in as money 
 from typing import Any
 
 from tidemill.cli.demo_platform import body_of
-from tidemill.gateway.holding import TEMPLATE_TOKENS
+from tidemill.gateway.admission.holds import TEMPLATE_TOKENS
+from tidemill.ledger.components import OUTPUT
 from tidemill.ledger.money import Nanos
 from tidemill.ledger.pricing import Price, hold_for
 
@@ -41,7 +42,7 @@ def most(model: str, price: Price) -> Nanos:
 
 def answer_alone(price: Price) -> Nanos:
     """The least that one request costs: its answer, with a prompt for nothing."""
-    return hold_for(Price(0, 0, price.output), prompt_tokens=0, output_tokens=TOKENS)
+    return hold_for(Price.of(output=price.rates[OUTPUT]), prompt_tokens=0, output_tokens=TOKENS)
 
 
 def balance(model: str, price: Price) -> Nanos:

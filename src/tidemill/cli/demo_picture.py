@@ -1,4 +1,7 @@
-"""What a terminal shows, drawn as a picture (SVG): well-formed whatever it shows, and with nothing to be fetched."""
+"""What a terminal shows, drawn as a picture (SVG).
+
+Well-formed whatever it shows, and with nothing to be fetched.
+"""
 
 import html
 import io

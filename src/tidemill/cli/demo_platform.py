@@ -1,4 +1,6 @@
-"""The platform that `tidemill demo` plays on: a child process with a temporary data directory and ports of its own.
+"""The platform that `tidemill demo` plays on.
+
+A child process with a temporary data directory and ports of its own.
 
 Everything goes over the public doors: the data plane's HTTP API for the tenants, the admin API for the operator.
 """
@@ -17,12 +19,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tidemill.cli.client import Json, Running
+from tidemill.cli.client import AdminClient, Json
 from tidemill.cli.output import complain
 from tidemill.errors import Unavailable
 
-START_WITHIN_S = 120.0
-STOP_WITHIN_S = 60.0
+_START_WITHIN_S = 120.0
+_STOP_WITHIN_S = 60.0
 ANSWER_WITHIN_S = 300.0
 """How long an answer may be silent; on a machine that is busy otherwise, ten at once take their time."""
 
@@ -30,7 +32,10 @@ Progress = Callable[[str], None]
 
 
 class DemoPlatform:
-    """`tidemill up` in `directory`, with `config` as its configuration. A context manager: it is stopped at the end."""
+    """`tidemill up` in `directory`, with `config` as its configuration.
+
+    A context manager: it is stopped at the end.
+    """
 
     def __init__(self, directory: Path, config: str, progress: Progress) -> None:
         from tidemill.fleet.ranks import free_port
@@ -73,12 +78,12 @@ class DemoPlatform:
     ) -> None:
         self._stop()
 
-    def operator(self) -> Running:
+    def operator(self) -> AdminClient:
         """A client of the control plane with the admin token."""
         token = (self.data / "admin-token").read_text().strip()
-        return Running(f"http://127.0.0.1:{self.control_port}", token)
+        return AdminClient(f"http://127.0.0.1:{self.control_port}", token)
 
-    def chat(self, key: str, answer: "Answer", **wanted: Any) -> None:
+    def chat(self, key: str, answer: "DemoAnswer", **wanted: Any) -> None:
         """Send a chat request and follow its answer into `answer`, which may be looked at meanwhile."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=ANSWER_WITHIN_S)
         try:
@@ -93,7 +98,7 @@ class DemoPlatform:
 
     def _await_start(self) -> None:
         assert self._process is not None
-        deadline = time.monotonic() + START_WITHIN_S
+        deadline = time.monotonic() + _START_WITHIN_S
         while not self._ready.wait(0.05):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 time.sleep(0.2)  # for its last words
@@ -115,7 +120,7 @@ class DemoPlatform:
             return
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(STOP_WITHIN_S)
+            process.wait(_STOP_WITHIN_S)
         except subprocess.TimeoutExpired:
             complain("the demo's platform does not stop and is killed.", kind="note")
             process.kill()
@@ -144,7 +149,7 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class Answer:
+class DemoAnswer:
     """A chat answer while it comes, streamed or whole."""
 
     def __init__(self) -> None:

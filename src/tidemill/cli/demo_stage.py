@@ -1,4 +1,7 @@
-"""How `tidemill demo` looks on a terminal, act by act; what of it is kept makes the pictures (`demo_picture`)."""
+"""How `tidemill demo` looks on a terminal, act by act.
+
+What of it is kept makes the pictures (`demo_picture`).
+"""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tidemill.cli.demo_picture import COLUMNS, picture_of
-from tidemill.cli.demo_platform import Answer
+from tidemill.cli.demo_platform import DemoAnswer
 from tidemill.cli.output import grouped
 
 FRAMES_PER_S = 12
@@ -44,7 +47,7 @@ class Act:
         return Rule(Text.assemble((numbered, ACCENT), ("  " + self.how, QUIET)), align="left", style=QUIET)
 
 
-class Stage:
+class DemoStage:
     """Shows each thing on the terminal and keeps its final form for the pictures. `quiet` shows nothing."""
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -101,11 +104,11 @@ class Stage:
         """A page of plain text, as it was printed."""
         self.show(Text(text, no_wrap=True, overflow="crop"))
 
-    def one(self, tenant: str, answer: Answer, record: Mapping[str, Any] | None) -> RenderableType:
+    def one(self, tenant: str, answer: DemoAnswer, record: Mapping[str, Any] | None) -> RenderableType:
         """A stream in a panel of full width."""
         return _panel(tenant, answer, record, self._screen.width, WIDE_PANEL_LINES)
 
-    def side_by_side(self, streams: Sequence[tuple[str, Answer, Mapping[str, Any] | None]]) -> RenderableType:
+    def side_by_side(self, streams: Sequence[tuple[str, DemoAnswer, Mapping[str, Any] | None]]) -> RenderableType:
         """Streams in panels beside one another."""
         width = self._screen.width // len(streams)
         return _row([_panel(tenant, answer, record, width, PANEL_LINES) for tenant, answer, record in streams])
@@ -166,7 +169,7 @@ def _row(panels: Sequence[RenderableType]) -> RenderableType:
     return Columns(panels, padding=0, expand=False)
 
 
-def _panel(tenant: str, answer: Answer, record: Mapping[str, Any] | None, width: int, height: int) -> Panel:
+def _panel(tenant: str, answer: DemoAnswer, record: Mapping[str, Any] | None, width: int, height: int) -> Panel:
     lines = Text(" ".join(answer.text.split())).wrap(Console(width=width - 4), width - 4)
     body: list[RenderableType] = list(lines[-height:])
     style = ACCENT.removeprefix("bold ")

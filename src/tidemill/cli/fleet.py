@@ -6,7 +6,7 @@ from cyclopts import App
 
 from tidemill.cli.locate import running
 from tidemill.cli.output import grouped, moment, print_json, print_table, print_text
-from tidemill.cli.place import HERE, Place
+from tidemill.cli.target import HERE, Target
 
 app = App(name="fleet")
 
@@ -14,10 +14,10 @@ GIB = 2**30
 
 
 @app.command(name="list")
-def list_(*, place: Place = HERE) -> None:
+def list_(*, target: Target = HERE) -> None:
     """List the replicas, and what is planned for each model. Work is in tokens of prefill a second."""
-    found = running(place).fleet()
-    if place.json:
+    found = running(target).fleet()
+    if target.json:
         print_json(found)
         return
     print_table(
@@ -76,10 +76,10 @@ def list_(*, place: Place = HERE) -> None:
 
 
 @app.command
-def devices(*, place: Place = HERE) -> None:
+def devices(*, target: Target = HERE) -> None:
     """List the nodes' devices and who holds them."""
-    found = running(place).fleet()
-    if place.json:
+    found = running(target).fleet()
+    if target.json:
         print_json({"nodes": found["nodes"], "devices": found["devices"]})
         return
     print_table(
@@ -98,10 +98,10 @@ def devices(*, place: Place = HERE) -> None:
 
 
 @app.command
-def why(*, place: Place = HERE) -> None:
+def why(*, target: Target = HERE) -> None:
     """Say what each device does, until when and why; and what each waiting piece of work waits for."""
-    found = running(place).fleet_why()
-    if place.json:
+    found = running(target).fleet_why()
+    if target.json:
         print_json(found)
         return
     print_table(
@@ -114,8 +114,10 @@ def why(*, place: Place = HERE) -> None:
 
 
 @app.command
-def drain(name: str, /, *, why: str = "", place: Place = HERE) -> None:
-    """Take a node or a device out: nothing new starts there; what runs there goes on elsewhere, or ends in order.
+def drain(name: str, /, *, why: str = "", target: Target = HERE) -> None:
+    """Take a node or a device out: nothing new starts there.
+
+    What runs there goes on elsewhere, or ends in order.
 
     Parameters
     ----------
@@ -124,15 +126,15 @@ def drain(name: str, /, *, why: str = "", place: Place = HERE) -> None:
     why
         For whoever asks later.
     """
-    done = running(place).drain(name, why)
-    if place.json:
+    done = running(target).drain(name, why)
+    if target.json:
         print_json(done)
         return
     print_text(f"{done['name']} is drained. `tidemill fleet undrain {done['name']}` puts it back.")
 
 
 @app.command
-def undrain(name: str, /, *, place: Place = HERE) -> None:
+def undrain(name: str, /, *, target: Target = HERE) -> None:
     """Put a node or a device back.
 
     Parameters
@@ -140,8 +142,8 @@ def undrain(name: str, /, *, place: Place = HERE) -> None:
     name
         What was drained.
     """
-    done = running(place).undrain(name)
-    if place.json:
+    done = running(target).undrain(name)
+    if target.json:
         print_json(done)
         return
     print_text(f"{done['name']} is back.")

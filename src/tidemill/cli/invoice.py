@@ -2,10 +2,10 @@
 
 from tidemill.cli.locate import source
 from tidemill.cli.output import print_json, print_text
-from tidemill.cli.place import HERE, Place
+from tidemill.cli.target import HERE, Target
 
 
-def invoice(*, tenant: str, month: str | None = None, place: Place = HERE) -> None:
+def invoice(*, tenant: str, month: str | None = None, target: Target = HERE) -> None:
     """A tenant's invoice of a month, as text; a draft while the month is not over.
 
     Parameters
@@ -15,8 +15,8 @@ def invoice(*, tenant: str, month: str | None = None, place: Place = HERE) -> No
     month
         A billing month such as 2026-11. [default: the current one, as a draft]
     """
-    found = source(place)
-    if place.json:
+    found = source(target)
+    if target.json:
         print_json(found.invoice(tenant, month))
     else:
         print_text(found.invoice_text(tenant, month))

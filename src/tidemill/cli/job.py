@@ -9,12 +9,12 @@ from cyclopts import App, Parameter
 
 from tidemill.cli.locate import running, source
 from tidemill.cli.output import complain, grouped, moment, print_json, print_table, print_text, split_list
-from tidemill.cli.place import HERE, Place
+from tidemill.cli.target import HERE, Target
 from tidemill.errors import BadInput, Conflict, NotFound
 
 app = App(name="job")
 
-LOOK_EVERY_S = 0.5
+_LOOK_EVERY_S = 0.5
 OVER = ("succeeded", "failed", "cancelled", "expired")
 
 
@@ -39,7 +39,7 @@ def submit(
     env: tuple[str, ...] = (),
     workdir: Path | None = None,
     wait: Annotated[bool, Parameter(negative="")] = False,
-    place: Place = HERE,
+    target: Target = HERE,
 ) -> int:
     """Have a command run on devices, as soon as there is room for it. Write it behind --.
 
@@ -84,7 +84,7 @@ def submit(
     wait
         Return when it is over; exit code 0 only if it has succeeded.
     """
-    client = running(place)
+    client = running(target)
     made = client.submit_job(
         tenant=tenant,
         command=list(command),
@@ -106,8 +106,8 @@ def submit(
         workdir=None if workdir is None else str(workdir.absolute()),
     )
     if wait:
-        return _wait(place, made["id"])
-    if place.json:
+        return _wait(target, made["id"])
+    if target.json:
         print_json(made)
     else:
         print_text(f"{made['id']} waits in the queue {made['queue']}. Look at it with: tidemill job show {made['id']}")
@@ -121,7 +121,7 @@ def list_(
     state: str | None = None,
     unfinished: Annotated[bool, Parameter(negative="")] = False,
     limit: int = 100,
-    place: Place = HERE,
+    target: Target = HERE,
 ) -> None:
     """List jobs, newest first.
 
@@ -136,8 +136,8 @@ def list_(
     limit
         At most so many.
     """
-    found = source(place).jobs(tenant, state=state, unfinished=unfinished, limit=limit)
-    if place.json:
+    found = source(target).jobs(tenant, state=state, unfinished=unfinished, limit=limit)
+    if target.json:
         print_json(found)
         return
     print_table(
@@ -170,7 +170,7 @@ def list_(
 
 
 @app.command
-def show(job: str, /, *, place: Place = HERE) -> None:
+def show(job: str, /, *, target: Target = HERE) -> None:
     """One job, each attempt at it, and what it has cost until now.
 
     Parameters
@@ -178,8 +178,8 @@ def show(job: str, /, *, place: Place = HERE) -> None:
     job
         Its id or name.
     """
-    found = source(place).job(job)
-    if place.json:
+    found = source(target).job(job)
+    if target.json:
         print_json(found)
         return
     _print_job(found)
@@ -193,7 +193,7 @@ def logs(
     follow: Annotated[bool, Parameter(name=["--follow", "-f"], negative="")] = False,
     attempt: int | None = None,
     rank: int = 0,
-    place: Place = HERE,
+    target: Target = HERE,
 ) -> None:
     """What a job has said.
 
@@ -208,9 +208,9 @@ def logs(
     rank
         Which of its processes; they count from 0.
     """
-    if place.json and follow:
+    if target.json and follow:
         raise BadInput("--json prints one document; it does not go with --follow.")
-    client = running(place)
+    client = running(target)
     text, cursor, number = "", "", attempt
     while True:
         try:
@@ -218,10 +218,10 @@ def logs(
         except NotFound:
             if not follow or client.job(job)["state"] in OVER:
                 raise
-            time.sleep(LOOK_EVERY_S)
+            time.sleep(_LOOK_EVERY_S)
             continue
         number = piece["attempt"]
-        if place.json:
+        if target.json:
             text += piece["text"]
         else:
             sys.stdout.write(piece["text"])
@@ -239,13 +239,13 @@ def logs(
             if now["attempts"] > number:
                 number, cursor = number + 1, ""
                 continue
-        time.sleep(LOOK_EVERY_S)
-    if place.json:
+        time.sleep(_LOOK_EVERY_S)
+    if target.json:
         print_json({"job": job, "attempt": number, "rank": rank, "text": text})
 
 
 @app.command
-def wait(job: str, /, *, place: Place = HERE) -> int:
+def wait(job: str, /, *, target: Target = HERE) -> int:
     """Return when a job is over: exit code 0 if it has succeeded, else 1.
 
     Parameters
@@ -253,11 +253,11 @@ def wait(job: str, /, *, place: Place = HERE) -> int:
     job
         Its id or name.
     """
-    return _wait(place, job)
+    return _wait(target, job)
 
 
 @app.command
-def cancel(job: str, /, *, place: Place = HERE) -> None:
+def cancel(job: str, /, *, target: Target = HERE) -> None:
     """Cancel a job. One that runs gets its signal and its grace.
 
     Parameters
@@ -265,8 +265,8 @@ def cancel(job: str, /, *, place: Place = HERE) -> None:
     job
         Its id or name.
     """
-    asked = running(place).cancel_job(job)
-    if place.json:
+    asked = running(target).cancel_job(job)
+    if target.json:
         print_json(asked)
     elif asked["state"] == "cancelled":
         print_text(f"{asked['id']} is cancelled.")
@@ -275,7 +275,7 @@ def cancel(job: str, /, *, place: Place = HERE) -> None:
 
 
 @app.command
-def artifacts(job: str, path: str | None = None, /, *, to: Path | None = None, place: Place = HERE) -> None:
+def artifacts(job: str, path: str | None = None, /, *, to: Path | None = None, target: Target = HERE) -> None:
     """List what a job has made for its owner, or download one of it.
 
     Parameters
@@ -287,10 +287,10 @@ def artifacts(job: str, path: str | None = None, /, *, to: Path | None = None, p
     to
         Where to put it. [default: its own name, here]
     """
-    client = running(place)
+    client = running(target)
     if path is None:
         found = client.job_artifacts(job)
-        if place.json:
+        if target.json:
             print_json(found)
             return
         print_table(
@@ -298,23 +298,23 @@ def artifacts(job: str, path: str | None = None, /, *, to: Path | None = None, p
             [(each["path"], grouped(each["bytes"]), moment(each["modified_at"])) for each in found["artifacts"]],
         )
         return
-    target = to or Path(Path(path).name)
-    if target.is_dir():
-        target /= Path(path).name
-    if target.exists():
-        raise Conflict(f"{target} exists already.", hint="Choose another name with --to.")
-    size = client.download_artifact(job, path, target)
-    if place.json:
-        print_json({"path": str(target), "bytes": size})
+    file = to or Path(Path(path).name)
+    if file.is_dir():
+        file /= Path(path).name
+    if file.exists():
+        raise Conflict(f"{file} exists already.", hint="Choose another name with --to.")
+    size = client.download_artifact(job, path, file)
+    if target.json:
+        print_json({"path": str(file), "bytes": size})
     else:
-        print_text(f"{target}: {grouped(size)} bytes")
+        print_text(f"{file}: {grouped(size)} bytes")
 
 
-def _wait(place: Place, job: str) -> int:
-    client = running(place)
+def _wait(target: Target, job: str) -> int:
+    client = running(target)
     while (found := client.job(job))["state"] not in OVER:
-        time.sleep(LOOK_EVERY_S)
-    if place.json:
+        time.sleep(_LOOK_EVERY_S)
+    if target.json:
         print_json(found)
     elif found["state"] != "succeeded":
         complain(f"{found['id']}: {found['state']}. {found['reason']}")

@@ -4,7 +4,7 @@ from cyclopts import App
 
 from tidemill.cli.locate import running, source
 from tidemill.cli.output import complain, moment, print_json, print_table, print_text, split_list
-from tidemill.cli.place import HERE, Place
+from tidemill.cli.target import HERE, Target
 
 app = App(name="key")
 
@@ -17,7 +17,7 @@ def create(
     expires: str | None = None,
     models: str = "",
     ips: str = "",
-    place: Place = HERE,
+    target: Target = HERE,
 ) -> None:
     """Make an API key and print it, once: only its digest is kept.
 
@@ -35,8 +35,8 @@ def create(
         Networks that it may be used from, with commas between: 10.1.0.0/16,192.0.2.7. [default: any]
     """
     policy = {"expires": expires, "models": split_list(models), "ips": split_list(ips)}
-    made = running(place).create_key(tenant, name, **{each: value for each, value in policy.items() if value})
-    if place.json:
+    made = running(target).create_key(tenant, name, **{each: value for each, value in policy.items() if value})
+    if target.json:
         print_json(made)
         return
     print_text(made["key"])
@@ -44,7 +44,7 @@ def create(
 
 
 @app.command(name="list")
-def list_(*, tenant: str | None = None, place: Place = HERE) -> None:
+def list_(*, tenant: str | None = None, target: Target = HERE) -> None:
     """List the API keys, revoked ones included.
 
     Parameters
@@ -52,8 +52,8 @@ def list_(*, tenant: str | None = None, place: Place = HERE) -> None:
     tenant
         Only this tenant's.
     """
-    found = source(place).keys(tenant)
-    if place.json:
+    found = source(target).keys(tenant)
+    if target.json:
         print_json(found)
         return
     print_table(
@@ -74,7 +74,7 @@ def list_(*, tenant: str | None = None, place: Place = HERE) -> None:
 
 
 @app.command
-def rotate(key: str, /, *, overlap: str = "24h", place: Place = HERE) -> None:
+def rotate(key: str, /, *, overlap: str = "24h", target: Target = HERE) -> None:
     """Replace an API key: print a new one with its policies and limits, and let the old one expire.
 
     Parameters
@@ -84,8 +84,8 @@ def rotate(key: str, /, *, overlap: str = "24h", place: Place = HERE) -> None:
     overlap
         How long both work: 24h, 7d, 0s.
     """
-    made = running(place).rotate_key(key, overlap)
-    if place.json:
+    made = running(target).rotate_key(key, overlap)
+    if target.json:
         print_json(made)
         return
     print_text(made["key"])
@@ -97,7 +97,7 @@ def rotate(key: str, /, *, overlap: str = "24h", place: Place = HERE) -> None:
 
 
 @app.command
-def revoke(key: str, /, *, place: Place = HERE) -> None:
+def revoke(key: str, /, *, target: Target = HERE) -> None:
     """Revoke an API key, at once and for good.
 
     Parameters
@@ -105,8 +105,8 @@ def revoke(key: str, /, *, place: Place = HERE) -> None:
     key
         The key itself, or its id from `tidemill key list`.
     """
-    revoked = running(place).revoke_key(key)
-    if place.json:
+    revoked = running(target).revoke_key(key)
+    if target.json:
         print_json(revoked)
         return
     print_text(f"Key {revoked['hint']} of {revoked['tenant']} is revoked ({revoked['id']}).")

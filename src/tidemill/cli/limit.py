@@ -6,7 +6,7 @@ from cyclopts import App
 
 from tidemill.cli.locate import running, source
 from tidemill.cli.output import grouped, moment, print_json, print_table, print_text
-from tidemill.cli.place import HERE, Place
+from tidemill.cli.target import HERE, Target
 
 app = App(name="limit")
 
@@ -23,7 +23,7 @@ def set_(
     budget: str | None = None,
     per: str | None = None,
     soft: int | None = None,
-    place: Place = HERE,
+    target: Target = HERE,
 ) -> None:
     """Put limits in force, each in the place of one of its kind on the same tenant, key and model.
 
@@ -48,7 +48,7 @@ def set_(
     soft
         Of the budget: warn when so many percent of it are spent.
     """
-    made = running(place).set_limits(
+    made = running(target).set_limits(
         tenant=tenant,
         key=key,
         model=model,
@@ -59,7 +59,7 @@ def set_(
         per=per,
         soft_percent=soft,
     )
-    if place.json:
+    if target.json:
         print_json(made)
         return
     for each in made["limits"]:
@@ -67,7 +67,7 @@ def set_(
 
 
 @app.command(name="list")
-def list_(*, tenant: str | None = None, place: Place = HERE) -> None:
+def list_(*, tenant: str | None = None, target: Target = HERE) -> None:
     """List the limits and what is used of them.
 
     Parameters
@@ -75,8 +75,8 @@ def list_(*, tenant: str | None = None, place: Place = HERE) -> None:
     tenant
         Only this tenant's.
     """
-    found = source(place).limits(tenant)
-    if place.json:
+    found = source(target).limits(tenant)
+    if target.json:
         print_json(found)
         return
     print_table(
@@ -107,7 +107,7 @@ def list_(*, tenant: str | None = None, place: Place = HERE) -> None:
 
 
 @app.command
-def remove(limit: str, /, *, place: Place = HERE) -> None:
+def remove(limit: str, /, *, target: Target = HERE) -> None:
     """Take a limit out of force.
 
     Parameters
@@ -115,8 +115,8 @@ def remove(limit: str, /, *, place: Place = HERE) -> None:
     limit
         Its id, from `tidemill limit list`.
     """
-    removed = running(place).remove_limit(limit)
-    if place.json:
+    removed = running(target).remove_limit(limit)
+    if target.json:
         print_json(removed)
         return
     print_text(f"{removed['tenant']}{_scope(removed)} no longer has {removed['text']}.")

@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from tidemill.cli.client import Json, Running
+from tidemill.cli.client import AdminClient, Json
 from tidemill.cli.output import complain
-from tidemill.cli.place import Place
+from tidemill.cli.target import Target
 from tidemill.errors import BadInput, Unavailable
 
 if TYPE_CHECKING:
-    from tidemill.cli.stopped import Stopped
+    from tidemill.cli.offline import OfflinePlatform
 
 # As app.datadir lays them out.
 LOCK_FILE = "lock"
@@ -22,7 +22,7 @@ TOKEN_FILE = "admin-token"
 TOKEN_VARIABLE = "TIDEMILL_ADMIN_TOKEN"
 
 
-class Source(Protocol):
+class PlatformSource(Protocol):
     """What can be read of a platform, whether it runs or not."""
 
     def tenants(self) -> Json: ...
@@ -30,6 +30,7 @@ class Source(Protocol):
     def usage(self, tenant: str, month: str | None, *, records: bool) -> Json: ...
     def invoice(self, tenant: str, month: str | None) -> Json: ...
     def invoice_text(self, tenant: str, month: str | None) -> str: ...
+    def check_ledger(self) -> Json: ...
     def models(self) -> Json: ...
     def batches(self, tenant: str | None, *, unfinished: bool, limit: int) -> Json: ...
     def batch(self, batch: str) -> Json: ...
@@ -39,29 +40,29 @@ class Source(Protocol):
     def reservations(self, tenant: str | None, *, over: bool) -> Json: ...
 
 
-def running(place: Place) -> Running:
+def running(target: Target) -> AdminClient:
     """The running platform, for a command that changes something. Raises Unavailable when it does not run."""
-    url = place.remote()
-    directory = place.directory()
+    url = target.remote()
+    directory = target.directory()
     if url is None and not is_running(directory):
         raise Unavailable(
             f"The platform on {directory} is not running; this command needs it.",
             hint=f"Start it: tidemill up --data {directory}",
         )
-    return Running(url or _control_url(directory), admin_token(place))
+    return AdminClient(url or _control_url(directory), admin_token(target))
 
 
-def source(place: Place) -> "Running | Stopped":
+def source(target: Target) -> "AdminClient | OfflinePlatform":
     """The platform if it runs, else its data, for a command that only reads."""
-    if place.remote() is not None or is_running(place.directory()):
-        return running(place)
-    from tidemill.cli.stopped import Stopped
+    if target.remote() is not None or is_running(target.directory()):
+        return running(target)
+    from tidemill.cli.offline import OfflinePlatform
 
-    directory = place.directory()
+    directory = target.directory()
     complain(f"the platform on {directory} is stopped; this is what its data says.", kind="note")
     if unloaded(directory):
         complain("it was killed: usage of its last moments is missing until it has been started again.", kind="note")
-    return Stopped(directory)
+    return OfflinePlatform(directory)
 
 
 def unloaded(directory: Path) -> bool:
@@ -90,13 +91,16 @@ def is_running(directory: Path) -> bool:
         os.close(fd)
 
 
-def data_plane_url(place: Place, url: str | None) -> str:
-    """Where tenants send requests: `url`, else that of the platform that runs here. Raises Unavailable, BadInput."""
+def data_plane_url(target: Target, url: str | None) -> str:
+    """Where tenants send requests: `url`, else that of the platform that runs here.
+
+    Raises Unavailable, BadInput.
+    """
     if url is not None:
         return url
-    if place.remote() is not None:
+    if target.remote() is not None:
         raise BadInput("The address of the data plane is not known.", hint="Give it with --url.")
-    directory = place.directory()
+    directory = target.directory()
     if not is_running(directory):
         raise Unavailable(f"The platform on {directory} is not running; this command needs it.", hint="Or give --url.")
     return _runtime(directory, "url")
@@ -115,15 +119,15 @@ def _runtime(directory: Path, key: str) -> str:
         ) from error
 
 
-def admin_token(place: Place) -> str:
+def admin_token(target: Target) -> str:
     """The admin token: TIDEMILL_ADMIN_TOKEN, or the file in the data directory. Raises Unavailable."""
     token = os.environ.get(TOKEN_VARIABLE, "").strip()
     if token:
         return token
-    if place.remote() is not None and place.data is None:
+    if target.remote() is not None and target.data is None:
         # The token of the platform here goes to no address elsewhere unless both were named.
         raise Unavailable(f"The admin token of that platform is not known; set {TOKEN_VARIABLE}.")
-    path = place.directory() / TOKEN_FILE
+    path = target.directory() / TOKEN_FILE
     try:
         return path.read_text().strip()
     except OSError as error:

@@ -7,17 +7,17 @@ from cyclopts import Parameter
 
 from tidemill.cli.locate import running
 from tidemill.cli.output import grouped, print_json, print_table, print_text
-from tidemill.cli.place import HERE, Place
+from tidemill.cli.target import HERE, Target
 
 
 def margin(
     *,
     month: Annotated[str | None, Parameter(help="The month, such as 2026-11; the current one if not given.")] = None,
-    place: Place = HERE,
+    target: Target = HERE,
 ) -> None:
     """Set what each model earned, by tenant, against what its replicas and upstreams cost, idle time included."""
-    found = running(place).margin(month)
-    if place.json:
+    found = running(target).margin(month)
+    if target.json:
         print_json(found)
         return
     print_text(f"Margin of {found['month']} in {found['currency']}, as of {found['as_of'][:16].replace('T', ' ')}Z\n")

@@ -7,20 +7,21 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from tidemill.cli.locate import running, source
-from tidemill.cli.output import complain, grouped, print_json, print_table, print_text
-from tidemill.cli.place import HERE, Place
+from tidemill.cli.output import Justify, complain, grouped, print_json, print_table, print_text
+from tidemill.cli.target import HERE, Target
 from tidemill.errors import Conflict
 
 app = App(name="model")
 
-LOOK_EVERY_S = 0.3
+_LOOK_EVERY_S = 0.3
+_TOKENS = ("input", "cached_input", "output")
 
 
 @app.command(name="list")
-def list_(*, place: Place = HERE) -> None:
+def list_(*, target: Target = HERE) -> None:
     """List the models, how they do, and their prices per million tokens."""
-    found = source(place).models()
-    if place.json:
+    found = source(target).models()
+    if target.json:
         print_json(found)
         return
     rows = []
@@ -29,22 +30,23 @@ def list_(*, place: Place = HERE) -> None:
         head = (model["name"], model["engine"] or "", model["state"], replicas)
         prices = model["prices"] or {"": {"input": "no price", "cached_input": "", "output": ""}}
         for currency, price in prices.items():
-            amounts = (grouped(price[kind]) for kind in ("input", "cached_input", "output"))
-            rows.append((*head, currency, *amounts))
+            amounts = (grouped(price[key]) for key in _TOKENS)
+            others = ", ".join(f"{key} {grouped(amount)}" for key, amount in price.items() if key not in _TOKENS)
+            rows.append((*head, currency, *amounts, others))
             head = ("", "", "", "")
-    print_table(
-        [
-            ("Model", "left"),
-            ("Engine", "left"),
-            ("State", "left"),
-            ("Ready", "left"),
-            ("", "left"),
-            ("Input", "right"),
-            ("Cached", "right"),
-            ("Output", "right"),
-        ],
-        rows,
-    )
+    further = any(row[-1] for row in rows)
+    columns: list[tuple[str, Justify]] = [
+        ("Model", "left"),
+        ("Engine", "left"),
+        ("State", "left"),
+        ("Ready", "left"),
+        ("", "left"),
+        ("Input", "right"),
+        ("Cached", "right"),
+        ("Output", "right"),
+        ("Others", "left"),
+    ]
+    print_table(columns if further else columns[:-1], rows if further else [row[:-1] for row in rows])
 
 
 @app.command
@@ -54,7 +56,7 @@ def roll(
     path: str,
     version: str = "",
     wait: Annotated[bool, Parameter(negative="--no-wait")] = True,
-    place: Place = HERE,
+    target: Target = HERE,
 ) -> None:
     """Roll a model to other weights, replica by replica, without a request that fails.
 
@@ -71,17 +73,17 @@ def roll(
     wait
         Stay until it is over.
     """
-    client = running(place)
+    client = running(target)
     given = Path(path).expanduser()
     state = client.roll(name, str(given.absolute()) if given.exists() else path, version)
     said = -1
     while wait and state["ended_at"] is None:
-        if state["done"] != said and not place.json:
+        if state["done"] != said and not target.json:
             said = state["done"]
             complain(f"{name}: {said} of {state['of']} replicas run {state['version']}", kind="note")
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(_LOOK_EVERY_S)
         state = next(each for each in client.rolls()["rolls"] if each["model"] == name)
-    if place.json:
+    if target.json:
         print_json(state)
     elif state["ended_at"] is None:
         print_text(f"{name} is being rolled to {state['version']}; `tidemill fleet list` shows its replicas.")

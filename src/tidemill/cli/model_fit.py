@@ -8,9 +8,9 @@ import msgspec
 
 from tidemill.cli.output import grouped, print_json, print_table, print_text
 from tidemill.engines import sglang, vllm
-from tidemill.engines.catalogue import GpuSpec, ModelSpec, gpus, model_named, models
+from tidemill.engines.catalogue import CatalogueModel, GpuSpec, gpus, model_named, models
 from tidemill.engines.catalogue.models import BYTES_PER_KV, BYTES_PER_WEIGHT, WEIGHT_PRECISIONS, KvPrecision
-from tidemill.engines.fit import Fit, Wish, fits, parse_nodes, parse_tokens, shortfall
+from tidemill.engines.fit import Fit, FitRequest, fits, parse_nodes, parse_tokens, shortfall
 from tidemill.engines.launch import EngineLaunch, MultiNode, launch_for
 from tidemill.engines.memory import CHUNK_TOKENS, GIB
 from tidemill.engines.roofline import BANDWIDTH_SHARE, COMPUTE_SHARE, NETWORK_GBS
@@ -45,21 +45,21 @@ def show_fit(
     if not 1 <= concurrency <= 100_000:
         raise BadInput("The concurrency is from 1 to 100000 sequences.")
     tokens = min(DEFAULT_CONTEXT, spec.max_context) if context is None else parse_tokens(context)
-    wish = Wish(context=tokens, sequences=concurrency, precision=wanted, kv=cached)
-    found = fits(spec, groups, wish)
+    request = FitRequest(context=tokens, sequences=concurrency, precision=wanted, kv=cached)
+    found = fits(spec, groups, request)
     if json:
-        print_json(_document(spec, found, wish, engine))
+        print_json(_document(spec, found, request, engine))
         return
-    _print_model(spec, wish)
+    _print_model(spec, request)
     shown = found if everything else _worth_showing(found)
     _print_tables(shown)
     best = shown[0]
-    lines = ["", *_arithmetic(spec, best, wish)]
+    lines = ["", *_arithmetic(spec, best, request)]
     hidden = len(found) - len(shown)
     if hidden:
         lines.append(f"{hidden} more layouts do not hold it; --all shows them.")
     if best.fits:
-        lines += ["", *_start(spec, best, wish, engine)]
+        lines += ["", *_start(spec, best, request, engine)]
     print_text("\n".join(lines))
 
 
@@ -68,7 +68,7 @@ def _worth_showing(found: Sequence[Fit]) -> Sequence[Fit]:
     return fitting or sorted(found, key=lambda fit: (-fit.max_sequences, fit.need.total))[:3]
 
 
-def _print_model(spec: ModelSpec, wish: Wish) -> None:
+def _print_model(spec: CatalogueModel, request: FitRequest) -> None:
     parts = [f"{spec.total / 1e9:.1f}B parameters"]
     if spec.moe is not None:
         shared = f" and {spec.moe.shared} shared" if spec.moe.shared else ""
@@ -77,7 +77,7 @@ def _print_model(spec: ModelSpec, wish: Wish) -> None:
     parts += [f"{spec.layers} layers", heads, f"{grouped(spec.max_context)} tokens"]
     print_text(f"{spec.hub_id}: {', '.join(parts)}; {spec.licence}.")
     print_text(
-        f"A replica shall work on {wish.sequences} sequences of {grouped(wish.context)} tokens at a time. "
+        f"A replica shall work on {request.sequences} sequences of {grouped(request.context)} tokens at a time. "
         "Speeds are estimates."
     )
 
@@ -130,11 +130,11 @@ def _rounded(rate: float) -> str:
     return grouped(value) if value < 10_000 else f"{grouped(value // 1000)}k"
 
 
-def _arithmetic(spec: ModelSpec, fit: Fit, wish: Wish) -> list[str]:
+def _arithmetic(spec: CatalogueModel, fit: Fit, request: FitRequest) -> list[str]:
     """How the first row comes about."""
     need, gpu = fit.need, fit.group.gpu
     values = spec.kv_values(kv_heads=max(1, -(-spec.kv_heads // fit.layout.tp)))
-    per_token = f"{values} values x {BYTES_PER_KV[wish.kv]} bytes a token and layer"
+    per_token = f"{values} values x {BYTES_PER_KV[request.kv]} bytes a token and layer"
     if spec.window_layers:
         per_token += f"; {spec.window_layers} of {spec.layers} layers keep {spec.sliding_window} tokens"
     each = need.kv_per_sequence / 2**20
@@ -147,7 +147,7 @@ def _arithmetic(spec: ModelSpec, fit: Fit, wish: Wish) -> list[str]:
         f"  runtime      {need.runtime / GIB:7.1f} GiB  driver, kernels, graphs, collectives (assumed)",
         f"  activations  {need.activations / GIB:7.1f} GiB  steps of {grouped(CHUNK_TOKENS)} tokens (assumed)",
         f"  together     {need.total / GIB:7.1f} of {fit.usable / GIB:.1f} GiB, "
-        f"{wish.memory_share:.0%} of {gpu.memory_bytes / GIB:.1f}",
+        f"{request.memory_share:.0%} of {gpu.memory_bytes / GIB:.1f}",
     ]
     if fit.estimate is not None:
         return [*lines, "", *_estimate(fit)]
@@ -180,7 +180,7 @@ def _no_estimate(gpu: GpuSpec) -> list[str]:
     return [f"No estimate of speed: {gpu.name} has no published bandwidth or compute.", *_uncertain(gpu)]
 
 
-def _launches(spec: ModelSpec, fit: Fit, wish: Wish) -> list[EngineLaunch]:
+def _launches(spec: CatalogueModel, fit: Fit, request: FitRequest) -> list[EngineLaunch]:
     """One for each node of a replica."""
     launch = launch_for(
         fit.layout,
@@ -188,9 +188,9 @@ def _launches(spec: ModelSpec, fit: Fit, wish: Wish) -> list[EngineLaunch]:
         served_name=spec.name,
         precision=fit.precision,
         native=spec.native,
-        kv=wish.kv,
-        context=wish.context,
-        sequences=wish.sequences,
+        kv=request.kv,
+        context=request.context,
+        sequences=request.sequences,
     )
     nodes = -(-fit.layout.devices // fit.group.per_node)
     if nodes == 1:
@@ -199,8 +199,8 @@ def _launches(spec: ModelSpec, fit: Fit, wish: Wish) -> list[EngineLaunch]:
     return [msgspec.structs.replace(launch, multi_node=rank) for rank in ranks]
 
 
-def _start(spec: ModelSpec, fit: Fit, wish: Wish, engine: str) -> list[str]:
-    launches = _launches(spec, fit, wish)
+def _start(spec: CatalogueModel, fit: Fit, request: FitRequest, engine: str) -> list[str]:
+    launches = _launches(spec, fit, request)
     lines = [f"Start it, one replica, with {engine}" + (" (HEAD is the first node):" if len(launches) > 1 else ":")]
     if fit.precision != spec.native and fit.precision in ("int8", "int4"):
         lines.insert(
@@ -213,20 +213,20 @@ def _start(spec: ModelSpec, fit: Fit, wish: Wish, engine: str) -> list[str]:
     return lines
 
 
-def _document(spec: ModelSpec, found: Sequence[Fit], wish: Wish, engine: str) -> dict[str, Any]:
+def _document(spec: CatalogueModel, found: Sequence[Fit], request: FitRequest, engine: str) -> dict[str, Any]:
     return {
         "model": spec.name,
         "hub_id": spec.hub_id,
         "parameters": spec.total,
         "active_parameters": spec.active,
-        "context": wish.context,
-        "concurrency": wish.sequences,
-        "kv_precision": wish.kv,
-        "layouts": [_layout_document(spec, fit, wish, engine) for fit in found],
+        "context": request.context,
+        "concurrency": request.sequences,
+        "kv_precision": request.kv,
+        "layouts": [_layout_document(spec, fit, request, engine) for fit in found],
     }
 
 
-def _layout_document(spec: ModelSpec, fit: Fit, wish: Wish, engine: str) -> dict[str, Any]:
+def _layout_document(spec: CatalogueModel, fit: Fit, request: FitRequest, engine: str) -> dict[str, Any]:
     need, found, layout = fit.need, fit.estimate, fit.layout
     document: dict[str, Any] = {
         "nodes": str(fit.group),
@@ -249,7 +249,7 @@ def _layout_document(spec: ModelSpec, fit: Fit, wish: Wish, engine: str) -> dict
         },
         "estimate": None,
         "uncertain": list(fit.group.gpu.uncertain),
-        "launches": [list(ENGINES[engine](each).argv) for each in _launches(spec, fit, wish)] if fit.fits else [],
+        "launches": [list(ENGINES[engine](each).argv) for each in _launches(spec, fit, request)] if fit.fits else [],
     }
     if found is not None:
         document["estimate"] = {
@@ -275,14 +275,14 @@ def show_models(*, json: bool) -> None:
     print_table(columns, [_model_row(spec) for spec in known])
 
 
-def _model_row(spec: ModelSpec) -> tuple[str, ...]:
+def _model_row(spec: CatalogueModel) -> tuple[str, ...]:
     kv = f"{spec.layers * spec.kv_values() * BYTES_PER_KV['bf16'] / 1024:.1f} KiB"
     active = f"{spec.active / 1e9:.2f}B" if spec.moe is not None else ""
     context = grouped(spec.max_context)
     return spec.name, spec.hub_id, f"{spec.total / 1e9:.2f}B", active, spec.native, context, kv, spec.licence
 
 
-def _model_document(spec: ModelSpec) -> dict[str, Any]:
+def _model_document(spec: CatalogueModel) -> dict[str, Any]:
     document: dict[str, Any] = msgspec.to_builtins(spec)
     return {**document, "parameters": spec.total, "active_parameters": spec.active}
 

@@ -30,7 +30,10 @@ def print_text(text: str) -> None:
 
 
 def print_table(columns: Sequence[tuple[str, Justify]], rows: Sequence[Sequence[str]], *, footer: bool = False) -> None:
-    """Print a table; with `footer` the last row is set off as the sum of the others. Nothing is ever cut off."""
+    """Print a table; with `footer` the last row is set off as the sum of the others.
+
+    Nothing is ever cut off.
+    """
     from rich.table import Table
     from rich.text import Text
 

@@ -4,7 +4,7 @@ from cyclopts import App
 
 from tidemill.cli.locate import running, source
 from tidemill.cli.output import print_json, print_table, print_text
-from tidemill.cli.place import HERE, Place
+from tidemill.cli.target import HERE, Target
 
 app = App(name="queue")
 
@@ -18,7 +18,7 @@ def set_(
     quota: int = 0,
     borrow: int | None = None,
     weight: int = 1,
-    place: Place = HERE,
+    target: Target = HERE,
 ) -> None:
     """Make a queue of jobs, or change it. A tenant's own queue has the tenant's name.
 
@@ -35,8 +35,8 @@ def set_(
     weight
         Its share of what is to be borrowed, relative to the others'.
     """
-    made = running(place).set_queue(name=name, tenant=tenant, quota=quota, borrow=borrow, weight=weight)
-    if place.json:
+    made = running(target).set_queue(name=name, tenant=tenant, quota=quota, borrow=borrow, weight=weight)
+    if target.json:
         print_json(made)
         return
     borrows = "as much as others leave" if made["borrow"] is None else f"at most {made['borrow']}"
@@ -44,10 +44,10 @@ def set_(
 
 
 @app.command(name="list")
-def list_(*, place: Place = HERE) -> None:
+def list_(*, target: Target = HERE) -> None:
     """List the queues that were set."""
-    found = source(place).queues()
-    if place.json:
+    found = source(target).queues()
+    if target.json:
         print_json(found)
         return
     print_table(
@@ -66,7 +66,7 @@ def list_(*, place: Place = HERE) -> None:
 
 
 @app.command
-def remove(name: str, /, *, place: Place = HERE) -> None:
+def remove(name: str, /, *, target: Target = HERE) -> None:
     """Remove a queue that has no unfinished jobs.
 
     Parameters
@@ -74,8 +74,8 @@ def remove(name: str, /, *, place: Place = HERE) -> None:
     name
         The queue's name.
     """
-    removed = running(place).remove_queue(name)
-    if place.json:
+    removed = running(target).remove_queue(name)
+    if target.json:
         print_json(removed)
     else:
         print_text(f"The queue {removed['name']} is removed.")

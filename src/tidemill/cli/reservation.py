@@ -6,7 +6,7 @@ from cyclopts import App, Parameter
 
 from tidemill.cli.locate import running, source
 from tidemill.cli.output import grouped, moment, print_json, print_table, print_text
-from tidemill.cli.place import HERE, Place
+from tidemill.cli.target import HERE, Target
 
 app = App(name="reservation")
 
@@ -21,7 +21,7 @@ def create(
     from_: Annotated[str, Parameter(name="--from")] = "now",
     lend: Annotated[bool, Parameter(negative="")] = False,
     price: str | None = None,
-    place: Place = HERE,
+    target: Target = HERE,
 ) -> None:
     """Keep devices for a tenant from one instant to another. It pays for them, used or not.
 
@@ -42,10 +42,10 @@ def create(
     price
         For a device and hour, in the tenant's currency. [default: the standard price of the kind]
     """
-    made = running(place).create_reservation(
+    made = running(target).create_reservation(
         tenant=tenant, kind=kind, devices=devices, start=from_, end=to, lend=lend, price=price
     )
-    if place.json:
+    if target.json:
         print_json(made)
         return
     print_text(
@@ -59,7 +59,7 @@ def list_(
     *,
     tenant: str | None = None,
     over: Annotated[bool, Parameter(name="--all", negative="")] = False,
-    place: Place = HERE,
+    target: Target = HERE,
 ) -> None:
     """List reservations, by their beginning.
 
@@ -70,8 +70,8 @@ def list_(
     over
         Those too that have ended.
     """
-    found = source(place).reservations(tenant, over=over)
-    if place.json:
+    found = source(target).reservations(tenant, over=over)
+    if target.json:
         print_json(found)
         return
     print_table(
@@ -106,7 +106,7 @@ def list_(
 
 
 @app.command
-def cancel(reservation: str, /, *, place: Place = HERE) -> None:
+def cancel(reservation: str, /, *, target: Target = HERE) -> None:
     """Give a reservation up. It is billed until now.
 
     Parameters
@@ -114,8 +114,8 @@ def cancel(reservation: str, /, *, place: Place = HERE) -> None:
     reservation
         Its id, from `tidemill reservation list`.
     """
-    cancelled = running(place).cancel_reservation(reservation)
-    if place.json:
+    cancelled = running(target).cancel_reservation(reservation)
+    if target.json:
         print_json(cancelled)
     else:
         print_text(f"{cancelled['id']} of {cancelled['tenant']} is cancelled.")

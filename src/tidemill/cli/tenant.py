@@ -4,13 +4,13 @@ from cyclopts import App
 
 from tidemill.cli.locate import running, source
 from tidemill.cli.output import complain, grouped, moment, print_json, print_table, print_text
-from tidemill.cli.place import HERE, Place
+from tidemill.cli.target import HERE, Target
 
 app = App(name="tenant")
 
 
 @app.command
-def create(name: str, /, *, currency: str | None = None, place: Place = HERE) -> None:
+def create(name: str, /, *, currency: str | None = None, target: Target = HERE) -> None:
     """Make a tenant.
 
     Parameters
@@ -20,8 +20,8 @@ def create(name: str, /, *, currency: str | None = None, place: Place = HERE) ->
     currency
         What the tenant pays in, e.g. CNY; the installation's currency when left out.
     """
-    made = running(place).create_tenant(name, currency)
-    if place.json:
+    made = running(target).create_tenant(name, currency)
+    if target.json:
         print_json(made)
         return
     print_text(f"Tenant {made['name']} is made ({made['id']}, {made['currency']}).")
@@ -30,7 +30,7 @@ def create(name: str, /, *, currency: str | None = None, place: Place = HERE) ->
 
 
 @app.command
-def weight(name: str, weight: int, /, *, place: Place = HERE) -> None:
+def weight(name: str, weight: int, /, *, target: Target = HERE) -> None:
     """Give a tenant another share of models that are full.
 
     Parameters
@@ -40,18 +40,18 @@ def weight(name: str, weight: int, /, *, place: Place = HERE) -> None:
     weight
         From 1 to 1000. Every tenant begins with 1; with 3 it gets three times as much as one with 1.
     """
-    changed = running(place).set_weight(name, weight)
-    if place.json:
+    changed = running(target).set_weight(name, weight)
+    if target.json:
         print_json(changed)
         return
     print_text(f"Tenant {changed['name']} has weight {changed['weight']}.")
 
 
 @app.command(name="list")
-def list_(*, place: Place = HERE) -> None:
+def list_(*, target: Target = HERE) -> None:
     """List the tenants and their balances."""
-    found = source(place).tenants()
-    if place.json:
+    found = source(target).tenants()
+    if target.json:
         print_json(found)
         return
     print_table(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote, urlsplit
 
-from tidemill.cli.client import Refused, connection_to, reason_of
+from tidemill.cli.client import RequestRefused, connection_to, reason_of
 from tidemill.errors import BadInput, Unavailable
 
 CHUNK = 1 << 20
@@ -49,8 +49,8 @@ class TenantClient:
             raise BadInput(f"{path} cannot be read: {error.strerror or error}.") from error
 
     def create_batch(self, file_id: str, endpoint: str) -> Json:
-        wish = {"input_file_id": file_id, "endpoint": endpoint, "completion_window": "24h"}
-        body = json.dumps(wish).encode()
+        fields = {"input_file_id": file_id, "endpoint": endpoint, "completion_window": "24h"}
+        body = json.dumps(fields).encode()
         return _object(self._ask("POST", "/batches", body, {"Content-Type": "application/json"}), self.url)
 
     def batch(self, batch_id: str) -> Json:
@@ -118,9 +118,9 @@ def _object(raw: bytes, url: str) -> Json:
     return document
 
 
-def _refusal(status: int, raw: bytes, url: str) -> Unavailable | Refused:
+def _refusal(status: int, raw: bytes, url: str) -> Unavailable | RequestRefused:
     try:
-        return Refused(str(json.loads(raw)["error"]["message"]))
+        return RequestRefused(str(json.loads(raw)["error"]["message"]))
     except (ValueError, KeyError, TypeError):
         hint = "Does the address end in /v1?"
         return Unavailable(f"{url} answers {status}, but not as Tidemill's data plane does.", hint=hint)

@@ -25,7 +25,7 @@ def up(
     from rich.console import Console
     from rich.markup import escape
 
-    from tidemill.app.config import load_config
+    from tidemill.app.config.load import load_config
     from tidemill.app.logs import configure_logs
     from tidemill.app.supervisor import Supervisor
     from tidemill.control.api import create_app

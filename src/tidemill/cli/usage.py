@@ -7,7 +7,7 @@ from cyclopts import Parameter
 
 from tidemill.cli.locate import source
 from tidemill.cli.output import grouped, moment, print_json, print_table, print_text
-from tidemill.cli.place import HERE, Place
+from tidemill.cli.target import HERE, Target
 
 
 def usage(
@@ -15,7 +15,7 @@ def usage(
     tenant: str,
     month: str | None = None,
     records: Annotated[bool, Parameter(negative="")] = False,
-    place: Place = HERE,
+    target: Target = HERE,
 ) -> None:
     """What a tenant has used and what it cost: exact sums, and with --records each request.
 
@@ -28,8 +28,8 @@ def usage(
     records
         Each request too.
     """
-    found = source(place).usage(tenant, month, records=records)
-    if place.json:
+    found = source(target).usage(tenant, month, records=records)
+    if target.json:
         print_json(found)
         return
     when = f"{found['month']}, {found['zone']}" if found["month"] else "all time"
@@ -47,6 +47,9 @@ def usage(
         [*rows, ("Total with device time" if found["devices"] else "Total", *_counts(found))],
         footer=True,
     )
+    if "components" in found:
+        print_text("")
+        _print_components(found)
     if found["devices"]:
         print_text("")
         _print_devices(found)
@@ -54,6 +57,17 @@ def usage(
     if records:
         print_text("")
         _print_records(found)
+
+
+def _print_components(found: Mapping[str, Any]) -> None:
+    print_table(
+        [("Of that", "left"), ("Component", "left"), ("Quantity", "right"), (f"Charge {found['currency']}", "right")],
+        [
+            (model, key, grouped(row["quantity"]), grouped(row["charge"]))
+            for model, sums in found["models"].items()
+            for key, row in sums.get("components", {}).items()
+        ],
+    )
 
 
 def _print_devices(found: Mapping[str, Any]) -> None:

@@ -1,1 +1,4 @@
-"""The control plane: what an operator sees and changes, for programs (`api/`) and later for people (`console/`)."""
+"""The control plane: what an operator sees and changes.
+
+It is for programs (`api/`), and later for people (`console/`).
+"""

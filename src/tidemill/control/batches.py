@@ -1,4 +1,7 @@
-"""Batches as operators see them: those of all tenants, with what they have cost. Plain values in and out."""
+"""Batches as operators see them: those of all tenants, with what they have cost.
+
+Plain values in and out.
+"""
 
 from collections.abc import Mapping
 from datetime import datetime
@@ -8,15 +11,13 @@ import msgspec
 from sqlalchemy import Connection
 
 from tidemill.control.names import tenant_named
-from tidemill.errors import BadInput, NotFound
+from tidemill.control.pages import PAGE, check_limit
+from tidemill.errors import NotFound
 from tidemill.ledger.money import format_amount
 from tidemill.store import batches as batch_store
 from tidemill.store.batches import Batch
 from tidemill.store.tenants import list_tenants
 from tidemill.store.usage import batch_charge
-
-PAGE = 100
-MAX_PAGE = 1_000
 
 Json = dict[str, Any]
 
@@ -24,12 +25,13 @@ Json = dict[str, Any]
 def list_batches(
     connection: Connection, tenant: str | None = None, *, unfinished: bool = False, limit: int = PAGE, after: str = ""
 ) -> Json:
-    """A page of batches, newest first, of all tenants or of one; `next` is the `after` of the next page, or None.
+    """A page of batches, newest first, of all tenants or of one.
+
+    `next` is the `after` of the next page, or None.
 
     Raises NotFound, BadInput.
     """
-    if not 1 <= limit <= MAX_PAGE:
-        raise BadInput(f"limit: is from 1 to {MAX_PAGE:,}.", param="limit")
+    check_limit(limit)
     owner = None if tenant is None else tenant_named(connection, tenant).tenant_id
     last = _find(connection, after) if after else None
     found = batch_store.batches_of_all(connection, tenant_id=owner, unfinished=unfinished, limit=limit + 1, behind=last)

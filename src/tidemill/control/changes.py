@@ -1,5 +1,6 @@
-"""What an operator changes: tenants, keys, credits. Each function writes in the caller's transaction and returns what
-became of it as plain values.
+"""What an operator changes: tenants, keys, credits.
+
+Each function writes in the caller's transaction and returns what became of it as plain values.
 """
 
 import hashlib
@@ -57,7 +58,10 @@ def write(store: Store, change: Callable[[Connection], T]) -> T:
 
 
 def create_tenant(connection: Connection, *, name: str, currency: str, now: datetime) -> Json:
-    """Add a tenant. `warning` says so when no model has a price in its currency. Raises Conflict, BadInput."""
+    """Add a tenant.
+
+    `warning` says so when no model has a price in its currency. Raises Conflict, BadInput.
+    """
     read_currency(currency)
     tenant = tenant_store.create_tenant(connection, name=name, currency=currency, now=now)
     priced = {code for _, code in current_prices(connection, now)}
@@ -68,7 +72,10 @@ def create_tenant(connection: Connection, *, name: str, currency: str, now: date
 
 
 def create_key(connection: Connection, *, tenant: str, name: str, now: datetime, policy: KeyPolicy = ANYTHING) -> Json:
-    """Make a key. The answer is the only place where the key itself is ever seen. Raises NotFound, BadInput."""
+    """Make a key.
+
+    The answer is the only place where the key itself is ever seen. Raises NotFound, BadInput.
+    """
     owner = tenant_named(connection, tenant)
     key, secret = key_store.create_key(connection, tenant_id=owner.tenant_id, name=name, now=now, policy=policy)
     return {"key": secret, **key_json(key, owner.name)}
@@ -95,7 +102,10 @@ def key_policy(
 
 
 def rotate_key(connection: Connection, *, key: str, overlap: str, now: datetime) -> Json:
-    """Make a successor of a key, which the key itself outlives by `overlap`. Raises NotFound, Conflict, BadInput."""
+    """Make a successor of a key, which the key itself outlives by `overlap`.
+
+    Raises NotFound, Conflict, BadInput.
+    """
     lasting = read_duration("overlap", overlap)
     old, new, secret = key_store.rotate_key(
         connection, key=check_text("key", key, longest=MAX_KEY), overlap=lasting, now=now

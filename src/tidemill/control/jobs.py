@@ -1,4 +1,7 @@
-"""Jobs as operators see them: submitted, listed with what they have cost, cancelled. Plain values in and out."""
+"""Jobs as operators see them: submitted, listed with what they have cost, cancelled.
+
+Plain values in and out.
+"""
 
 from collections.abc import Collection, Mapping
 from datetime import datetime
@@ -8,20 +11,19 @@ import msgspec
 from sqlalchemy import Connection
 
 from tidemill.control.names import check_text, read_duration, read_expiry, tenant_named
+from tidemill.control.pages import PAGE, check_limit
 from tidemill.errors import BadInput
 from tidemill.ledger.devices import seconds_text
 from tidemill.ledger.money import format_amount
 from tidemill.store import jobs as job_store
-from tidemill.store.devices import meter_rows
-from tidemill.store.job_wish import JobLimits, JobWish
-from tidemill.store.job_wish import submit as submit_wish
+from tidemill.store.device_meters import meter_rows
+from tidemill.store.job_submission import JobLimits, JobSubmission
+from tidemill.store.job_submission import submit as store_job
 from tidemill.store.jobs import UNFINISHED, Attempt, Job, JobState
-from tidemill.store.tenants import Tenant, list_tenants, nearest_hint
+from tidemill.store.tenants import Tenant, list_tenants
+from tidemill.suggestions import did_you_mean
 
 Json = dict[str, Any]
-
-PAGE = 100
-MAX_PAGE = 1_000
 
 
 class JobRequest(msgspec.Struct, kw_only=True):
@@ -53,7 +55,7 @@ def submit_job(connection: Connection, request: JobRequest, limits: JobLimits, *
     if request.ranks not in (None, "node", "device"):
         raise BadInput(f"ranks: {request.ranks[:20]!r} is not node or device.", param="ranks")
     deadline = None if request.deadline is None else read_expiry("deadline", request.deadline, zone=zone, now=now)
-    wish = JobWish(
+    submission = JobSubmission(
         argv=tuple(request.command),
         name=request.name,
         devices=request.devices,
@@ -72,7 +74,7 @@ def submit_job(connection: Connection, request: JobRequest, limits: JobLimits, *
         env=request.env,
         workdir=request.workdir,
     )
-    return job_json(submit_wish(connection, wish, owner, limits, now=now), owner)
+    return job_json(store_job(connection, submission, owner, limits, now=now), owner)
 
 
 def list_jobs(
@@ -84,9 +86,11 @@ def list_jobs(
     after: str | None = None,
     limit: int = PAGE,
 ) -> Json:
-    """A page of jobs, newest first; `next` is the `after` of the next one, or None. Raises NotFound, BadInput."""
-    if not 1 <= limit <= MAX_PAGE:
-        raise BadInput(f"limit is from 1 to {MAX_PAGE}.", param="limit")
+    """A page of jobs, newest first; `next` is the `after` of the next one, or None.
+
+    Raises NotFound, BadInput.
+    """
+    check_limit(limit)
     wanted = [_state(text) for text in states] + (list(UNFINISHED) if unfinished else [])
     owners = {each.tenant_id: each for each in list_tenants(connection)}
     tenant_id = None if tenant is None else tenant_named(connection, tenant).tenant_id
@@ -196,7 +200,7 @@ def _state(text: str) -> JobState:
         return JobState(text)
     except ValueError as error:
         known = [state.value for state in JobState]
-        hint = nearest_hint(text, known) or f"There are: {', '.join(known)}."
+        hint = did_you_mean(text, known) or f"There are: {', '.join(known)}."
         raise BadInput(f"state: {text[:40]!r} is not a state of jobs.", hint=hint, param="state") from error
 
 

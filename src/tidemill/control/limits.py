@@ -1,4 +1,7 @@
-"""Limits as operators see them: set, listed with what is used of them, removed. Plain values in and out."""
+"""Limits as operators see them: set, listed with what is used of them, removed.
+
+Plain values in and out.
+"""
 
 from collections.abc import Collection
 from datetime import datetime
@@ -9,21 +12,22 @@ from sqlalchemy import Connection
 
 from tidemill.control.names import check_text, known_model, read_amount, tenant_named
 from tidemill.errors import BadInput, NotFound
-from tidemill.ledger.limits import Limit, LimitKind, Per, Span, span_of, title_of
+from tidemill.ledger.limits import BudgetSpan, Limit, LimitKind, Per, span_of, title_of
 from tidemill.ledger.money import format_amount
 from tidemill.store import limits as limit_store
 from tidemill.store.budgets import leased_in, spent_in, warned
-from tidemill.store.clock import store_time
+from tidemill.store.engine import store_time
 from tidemill.store.keys import Key, find_key, list_keys
-from tidemill.store.shares import rates_in_force, slots_in_use
-from tidemill.store.tenants import Tenant, list_tenants, nearest_hint
+from tidemill.store.limit_leases import rates_in_force, slots_in_use
+from tidemill.store.tenants import Tenant, list_tenants
+from tidemill.suggestions import did_you_mean
 
 Json = dict[str, Any]
 
 MAX_ID = 255
 
 
-class LimitWish(msgspec.Struct, kw_only=True):
+class LimitSpec(msgspec.Struct, kw_only=True):
     """What an operator wants to be limited; at least one of the five kinds."""
 
     tenant: str
@@ -39,25 +43,28 @@ class LimitWish(msgspec.Struct, kw_only=True):
     soft_percent: int | None = None
 
 
-def set_limits(connection: Connection, wish: LimitWish, *, models: Collection[str], zone: str, now: datetime) -> Json:
-    """Put limits in force, each in the place of one of its kind on the same scope. Raises NotFound, BadInput."""
-    owner = tenant_named(connection, wish.tenant)
-    key_id = None if wish.key is None else _key_of(connection, owner, wish.key).first_id
-    model = None if wish.model is None else known_model(wish.model, models)
+def set_limits(connection: Connection, spec: LimitSpec, *, models: Collection[str], zone: str, now: datetime) -> Json:
+    """Put limits in force, each in the place of one of its kind on the same scope.
+
+    Raises NotFound, BadInput.
+    """
+    owner = tenant_named(connection, spec.tenant)
+    key_id = None if spec.key is None else _key_of(connection, owner, spec.key).first_id
+    model = None if spec.model is None else known_model(spec.model, models)
     template = Limit(limit_id="", tenant_id=owner.tenant_id, key_id=key_id, model=model, kind=LimitKind.RPM, amount=0)
     wanted = [
         _counted(template, kind, amount)
         for kind, amount in (
-            (LimitKind.RPM, wish.rpm),
-            (LimitKind.TPM, wish.tpm),
-            (LimitKind.CONCURRENCY, wish.concurrency),
+            (LimitKind.RPM, spec.rpm),
+            (LimitKind.TPM, spec.tpm),
+            (LimitKind.CONCURRENCY, spec.concurrency),
         )
         if amount is not None
     ]
-    if wish.budget is not None:
-        wanted.append(_budget(template, wish.budget, wish.per, wish.soft_percent))
-    elif wish.per is not None or wish.soft_percent is not None:
-        param = "per" if wish.per is not None else "soft_percent"
+    if spec.budget is not None:
+        wanted.append(_budget(template, spec.budget, spec.per, spec.soft_percent))
+    elif spec.per is not None or spec.soft_percent is not None:
+        param = "per" if spec.per is not None else "soft_percent"
         raise BadInput(f"{param} belongs to a budget, and there is none.", hint="Give budget, too.", param=param)
     if not wanted:
         raise BadInput("There is nothing to limit.", hint="Give rpm, tpm, concurrency or budget.")
@@ -94,7 +101,7 @@ def _budget(template: Limit, budget: str, per: str | None, soft_percent: int | N
     try:
         period = Per(per or Per.MONTH)
     except ValueError as error:
-        hint = nearest_hint(str(per), [each.value for each in Per]) or "A budget is per day or month."
+        hint = did_you_mean(str(per), [each.value for each in Per]) or "A budget is per day or month."
         raise BadInput(f"per: {str(per)[:80]!r} is not a period.", hint=hint, param="per") from error
     if soft_percent is not None and not 1 <= soft_percent <= 100:
         raise BadInput(f"soft_percent is from 1 to 100, got {soft_percent}.", param="soft_percent")
@@ -110,7 +117,7 @@ def _key_of(connection: Connection, owner: Tenant, key: str) -> Key:
         found = find_key(connection, given)
     except NotFound as error:
         # An id may be repeated with the nearest one; a secret may not, and has no near one.
-        hint = nearest_hint(given, [each.key_id for each in known]) if given.startswith("key_") else ""
+        hint = did_you_mean(given, [each.key_id for each in known]) if given.startswith("key_") else ""
         raise NotFound(f"{owner.name} has no such key.", hint=hint or error.hint, param="key") from error
     if found.tenant_id != owner.tenant_id:
         raise NotFound(f"{owner.name} has no such key.", hint="It is another tenant's.", param="key")
@@ -147,7 +154,7 @@ def _described(connection: Connection, limits: list[Limit], *, zone: str, now: d
     return found
 
 
-def _money(connection: Connection, limit: Limit, span: Span) -> Json:
+def _money(connection: Connection, limit: Limit, span: BudgetSpan) -> Json:
     return {
         "budget": format_amount(limit.amount),
         "spent": format_amount(spent_in(connection, limit, span)),

@@ -1,5 +1,6 @@
-"""The margin of a month: what each model brought in, by tenant, against what its replicas cost, idle time included,
-and what upstreams bill for its tokens.
+"""The margin of a month, by model and tenant.
+
+What each model brought in, against what its replicas cost, idle time included, and what upstreams bill for its tokens.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,7 +9,7 @@ from datetime import datetime
 from sqlalchemy import Connection
 
 from tidemill.control.names import read_month
-from tidemill.control.platform import ModelView
+from tidemill.control.platform import PlatformModel
 from tidemill.control.queries import Json
 from tidemill.errors import BadInput
 from tidemill.ledger.costing import MarginKey, MarginLine, MarginReport
@@ -24,7 +25,7 @@ NS_PER_S = 1_000_000_000
 
 def margin(
     connection: Connection,
-    running: Sequence[ModelView],
+    running: Sequence[PlatformModel],
     *,
     month: str,
     zone: str,
@@ -111,11 +112,11 @@ def _other_revenue(used: Iterable[DeviceUse], currency: str) -> dict[str, str]:
 
 
 def _upstream_costs(rows: Iterable[DeviceUse], cost: Price | None) -> dict[str, int]:
-    """What the tokens that a model gave are billed at by whom it is bought from, by tenant."""
+    """What a model's usage is billed at by whom it is bought from, by tenant."""
     costs: dict[str, int] = {}
     if cost is not None:
         for row in rows:
-            of_row = cost_of(uncached=row.uncached, cached=row.cached, completion=row.completion, cost=cost)
+            of_row = cost_of(row.quantities, cost)
             costs[row.tenant_id] = costs.get(row.tenant_id, 0) + of_row
     return costs
 

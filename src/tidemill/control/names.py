@@ -11,7 +11,8 @@ from tidemill.errors import BadInput
 from tidemill.ledger.errors import LedgerError
 from tidemill.ledger.money import Nanos, check_currency, parse_amount
 from tidemill.ledger.period import Period, parse_period, zone_named
-from tidemill.store.tenants import Tenant, find_tenant, nearest_hint
+from tidemill.store.tenants import Tenant, find_tenant
+from tidemill.suggestions import did_you_mean
 
 _DURATION = re.compile(r"([0-9]{1,6})\s*(s|m|h|d|w)")
 LONGEST = timedelta(days=36_500)
@@ -20,8 +21,10 @@ _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks
 
 
 def check_text(param: str, text: str, *, longest: int, empty: bool = False) -> str:
-    """Return `text` stripped, or raise BadInput when it is too long, has control characters or (unless `empty`) is
-    empty. A database need not be asked for what no name can be: PostgreSQL fails at a NUL.
+    """Return `text` stripped. Raises BadInput.
+
+    It must not be too long, have control characters or (unless `empty`) be empty. A database need not be asked for what
+    no name can be: PostgreSQL fails at a NUL.
     """
     text = text.strip()
     if not text.isprintable():
@@ -74,7 +77,9 @@ def read_duration(param: str, text: str) -> timedelta:
 
 
 def read_expiry(param: str, text: str, *, zone: str, now: datetime) -> datetime:
-    """When something ends: a time from now such as 90d, a day in the operator's zone (to its end), or an instant.
+    """Read when something ends.
+
+    It is a time from now such as 90d, a day in the operator's zone (to its end), or an instant.
 
     Raises BadInput, also for what is over.
     """
@@ -103,7 +108,7 @@ def known_model(name: str, models: Collection[str]) -> str:
     """The name of a model that is served. Raises BadInput with the nearest one."""
     name = check_text("model", name, longest=128)
     if name not in models:
-        hint = nearest_hint(name, list(models)) or f"There are: {', '.join(sorted(models)) or 'none'}."
+        hint = did_you_mean(name, list(models)) or f"There are: {', '.join(sorted(models)) or 'none'}."
         raise BadInput(f"There is no model {name!r}.", hint=hint, param="model")
     return name
 

@@ -10,15 +10,15 @@ from typing import Protocol
 from prometheus_client.metrics_core import Metric
 
 from tidemill.fleet.roll import RollState
-from tidemill.fleet.standing import FleetState
+from tidemill.fleet.status import FleetStatus
 from tidemill.ledger.money import Nanos
 from tidemill.ledger.pricing import Price
 from tidemill.store.engine import Store
 from tidemill.store.job_files import JobFiles
-from tidemill.store.job_wish import JobLimits
+from tidemill.store.job_submission import JobLimits
 
 
-class ModelView(Protocol):
+class PlatformModel(Protocol):
     """A model that the platform serves, as it is now."""
 
     @property
@@ -78,7 +78,7 @@ class PlatformStatus(Protocol):
         ...
 
 
-class ReconcileReport(Protocol):
+class MeterReport(Protocol):
     """The records set against the engines' own counters."""
 
     def to_json(self) -> dict[str, object]: ...
@@ -127,10 +127,13 @@ class Platform(Protocol):
         ...
 
     async def announce(self) -> None:
-        """The gateways have loaded what the store holds now: tenants, keys, prices, balances. After each change."""
+        """The gateways have loaded what the store holds now: tenants, keys, prices, balances.
+
+        After each change.
+        """
         ...
 
-    def models(self) -> Sequence[ModelView]: ...
+    def models(self) -> Sequence[PlatformModel]: ...
 
     def status(self) -> PlatformStatus: ...
 
@@ -142,7 +145,7 @@ class Platform(Protocol):
         """The last roll of each model since the platform's start."""
         ...
 
-    def fleet(self) -> FleetState:
+    def fleet(self) -> FleetStatus:
         """Nodes, devices and replicas, and what waits, as of the last plan."""
         ...
 
@@ -163,6 +166,6 @@ class Platform(Protocol):
         """The figures of `/metrics`."""
         ...
 
-    async def reconcile(self) -> ReconcileReport:
+    async def reconcile(self) -> MeterReport:
         """Sample the engines' counters and compare them with the records settled until then."""
         ...

@@ -1,4 +1,6 @@
-"""What the platform knows, as plain values that JSON can carry: the same for the API and for a stopped platform's CLI.
+"""What the platform knows, as plain values that JSON can carry.
+
+The same for the API and for a stopped platform's CLI.
 
 Each function reads in the caller's transaction. Amounts are decimal strings, instants ISO 8601 UTC.
 """
@@ -9,23 +11,25 @@ from typing import Any
 
 from sqlalchemy import Connection
 
+from tidemill.clock import from_micros, to_micros
 from tidemill.control.names import read_month, tenant_named
-from tidemill.control.platform import ModelView
+from tidemill.control.pages import check_limit
+from tidemill.control.platform import PlatformModel
 from tidemill.errors import BadInput
+from tidemill.ledger.components import CATALOGUE
 from tidemill.ledger.devices import seconds_text
 from tidemill.ledger.invoice import Invoice, make_invoice
 from tidemill.ledger.invoice import to_json as invoice_to_json
 from tidemill.ledger.invoice_text import to_text as invoice_to_text
 from tidemill.ledger.money import ZERO, Nanos, format_amount
 from tidemill.ledger.period import Period, period_of
-from tidemill.ledger.pricing import PriceVersion, Tier
+from tidemill.ledger.pricing import PriceTier, PriceVersion
 from tidemill.ledger.statement import record_to_json, statement_of_rows
 from tidemill.ledger.statement import to_json as statement_to_json
 from tidemill.ledger.usage import UsageRecord
 from tidemill.store.accounts import balance_at, credits_between, tenant_balance, tenant_balances
-from tidemill.store.clock import from_micros, to_micros
+from tidemill.store.device_meters import device_sums, meter_rows, to_be_read
 from tidemill.store.device_prices import device_price_versions
-from tidemill.store.devices import device_sums, meter_rows, to_be_read
 from tidemill.store.keys import Key, list_keys
 from tidemill.store.prices import current_prices, price_versions
 from tidemill.store.tenants import Tenant, list_tenants
@@ -115,8 +119,7 @@ def usage(
         "zone": zone,
     }
     if records:
-        if not 1 <= limit <= MAX_PAGE_RECORDS:
-            raise BadInput(f"limit is from 1 to {MAX_PAGE_RECORDS}.", param="limit")
+        check_limit(limit, MAX_PAGE_RECORDS)
         page = list(
             records_between(
                 connection,
@@ -135,7 +138,10 @@ def usage(
 
 
 def device_records(connection: Connection, tenant_id: str, period: Period | None) -> list[Json]:
-    """The rentals behind the sums of device time, the earliest begun first: attempts at jobs, and reservations."""
+    """The rentals behind the sums of device time, the earliest begun first.
+
+    Attempts at jobs, and reservations.
+    """
     month = None if period is None else period.month
     return [
         {
@@ -172,8 +178,9 @@ def _read_cursor(text: str) -> tuple[datetime, str]:
 def invoice(
     connection: Connection, tenant: str, month: str | None, *, zone: str, issuer: str, now: datetime
 ) -> Invoice:
-    """A tenant's invoice of a month, of the current one when none is named; a draft while it is not over at `now`, or
-    while device time of it is still to be charged.
+    """A tenant's invoice of a month, of the current one when none is named.
+
+    A draft while it is not over at `now`, or while device time of it is still to be charged.
 
     Raises NotFound, BadInput.
     """
@@ -211,8 +218,11 @@ def invoice_text(
     return invoice_to_text(invoice(connection, tenant, month, zone=zone, issuer=issuer, now=now))
 
 
-def models(connection: Connection, running: Sequence[ModelView] | None, *, now: datetime) -> Json:
-    """The models that run, with their prices by currency; of a stopped platform (None) those that have a price."""
+def models(connection: Connection, running: Sequence[PlatformModel] | None, *, now: datetime) -> Json:
+    """The models that run, with their prices by currency.
+
+    Of a stopped platform (None) those that have a price.
+    """
     priced: dict[str, Json] = {}
     for (model, currency), version in current_prices(connection, now).items():
         priced.setdefault(model, {})[currency] = _price_json(version)
@@ -251,8 +261,8 @@ def prices(connection: Connection, *, history: bool, now: datetime) -> Json:
     if history:
         found = price_versions(connection)
     else:
-        found = [version for tier in Tier for version in current_prices(connection, now, tier).values()]
-        found.sort(key=lambda version: (version.model, version.currency, list(Tier).index(version.tier)))
+        found = [version for tier in PriceTier for version in current_prices(connection, now, tier).values()]
+        found.sort(key=lambda version: (version.model, version.currency, list(PriceTier).index(version.tier)))
     return {
         "prices": [
             {
@@ -269,11 +279,8 @@ def prices(connection: Connection, *, history: bool, now: datetime) -> Json:
 
 
 def _price_json(version: PriceVersion) -> Json:
-    return {
-        "input": format_amount(version.price.input),
-        "cached_input": format_amount(version.price.cached_input),
-        "output": format_amount(version.price.output),
-    }
+    rates = version.price.rates
+    return {component.key: format_amount(rates[component]) for component in CATALOGUE if component in rates}
 
 
 def this_month(zone: str, now: datetime) -> str:

@@ -17,7 +17,8 @@ from tidemill.store.device_prices import agreed_price, current_device_prices, de
 from tidemill.store.ids import new_id
 from tidemill.store.queues import Queue
 from tidemill.store.reservations import OPEN, Reservation
-from tidemill.store.tenants import MAX_WEIGHT, Tenant, check_name, list_tenants, nearest_hint
+from tidemill.store.tenants import MAX_WEIGHT, Tenant, check_name, list_tenants
+from tidemill.suggestions import did_you_mean
 
 Json = dict[str, Any]
 NOW = "now"
@@ -117,7 +118,7 @@ def create_reservation(
         standard = prices.get((kind, owner.currency, DeviceTier.STANDARD))
         if standard is None:
             known = sorted({each for each, currency, _ in prices if currency == owner.currency})
-            hint = nearest_hint(kind, known) or "Add it to [device_prices], or agree on a price with --price."
+            hint = did_you_mean(kind, known) or "Add it to [device_prices], or agree on a price with --price."
             raise BadInput(f"kind: {kind!r} has no price in {owner.currency}.", hint=hint, param="kind")
         hour = standard.hour
     agreed = agreed_price(connection, kind=kind, currency=owner.currency, hour=hour, now=now)

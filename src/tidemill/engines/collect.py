@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from tidemill.engines.protocol import Counts
+from tidemill.engines.protocol import TokenCounts
 from tidemill.engines.sse import BrokenStream, data_of, usage_object
 
 _decode = msgspec.json.Decoder().decode
@@ -68,7 +68,7 @@ class Collector:
             elif value is not None:
                 message[name] = value
 
-    def answer(self, counts: Counts) -> bytes:
+    def answer(self, counts: TokenCounts) -> bytes:
         """The chat completion object, with `counts` as its usage."""
         for choice in self._choices.values():
             choice.setdefault("logprobs", None)

@@ -1,6 +1,6 @@
 """What fits where: the layouts of a model over given nodes, and what each of them leaves for context and concurrency.
 
-Pure: a model, nodes and a wish in; layouts with their arithmetic out.
+Pure: a model, nodes and a request in; layouts with their arithmetic out.
 """
 
 import re
@@ -10,14 +10,14 @@ import msgspec
 
 from tidemill.engines.catalogue import gpu_named
 from tidemill.engines.catalogue.gpus import GpuSpec
-from tidemill.engines.catalogue.models import KvPrecision, ModelSpec, WeightPrecision
-from tidemill.engines.memory import GIB, MEMORY_SHARE, Layout, Need, need
+from tidemill.engines.catalogue.models import CatalogueModel, KvPrecision, WeightPrecision
+from tidemill.engines.memory import GIB, MEMORY_SHARE, MemoryNeed, ReplicaLayout, need
 from tidemill.engines.roofline import Estimate, estimate
 from tidemill.errors import BadInput
 
 FAST_LINK_GBS = 100.0
 """From here on, tensor parallel over the whole node is what one takes; below, pipelines within a node are offered."""
-MAX_DEVICES = 16_384
+_MAX_DEVICES = 16_384
 MAX_SEQUENCES = 1_000_000
 """Where the search for the largest concurrency ends."""
 
@@ -39,7 +39,7 @@ class NodeGroup(msgspec.Struct, frozen=True):
         return f"{self.nodes}x{self.per_node}x{self.gpu.kind}"
 
 
-class Wish(msgspec.Struct, frozen=True, kw_only=True):
+class FitRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What a replica shall do."""
 
     context: int
@@ -56,13 +56,13 @@ class Fit(msgspec.Struct, frozen=True, kw_only=True):
     """One layout on one group of nodes."""
 
     group: NodeGroup
-    layout: Layout
+    layout: ReplicaLayout
     precision: WeightPrecision
-    need: Need
+    need: MemoryNeed
     usable: int
     """Bytes of each device."""
     fits: bool
-    """The whole wish fits."""
+    """The whole request fits."""
     replicas: int
     """How many such replicas the group holds."""
     max_context: int
@@ -70,7 +70,7 @@ class Fit(msgspec.Struct, frozen=True, kw_only=True):
     max_sequences: int
     """Sequences of the wished context that a replica holds."""
     estimate: Estimate | None
-    """At the wish, or at `max_sequences` where that is fewer; None where there is nothing to estimate from."""
+    """At the request, or at `max_sequences` where that is fewer; None where there is nothing to estimate from."""
 
     @property
     def estimated_sequences(self) -> int:
@@ -92,8 +92,8 @@ def parse_nodes(text: str) -> tuple[NodeGroup, ...]:
         elif gpu.memory_mib is None:
             raise BadInput(f"{part.strip()!r} does not say how much memory there is.", hint=f"Write {kind}@64GB.")
         nodes, per_node = (int(first), int(second)) if second else (1, int(first or 1))
-        if not 1 <= nodes * per_node <= MAX_DEVICES:
-            raise BadInput(f"{part.strip()!r}: there are from 1 to {MAX_DEVICES} devices.")
+        if not 1 <= nodes * per_node <= _MAX_DEVICES:
+            raise BadInput(f"{part.strip()!r}: there are from 1 to {_MAX_DEVICES} devices.")
         groups.append(NodeGroup(nodes, per_node, gpu))
     return tuple(groups)
 
@@ -107,8 +107,8 @@ def parse_tokens(text: str) -> int:
     return int(tokens)
 
 
-def precision_for(spec: ModelSpec, gpu: GpuSpec, wished: WeightPrecision | None) -> WeightPrecision:
-    """The precision that the weights are kept in. Raises BadInput when the device cannot hold the wished one."""
+def precision_for(spec: CatalogueModel, gpu: GpuSpec, wished: WeightPrecision | None) -> WeightPrecision:
+    """The precision that the weights are kept in. Raises BadInput when the device cannot hold the requested one."""
     if wished is None:
         return spec.native if spec.native in gpu.precisions else "bf16"
     if wished not in gpu.precisions:
@@ -118,16 +118,19 @@ def precision_for(spec: ModelSpec, gpu: GpuSpec, wished: WeightPrecision | None)
     return wished
 
 
-def fits(spec: ModelSpec, groups: Sequence[NodeGroup], wish: Wish) -> list[Fit]:
-    """All layouts on all groups, best first: those that fit the wish, by the tokens a second of the whole group (then
-    by the fewest devices); then the others, by what they hold. Raises BadInput for a wish that the model cannot take.
+def fits(spec: CatalogueModel, groups: Sequence[NodeGroup], request: FitRequest) -> list[Fit]:
+    """All layouts on all groups, best first: those that fit the request, by the tokens a second of the whole group
+    (then by the fewest devices); then the others, by what they hold. Raises BadInput for a request that the model
+    cannot take.
     """
-    if wish.context > spec.max_context:
+    if request.context > spec.max_context:
         raise BadInput(
-            f"{spec.name} takes at most {spec.max_context} tokens, not {wish.context}.",
+            f"{spec.name} takes at most {spec.max_context} tokens, not {request.context}.",
             hint="Longer contexts need a scaled rotary embedding (YaRN), which this does not account for.",
         )
-    return sorted((_fit(spec, group, layout, wish) for group in groups for layout in layouts(spec, group)), key=_rank)
+    return sorted(
+        (_fit(spec, group, layout, request) for group in groups for layout in layouts(spec, group)), key=_rank
+    )
 
 
 def _rank(fit: Fit) -> tuple[bool, float, int, int]:
@@ -136,7 +139,7 @@ def _rank(fit: Fit) -> tuple[bool, float, int, int]:
     return not fit.fits, -speed, -fit.max_sequences * fit.replicas, fit.layout.devices
 
 
-def layouts(spec: ModelSpec, group: NodeGroup) -> Iterator[Layout]:
+def layouts(spec: CatalogueModel, group: NodeGroup) -> Iterator[ReplicaLayout]:
     """How a replica may be spread over these nodes.
 
     Tensor parallel stays within a node and divides its heads. A pipeline is made of whole nodes, or, where the link
@@ -147,43 +150,43 @@ def layouts(spec: ModelSpec, group: NodeGroup) -> Iterator[Layout]:
     inside = [tp for tp in range(1, width + 1) if width % tp == 0 and _cuts(spec, tp)]
     slow = group.gpu.link is not None and group.gpu.link < FAST_LINK_GBS
     for tp in inside:
-        yield Layout(tp)
+        yield ReplicaLayout(tp)
         stages = [pp for pp in range(2, width // tp + 1) if width % (tp * pp) == 0] if slow else []
         if tp == max(inside):
             stages += [width // tp * nodes for nodes in range(2 if tp == width else 1, group.nodes + 1)]
-        yield from (Layout(tp, pp) for pp in sorted({*stages}) if 1 < pp <= spec.layers)
+        yield from (ReplicaLayout(tp, pp) for pp in sorted({*stages}) if 1 < pp <= spec.layers)
     if spec.moe is None:
         return
     wide = [size for size in range(2, width + 1) if width % size == 0]
     wide += [width * nodes for nodes in range(2, group.nodes + 1)]
     for size in wide:
         if spec.moe.experts % size == 0:
-            yield from (Layout(tp, dp=size // tp) for tp in inside if size % tp == 0 and size > tp)
+            yield from (ReplicaLayout(tp, dp=size // tp) for tp in inside if size % tp == 0 and size > tp)
 
 
-def _cuts(spec: ModelSpec, tp: int) -> bool:
+def _cuts(spec: CatalogueModel, tp: int) -> bool:
     """Whether the heads can be dealt out: each device an equal share of the query heads, and KV heads cut or copied."""
     if spec.heads % tp:
         return False
     return spec.mla is not None or spec.kv_heads % tp == 0 or tp % spec.kv_heads == 0
 
 
-def _fit(spec: ModelSpec, group: NodeGroup, layout: Layout, wish: Wish) -> Fit:
-    precision = precision_for(spec, group.gpu, wish.precision)
-    usable = int(group.gpu.memory_bytes * wish.memory_share)
+def _fit(spec: CatalogueModel, group: NodeGroup, layout: ReplicaLayout, request: FitRequest) -> Fit:
+    precision = precision_for(spec, group.gpu, request.precision)
+    usable = int(group.gpu.memory_bytes * request.memory_share)
 
     def holds(context: int, sequences: int) -> bool:
-        return need(spec, layout, precision, wish.kv, context=context, sequences=sequences).total <= usable
+        return need(spec, layout, precision, request.kv, context=context, sequences=sequences).total <= usable
 
-    max_sequences = _largest(MAX_SEQUENCES, lambda count: holds(wish.context, count))
-    sequences = min(wish.sequences, max_sequences) if max_sequences else 0
+    max_sequences = _largest(MAX_SEQUENCES, lambda count: holds(request.context, count))
+    sequences = min(request.sequences, max_sequences) if max_sequences else 0
     return Fit(
         group=group,
         layout=layout,
         precision=precision,
-        need=need(spec, layout, precision, wish.kv, context=wish.context, sequences=wish.sequences),
+        need=need(spec, layout, precision, request.kv, context=request.context, sequences=request.sequences),
         usable=usable,
-        fits=max_sequences >= wish.sequences,
+        fits=max_sequences >= request.sequences,
         replicas=_replicas(group, layout),
         max_context=_largest(spec.max_context, lambda context: holds(context, 1)),
         max_sequences=max_sequences,
@@ -192,8 +195,8 @@ def _fit(spec: ModelSpec, group: NodeGroup, layout: Layout, wish: Wish) -> Fit:
             layout,
             group.gpu,
             precision,
-            wish.kv,
-            context=wish.context,
+            request.kv,
+            context=request.context,
             sequences=sequences,
             per_node=group.per_node,
         )
@@ -202,7 +205,7 @@ def _fit(spec: ModelSpec, group: NodeGroup, layout: Layout, wish: Wish) -> Fit:
     )
 
 
-def _replicas(group: NodeGroup, layout: Layout) -> int:
+def _replicas(group: NodeGroup, layout: ReplicaLayout) -> int:
     """A replica takes a part of one node, or whole nodes."""
     if layout.devices <= group.per_node:
         return group.nodes * (group.per_node // layout.devices)
@@ -219,7 +222,7 @@ def _largest(bound: int, holds: Callable[[int], bool]) -> int:
 
 
 def shortfall(fit: Fit) -> str:
-    """Why a layout does not hold the wish, in one sentence."""
+    """Why a layout does not hold the request, in one sentence."""
     fixed = fit.need.weights + fit.need.runtime + fit.need.activations
     if fixed > fit.usable:
         return f"weights and runtime alone are {fixed / GIB:.1f} of {fit.usable / GIB:.1f} GiB"

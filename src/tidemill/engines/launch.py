@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from tidemill.engines.catalogue.models import KvPrecision, WeightPrecision
-from tidemill.engines.memory import Layout
+from tidemill.engines.memory import ReplicaLayout
 from tidemill.errors import ConfigError
 
 HOST_PLACEHOLDER = "{host}"
@@ -89,14 +89,14 @@ class EngineLaunch(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         return self.tp * self.pp * self.dp
 
 
-class Command(msgspec.Struct, frozen=True):
+class CommandLine(msgspec.Struct, frozen=True):
     """A process to start: its command line, and what its environment needs besides the node's own."""
 
     argv: tuple[str, ...]
     env: Mapping[str, str] = {}
 
 
-class Control(msgspec.Struct, frozen=True):
+class EngineControl(msgspec.Struct, frozen=True):
     """Where an engine is watched and steered, below its address (not below /v1)."""
 
     ready: str
@@ -119,11 +119,11 @@ class Control(msgspec.Struct, frozen=True):
 class Launcher(Protocol):
     """An engine that can be started: the modules `engines.vllm` and `engines.sglang`."""
 
-    def command(self, launch: EngineLaunch, program: tuple[str, ...] = ...) -> Command: ...
+    def command(self, launch: EngineLaunch, program: tuple[str, ...] = ...) -> CommandLine: ...
 
 
 def launch_for(
-    layout: Layout,
+    layout: ReplicaLayout,
     *,
     model: str,
     served_name: str,

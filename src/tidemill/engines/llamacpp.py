@@ -10,8 +10,8 @@ import msgspec
 
 from tidemill.engines.openai import LIMIT_ALIASES, encode, stream_options
 from tidemill.engines.prometheus import counter_sum
-from tidemill.engines.protocol import Ask, Counters, Counts
-from tidemill.engines.running import sum_of_choices
+from tidemill.engines.protocol import Ask, Counters, TokenCounts
+from tidemill.engines.running_usage import sum_of_choices
 from tidemill.engines.sse import SseTap, data_of, usage_object, usage_of
 
 _NOT_FOR_TENANTS = ("verbose", "return_progress", "id_slot")
@@ -81,9 +81,9 @@ class LlamaCppTap(SseTap):
         super().__init__(wants_usage=wants_usage)
         self._choices = choices
         self._prompts = prompts
-        self._by_choice: dict[bytes, Counts] = {}
+        self._by_choice: dict[bytes, TokenCounts] = {}
         self._reasoned: dict[bytes, int] = {}
-        self._final: list[Counts] = []
+        self._final: list[TokenCounts] = []
 
     def feed(self, data: bytes) -> bytes:
         data = self._whole_events(data)
@@ -100,7 +100,7 @@ class LlamaCppTap(SseTap):
             return self._on_last_of_a_choice(event, usage)
         if usage is None:
             cached = int(timings.get(b"cache_n", 0))
-            usage = Counts(int(timings.get(b"prompt_n", 0)) + cached, cached, int(timings.get(b"predicted_n", 0)))
+            usage = TokenCounts(int(timings.get(b"prompt_n", 0)) + cached, cached, int(timings.get(b"predicted_n", 0)))
         found = _INDEX.search(event)
         index = found[1] if found else b"0"
         self._by_choice[index] = usage
@@ -109,7 +109,7 @@ class LlamaCppTap(SseTap):
         self._add_up(self._by_choice.values())
         return event
 
-    def _on_last_of_a_choice(self, event: bytes, usage: Counts) -> bytes | None:
+    def _on_last_of_a_choice(self, event: bytes, usage: TokenCounts) -> bytes | None:
         self._final.append(usage)
         if len(self._final) < self._choices:
             return None
@@ -120,15 +120,15 @@ class LlamaCppTap(SseTap):
             return event
         return b"data: " + with_usage(data_of(event), self.counts)
 
-    def _add_up(self, counts: Collection[Counts]) -> None:
+    def _add_up(self, counts: Collection[TokenCounts]) -> None:
         """The sum over the choices; what of it was reasoning is known of the chunks alone."""
         found = sum_of_choices(counts, choices=self._choices, prompts=self._prompts)
         reasoning = min(sum(self._reasoned.values()), found.completion)
-        self.counts = Counts(found.prompt, found.cached, found.completion, reasoning)
+        self.counts = TokenCounts(found.prompt, found.cached, found.completion, reasoning)
         self.exact = True
 
 
-def with_usage(chunk: bytes, counts: Counts) -> bytes:
+def with_usage(chunk: bytes, counts: TokenCounts) -> bytes:
     """A chunk with its usage object replaced by `counts`."""
     fields = _decode_object(chunk)
     fields["usage"] = msgspec.Raw(encode(usage_object(counts)))

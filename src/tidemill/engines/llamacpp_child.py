@@ -27,7 +27,7 @@ class LlamaCppLaunch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """CPU threads; 0 leaves the choice to llama.cpp."""
     embeddings: str = ""
     """How a text's vectors become one, beside the answering of chats: `mean`, `cls`, `last`, or `model`: as the file
-    says. Empty: there are no embeddings."""
+    says. `rank`: they become the score of a document. Empty: there are no embeddings."""
 
 
 def serve(launch: LlamaCppLaunch) -> None:

@@ -8,9 +8,9 @@ import msgspec
 from tidemill.engines.catalogue.models import (
     BYTES_PER_KV,
     BYTES_PER_PLAIN,
+    CatalogueModel,
     KvPrecision,
-    ModelSpec,
-    Part,
+    ParameterCount,
     WeightPrecision,
 )
 
@@ -31,7 +31,7 @@ LOGIT_BYTES = 8
 """Per sequence and word of the vocabulary: float32, and a copy while sampling."""
 
 
-class Layout(msgspec.Struct, frozen=True):
+class ReplicaLayout(msgspec.Struct, frozen=True):
     """How one replica is spread over devices."""
 
     tp: int = 1
@@ -59,7 +59,7 @@ class Layout(msgspec.Struct, frozen=True):
         return " ".join(parts)
 
 
-class Need(msgspec.Struct, frozen=True):
+class MemoryNeed(msgspec.Struct, frozen=True):
     """Bytes on the fullest device."""
 
     weights: int
@@ -79,12 +79,18 @@ class Need(msgspec.Struct, frozen=True):
 
 
 def need(
-    spec: ModelSpec, layout: Layout, precision: WeightPrecision, kv: KvPrecision, *, context: int, sequences: int
-) -> Need:
+    spec: CatalogueModel,
+    layout: ReplicaLayout,
+    precision: WeightPrecision,
+    kv: KvPrecision,
+    *,
+    context: int,
+    sequences: int,
+) -> MemoryNeed:
     """What the fullest device of a replica holds while `sequences` of `context` tokens are worked on."""
     own = -(-sequences // layout.dp)
     several = layout.devices > 1
-    return Need(
+    return MemoryNeed(
         weights=weight_bytes(spec, layout, precision),
         kv_per_sequence=sequence_bytes(spec, layout, kv, context),
         sequences=own,
@@ -93,7 +99,7 @@ def need(
     )
 
 
-def weight_bytes(spec: ModelSpec, layout: Layout, precision: WeightPrecision) -> int:
+def weight_bytes(spec: CatalogueModel, layout: ReplicaLayout, precision: WeightPrecision) -> int:
     """Weights on the fullest device. The layers are dealt out evenly; a remainder makes some stages one longer."""
     stage = stage_layers(spec, layout)
     heavy = min(spec.moe_layers, stage) if spec.moe is not None else 0
@@ -103,12 +109,12 @@ def weight_bytes(spec: ModelSpec, layout: Layout, precision: WeightPrecision) ->
     return round(attention + experts + dense + table_bytes(spec, layout))
 
 
-def stage_layers(spec: ModelSpec, layout: Layout) -> int:
+def stage_layers(spec: CatalogueModel, layout: ReplicaLayout) -> int:
     """Layers of the longest stage."""
     return -(-spec.layers // layout.pp)
 
 
-def attention_bytes(spec: ModelSpec, layout: Layout, precision: WeightPrecision) -> float:
+def attention_bytes(spec: CatalogueModel, layout: ReplicaLayout, precision: WeightPrecision) -> float:
     """One layer without its MLP, on one device."""
     kept = spec.attention_precision(precision)
     kv_share = max(1.0, spec.kv_heads / layout.tp) / spec.kv_heads
@@ -116,11 +122,13 @@ def attention_bytes(spec: ModelSpec, layout: Layout, precision: WeightPrecision)
     return cut + spec.attention_kv.bytes_at(kept) * kv_share + spec.attention_whole.bytes_at(kept)
 
 
-def dense_mlp_bytes(spec: ModelSpec, layout: Layout, precision: WeightPrecision) -> float:
+def dense_mlp_bytes(spec: CatalogueModel, layout: ReplicaLayout, precision: WeightPrecision) -> float:
     return spec.dense_mlp.bytes_at(spec.attention_precision(precision)) / layout.tp
 
 
-def moe_layer_bytes(spec: ModelSpec, layout: Layout, precision: WeightPrecision, *, touched: float = 1.0) -> float:
+def moe_layer_bytes(
+    spec: CatalogueModel, layout: ReplicaLayout, precision: WeightPrecision, *, touched: float = 1.0
+) -> float:
     """One layer's experts and router on one device; of the routed experts the share `touched`."""
     assert spec.moe is not None
     held = -(-spec.moe.experts // layout.ep) / (layout.tp if layout.ep == 1 else 1)
@@ -128,14 +136,14 @@ def moe_layer_bytes(spec: ModelSpec, layout: Layout, precision: WeightPrecision,
     return spec.expert.bytes_at(precision) * held * touched + shared + spec.router.bytes_at("bf16")
 
 
-def table_bytes(spec: ModelSpec, layout: Layout) -> float:
+def table_bytes(spec: CatalogueModel, layout: ReplicaLayout) -> float:
     """Embedding and head; in a pipeline they are on different stages."""
-    tables: Part = spec.tables
+    tables: ParameterCount = spec.tables
     count = tables.total if layout.pp == 1 else spec.vocabulary * spec.hidden
     return count * BYTES_PER_PLAIN / layout.tp + spec.hidden * BYTES_PER_PLAIN
 
 
-def sequence_bytes(spec: ModelSpec, layout: Layout, kv: KvPrecision, context: int) -> int:
+def sequence_bytes(spec: CatalogueModel, layout: ReplicaLayout, kv: KvPrecision, context: int) -> int:
     """KV cache of one sequence of `context` tokens on one device.
 
     KV heads are cut by tp until each device has one; from there on they are copied, as MLA's latent vector always is.
@@ -148,7 +156,7 @@ def sequence_bytes(spec: ModelSpec, layout: Layout, kv: KvPrecision, context: in
     return ((stage - windowed) * tokens + windowed * seen) * values * BYTES_PER_KV[kv]
 
 
-def _activation_bytes(spec: ModelSpec, layout: Layout, sequences: int) -> int:
+def _activation_bytes(spec: CatalogueModel, layout: ReplicaLayout, sequences: int) -> int:
     """A step's intermediate results at their peak: hidden states, the widest MLP, and the logits of each sequence."""
     widest = 2 * spec.intermediate / layout.tp
     if spec.moe is not None:

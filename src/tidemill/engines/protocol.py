@@ -5,14 +5,18 @@ from typing import Protocol
 import msgspec
 
 
-class Counts(msgspec.Struct, frozen=True, gc=False):
-    """Token counts as an engine reports them. `prompt` includes `cached`, `completion` includes `reasoning`."""
+class TokenCounts(msgspec.Struct, frozen=True, gc=False):
+    """Counts as an engine reports them. `prompt` includes `cached` and `cache_write`, `completion` `reasoning`."""
 
     prompt: int = 0
     cached: int = 0
     completion: int = 0
     reasoning: int = 0
     """0 also where the engine does not tell."""
+    cache_write: int = 0
+    """Prompt tokens that were written into a cache which the client asked for, and are priced so."""
+    searches: int = 0
+    """Search units of a ranking, where the engine bills by them."""
 
 
 class Counters(msgspec.Struct, frozen=True):
@@ -26,7 +30,7 @@ class Ask(msgspec.Struct):
     """A request on its way to an engine: a JSON object in OpenAI's form, its values still undecoded."""
 
     path: bytes
-    """The endpoint below the engine's base URL: `/chat/completions`, `/completions`, `/embeddings`."""
+    """The endpoint below the engine's base URL: `/chat/completions`, `/completions`, `/embeddings`, `/rerank`."""
     fields: dict[str, msgspec.Raw]
     stream: bool
     wants_usage: bool
@@ -38,9 +42,15 @@ class Ask(msgspec.Struct):
     max_tokens: int | None
     """The client's limit for each choice, if it set one."""
     prompts: int = 1
-    """How many prompts it carries; more than one only in a text completion."""
+    """How many prompts it carries: more than one in a text completion, and the documents of a ranking."""
     generates: bool = True
-    """False for embeddings: nothing is produced token by token, nothing is limited."""
+    """False for embeddings and rankings: nothing is produced token by token, nothing is limited."""
+    documents: int = 0
+    """How many documents it has ranked."""
+    searches: int = 0
+    """The search units of that, where the engine does not tell them."""
+    searches_bound: int = 0
+    """The most that an engine can tell."""
     filler: bool = False
     """It can wait: an engine that orders its requests by priority takes people's before it."""
 
@@ -52,7 +62,7 @@ class Tap(Protocol):
     """The engine has said that the stream is complete ([DONE])."""
     failed: bool
     """The engine has sent an error event in mid-stream."""
-    counts: Counts
+    counts: TokenCounts
     exact: bool
     """`counts` are the engine's own figures (so far), not an estimate."""
 
@@ -79,7 +89,7 @@ class Tap(Protocol):
         """The completion tokens of `estimate`."""
         ...
 
-    def estimate(self, prompt_bytes: int) -> Counts:
+    def estimate(self, prompt_bytes: int) -> TokenCounts:
         """The best count of what has passed, for a stream whose engine did not report."""
         ...
 

@@ -9,10 +9,10 @@ which, and what the error is.
 import msgspec
 
 from tidemill.engines.catalogue.gpus import GpuSpec
-from tidemill.engines.catalogue.models import KvPrecision, ModelSpec, WeightPrecision
+from tidemill.engines.catalogue.models import CatalogueModel, KvPrecision, WeightPrecision
 from tidemill.engines.memory import (
     CHUNK_TOKENS,
-    Layout,
+    ReplicaLayout,
     attention_bytes,
     dense_mlp_bytes,
     moe_layer_bytes,
@@ -58,8 +58,8 @@ class Estimate(msgspec.Struct, frozen=True):
 
 
 def estimate(
-    spec: ModelSpec,
-    layout: Layout,
+    spec: CatalogueModel,
+    layout: ReplicaLayout,
     gpu: GpuSpec,
     precision: WeightPrecision,
     kv: KvPrecision,
@@ -100,8 +100,8 @@ def estimate(
 
 
 def tpot_under_load_s(
-    spec: ModelSpec,
-    layout: Layout,
+    spec: CatalogueModel,
+    layout: ReplicaLayout,
     gpu: GpuSpec,
     precision: WeightPrecision,
     kv: KvPrecision,
@@ -122,8 +122,8 @@ def tpot_under_load_s(
 
 
 def prefill_tokens_s(
-    spec: ModelSpec,
-    layout: Layout,
+    spec: CatalogueModel,
+    layout: ReplicaLayout,
     gpu: GpuSpec,
     precision: WeightPrecision,
     *,
@@ -146,7 +146,7 @@ def prefill_tokens_s(
     return tokens * layout.dp / (max(memory_s, compute_s) + overhead_s)
 
 
-def _weights_read(spec: ModelSpec, layout: Layout, precision: WeightPrecision, tokens: int) -> float:
+def _weights_read(spec: CatalogueModel, layout: ReplicaLayout, precision: WeightPrecision, tokens: int) -> float:
     """Of the experts of a layer, those are read that at least one of the tokens is sent to."""
     stage = stage_layers(spec, layout)
     heavy = min(spec.moe_layers, stage)
@@ -159,7 +159,7 @@ def _weights_read(spec: ModelSpec, layout: Layout, precision: WeightPrecision, t
     return read + head / layout.pp
 
 
-def _operations(spec: ModelSpec, layout: Layout, context: float, *, prefill: bool = False) -> float:
+def _operations(spec: CatalogueModel, layout: ReplicaLayout, context: float, *, prefill: bool = False) -> float:
     """Floating point operations of one token on one device that has it: the matrices, and attention over `context`.
 
     MLA decodes in the latent space: each head compares and sums vectors of the latent's length (DeepSeek-V2, 2.1.2).
@@ -181,7 +181,7 @@ def _operations(spec: ModelSpec, layout: Layout, context: float, *, prefill: boo
     return (matrices + attention) / (layout.tp * layout.pp)
 
 
-def _collective_s(spec: ModelSpec, layout: Layout, gpu: GpuSpec, tokens: int, per_node: int) -> float:
+def _collective_s(spec: CatalogueModel, layout: ReplicaLayout, gpu: GpuSpec, tokens: int, per_node: int) -> float:
     """Two all-reduces a layer over tp; over ep, what goes to the experts and comes back."""
     link = (gpu.link or 32.0) * 1e9
     stage = stage_layers(spec, layout)

@@ -4,14 +4,14 @@ Checked against SGLang 0.5.23: its argument parser (recorded in tests/engines/co
 sglang/srt/entrypoints/http_server.py, observability/metrics_collector.py (prompt_tokens includes the cached ones).
 """
 
-from tidemill.engines.launch import Command, Control, EngineLaunch, pairs, refuse_own
+from tidemill.engines.launch import CommandLine, EngineControl, EngineLaunch, pairs, refuse_own
 from tidemill.engines.prometheus import counter_sum
 from tidemill.engines.protocol import Counters
-from tidemill.engines.running import RunningEngine
+from tidemill.engines.running_usage import RunningUsageEngine
 
 PROGRAM = ("python", "-m", "sglang.launch_server")
 
-CONTROL = Control(
+CONTROL = EngineControl(
     ready="/health",
     sleep="/release_memory_occupation",
     wake="/resume_memory_occupation",
@@ -50,7 +50,7 @@ _KEYS = {
 }
 
 
-class SglangEngine(RunningEngine):
+class SglangEngine(RunningUsageEngine):
     """See `engines.protocol.Engine`."""
 
     kind = "sglang"
@@ -73,7 +73,7 @@ class SglangEngine(RunningEngine):
         return None if prompt is None or completion is None else Counters(prompt, completion)
 
 
-def command(launch: EngineLaunch, program: tuple[str, ...] = PROGRAM) -> Command:
+def command(launch: EngineLaunch, program: tuple[str, ...] = PROGRAM) -> CommandLine:
     """`sglang.launch_server` as `launch` says. Raises ConfigError for extra arguments that set the same again.
 
     SGLang's tensor parallel group holds the copies of attention too: its tp is ours times dp.
@@ -119,4 +119,4 @@ def command(launch: EngineLaunch, program: tuple[str, ...] = PROGRAM) -> Command
             ("--node-rank", several.rank),
             ("--dist-init-addr", f"{several.master}:{several.port}"),
         )
-    return Command((*argv, *launch.extra_args))
+    return CommandLine((*argv, *launch.extra_args))

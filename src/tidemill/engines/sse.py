@@ -6,7 +6,7 @@ Sources: WHATWG HTML, 9.2 (event stream format); OpenAI API reference, "Streamin
 
 import msgspec
 
-from tidemill.engines.protocol import Counts
+from tidemill.engines.protocol import TokenCounts
 
 MAX_EVENT_BYTES = 8 * 1024 * 1024
 """An event that does not end within this many bytes is a broken stream."""
@@ -43,15 +43,15 @@ class Usage(msgspec.Struct):
     prompt_tokens_details: _PromptDetails | None = None
     completion_tokens_details: msgspec.Raw = _NOTHING
 
-    def counts(self) -> Counts:
+    def counts(self) -> TokenCounts:
         details, more = self.prompt_tokens_details, self.completion_tokens_details
         cached = (details.cached_tokens or 0) if details is not None else 0
         reasoning = _reasoning_tokens(more) if more is not _NOTHING else 0
         prompt, completion = self.prompt_tokens, self.completion_tokens
         if 0 <= cached <= prompt <= MAX_COUNT and 0 <= reasoning <= completion <= MAX_COUNT:
-            return Counts(prompt, cached, completion, reasoning)
+            return TokenCounts(prompt, cached, completion, reasoning)
         prompt, completion = bounded(prompt), bounded(completion)
-        return Counts(prompt, min(bounded(cached), prompt), completion, min(bounded(reasoning), completion))
+        return TokenCounts(prompt, min(bounded(cached), prompt), completion, min(bounded(reasoning), completion))
 
 
 def _reasoning_tokens(details: msgspec.Raw) -> int:
@@ -63,7 +63,7 @@ def _reasoning_tokens(details: msgspec.Raw) -> int:
     return (said.reasoning_tokens or 0) if said is not None else 0
 
 
-def usage_object(counts: Counts) -> dict[str, object]:
+def usage_object(counts: TokenCounts) -> dict[str, object]:
     """OpenAI's usage object for `counts`."""
     usage: dict[str, object] = {
         "prompt_tokens": counts.prompt,
@@ -84,24 +84,75 @@ class Chunk(msgspec.Struct):
     error: msgspec.Raw = msgspec.Raw(b"null")
 
 
+class _WholeUsage(Usage):
+    total_tokens: int = 0
+    """All that some rerankers tell."""
+
+
+class _BilledUnits(msgspec.Struct):
+    search_units: float | None = None
+    input_tokens: float | None = None
+
+
+class _Meta(msgspec.Struct):
+    """Cohere's, in place of a usage."""
+
+    billed_units: _BilledUnits | None = None
+
+
+class _Whole(msgspec.Struct):
+    """What a whole answer says of its usage."""
+
+    usage: _WholeUsage | None = None
+    meta: msgspec.Raw = _NOTHING
+
+    def counts(self) -> TokenCounts | None:
+        counts = None if self.usage is None else self.usage.counts()
+        if self.usage is not None and counts == NO_COUNTS:
+            counts = TokenCounts(prompt=bounded(self.usage.total_tokens))
+        units = _billed_units(self.meta) if self.meta is not _NOTHING else None
+        if units is not None and (units.search_units or units.input_tokens):
+            counts = counts or NO_COUNTS
+            counts = msgspec.structs.replace(
+                counts,
+                prompt=counts.prompt or bounded(int(units.input_tokens or 0)),
+                searches=bounded(int(units.search_units or 0)),
+            )
+        return counts
+
+
+def _billed_units(meta: msgspec.Raw) -> _BilledUnits | None:
+    """Another's `meta` is not Cohere's, and must not cost the counts."""
+    try:
+        said = _decode_meta(meta)
+    except msgspec.DecodeError:
+        return None
+    return said.billed_units if said is not None else None
+
+
+NO_COUNTS = TokenCounts()
+
+_decode_meta = msgspec.json.Decoder(_Meta | None).decode
 _decode_chunk = msgspec.json.Decoder(Chunk).decode
-_decode_usage = msgspec.json.Decoder(Chunk).decode
+_decode_whole = msgspec.json.Decoder(_Whole).decode
 _decode_details = msgspec.json.Decoder(_CompletionDetails | None).decode
 
 
 class BrokenStream(ValueError):
     """The engine's event stream does not follow the format."""
 
+    before = b""
+    """What the events before the broken one are in the client's API."""
 
-def usage_of(body: bytes) -> Counts | None:
+
+def usage_of(body: bytes) -> TokenCounts | None:
     """The usage that a whole (non-streamed) answer reports, or None. Raises BrokenStream when it is not JSON."""
     try:
-        usage = _decode_usage(body).usage
+        return _decode_whole(body).counts()
     except msgspec.ValidationError:
         return None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BrokenStream(f"the answer is not JSON: {error}") from error
-    return usage.counts() if usage is not None else None
 
 
 def data_of(event: bytes) -> bytes:
@@ -112,7 +163,14 @@ def data_of(event: bytes) -> bytes:
     return b"\n".join(lines)
 
 
-NO_COUNTS = Counts()
+def _until_done(data: bytes) -> bytes:
+    """Whole events up to `[DONE]`, and it."""
+    kept: list[bytes] = []
+    for event in data[:-2].split(b"\n\n"):
+        kept.append(event)
+        if data_of(event.lstrip(b"\n")).strip() == b"[DONE]":
+            break
+    return b"\n\n".join(kept) + b"\n\n"
 
 
 class SseTap:
@@ -132,6 +190,8 @@ class SseTap:
 
     def feed(self, data: bytes) -> bytes:
         """See `Tap.feed`. Raises BrokenStream."""
+        if self.done:
+            return b""  # what comes behind the end is nobody's, in whichever packet it comes
         plain = data[:7] == b"data: {" and data[-2:] == b"\n\n" and data.count(b"\n") == 2 and not self._rest
         if plain and b'"usage"' not in data and b'"error"' not in data and b"\r" not in data:
             # One event of one line that says nothing of usage, as most of all chunks are.
@@ -146,6 +206,8 @@ class SseTap:
             data = b"".join(event.lstrip(b"\n") + b"\n\n" for event in data.split(b"\n\n") if event.strip(b"\n"))
         if not data:
             return b""
+        if b"[DONE]" in data:
+            data = _until_done(data)
         events = data.count(b"\n\n")
         if events == 1:
             size = len(data)
@@ -205,7 +267,9 @@ class SseTap:
         if payload.strip() == b"[DONE]":
             self.done = True
             return None
-        if self.done or not payload:
+        if self.done:
+            return None
+        if not payload:
             return event
         if b'"usage"' not in payload and b'"error"' not in payload:
             return event
@@ -239,12 +303,12 @@ class SseTap:
         text = (self._bytes - events * self._smallest) // BYTES_PER_TOKEN
         return text if text >= events else max(events - 1, 0)
 
-    def estimate(self, prompt_bytes: int) -> Counts:
+    def estimate(self, prompt_bytes: int) -> TokenCounts:
         """Count a stream that reported nothing: a token per chunk, or per four bytes of text if that is more.
 
         The text is what the events have beyond the smallest of them, which is mostly envelope. The prompt counts a
         token per four bytes of its JSON.
         """
         if self._events == 0:
-            return Counts(prompt=prompt_bytes // BYTES_PER_TOKEN)
-        return Counts(prompt=prompt_bytes // BYTES_PER_TOKEN, completion=self.estimated_completion)
+            return TokenCounts(prompt=prompt_bytes // BYTES_PER_TOKEN)
+        return TokenCounts(prompt=prompt_bytes // BYTES_PER_TOKEN, completion=self.estimated_completion)

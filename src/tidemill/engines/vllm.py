@@ -4,14 +4,14 @@ Checked against vLLM 0.33.0: `vllm serve --help=all` (recorded in tests/engines/
 vllm/entrypoints/serve (health, sleep), v1/metrics/loggers.py (counters; prompt_tokens includes the cached ones).
 """
 
-from tidemill.engines.launch import Command, Control, EngineLaunch, pairs, refuse_own
+from tidemill.engines.launch import CommandLine, EngineControl, EngineLaunch, pairs, refuse_own
 from tidemill.engines.prometheus import counter_sum
 from tidemill.engines.protocol import Counters
-from tidemill.engines.running import RunningEngine
+from tidemill.engines.running_usage import RunningUsageEngine
 
 PROGRAM = ("vllm",)
 
-CONTROL = Control(
+CONTROL = EngineControl(
     ready="/health",
     sleep="/sleep?level=1&mode=wait",
     wake="/wake_up",
@@ -48,7 +48,7 @@ _KEYS = {
 }
 
 
-class VllmEngine(RunningEngine):
+class VllmEngine(RunningUsageEngine):
     """See `engines.protocol.Engine`. `priority_scheduling` as in its launch: without, it refuses any priority."""
 
     kind = "vllm"
@@ -61,7 +61,7 @@ class VllmEngine(RunningEngine):
         return None if prompt is None or completion is None else Counters(prompt, completion)
 
 
-def command(launch: EngineLaunch, program: tuple[str, ...] = PROGRAM) -> Command:
+def command(launch: EngineLaunch, program: tuple[str, ...] = PROGRAM) -> CommandLine:
     """`vllm serve` as `launch` says. Raises ConfigError for extra arguments that set the same again."""
     refuse_own(launch, _KEYS)
     argv = [*program, "serve", launch.model, "--served-model-name", launch.served_name]
@@ -97,7 +97,7 @@ def command(launch: EngineLaunch, program: tuple[str, ...] = PROGRAM) -> Command
     env = {"VLLM_NO_USAGE_STATS": "1"}
     if launch.sleep_mode:
         env["VLLM_SERVER_DEV_MODE"] = "1"  # without it there is no /sleep
-    return Command((*argv, *launch.extra_args), env)
+    return CommandLine((*argv, *launch.extra_args), env)
 
 
 def _over_nodes(launch: EngineLaunch) -> list[str]:

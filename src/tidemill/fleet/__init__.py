@@ -1,1 +1,1 @@
-"""The fleet: nodes, devices, replicas and their life, and the backends that run processes on them."""
+"""The fleet: nodes, devices, replicas, and the backends that run processes on them."""

@@ -1,4 +1,7 @@
-"""Backends run processes on nodes: those of one machine (`fleet.local`), or of a Ray cluster (`fleet.ray`)."""
+"""Backends run processes on nodes.
+
+Those of one machine (`fleet.local`), or of a Ray cluster (`fleet.ray`).
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,7 +36,7 @@ class Node(msgspec.Struct, frozen=True):
     """Why it is not up."""
 
 
-class Launch(msgspec.Struct, frozen=True, kw_only=True):
+class ProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One process to be started on one node."""
 
     name: str
@@ -52,7 +55,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     idle_class: bool = False
     """The operating system gives it only what nobody else wants of its cores (SCHED_IDLE)."""
     end_file: Path | None = None
-    """Where its end is written down as JSON (`Ended`), so that it is known also after this process has died."""
+    """Where its end is written down as JSON (`ProcessEnd`), so that it is known also after this process has died."""
     stop_signal: str = "TERM"
     orphan_grace_s: float = 5.0
     """What it gets to end in when this process has died; then it is killed."""
@@ -60,7 +63,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     """How readily the kernel kills it when memory runs out, up to 1000 (proc(5)); of idle class at least 800."""
 
 
-class Ended(msgspec.Struct, frozen=True):
+class ProcessEnd(msgspec.Struct, frozen=True):
     """How a process ended."""
 
     code: int | None
@@ -75,7 +78,7 @@ class Process(Protocol):
     """A process that was started. All methods may be called at any time, also after its end."""
 
     @property
-    def launch(self) -> Launch: ...
+    def launch(self) -> ProcessSpec: ...
     @property
     def pid(self) -> int | None: ...
     @property
@@ -93,12 +96,15 @@ class Process(Protocol):
         """Unix time, seconds."""
         ...
 
-    async def wait(self) -> Ended:
+    async def wait(self) -> ProcessEnd:
         """Its end; returns at once when it is over. Several may wait."""
         ...
 
-    async def stop(self, grace_s: float, signal: str | None = None) -> Ended:
-        """Signal its whole process group (`launch.stop_signal`, or another), kill what is left after `grace_s`."""
+    async def stop(self, grace_s: float, signal: str | None = None) -> ProcessEnd:
+        """Signal its whole process group, and kill what is left after `grace_s`.
+
+        The signal is `launch.stop_signal`, or another.
+        """
         ...
 
     def kill(self) -> None:
@@ -124,7 +130,7 @@ class Backend(Protocol):
         """The nodes as they are now, those that were lost included until `forget_s` after."""
         ...
 
-    async def start(self, launches: Sequence[Launch]) -> Sequence[Process]:
+    async def start(self, launches: Sequence[ProcessSpec]) -> Sequence[Process]:
         """Start all of them or none (a gang). Raises CannotStart."""
         ...
 

@@ -1,4 +1,6 @@
-"""Devices of a machine: found by the vendors' own tools, or declared; on a machine with none, the slots of its CPU.
+"""Devices of a machine: found by the vendors' own tools, or declared.
+
+On a machine with none, the slots of its CPU.
 
 Each tool's output is read by a pure function that is tested on recorded output (tests/fleet/test_devices.py). None of
 them was run on such a device by us: where a figure looks wrong, declare the devices in `[nodes.local]`.
@@ -26,7 +28,7 @@ MIB = 2**20
 log = structlog.get_logger()
 
 
-class Found(NamedTuple):
+class FoundDevice(NamedTuple):
     """What a tool tells of a device."""
 
     number: int
@@ -34,7 +36,7 @@ class Found(NamedTuple):
     memory_bytes: int
 
 
-class Declared(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class DeclaredDevices(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[[nodes.NAME.devices]]`: devices of one kind."""
 
     kind: str
@@ -44,21 +46,23 @@ class Declared(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of each; 0: what the catalogue says, of a CPU slot its share of the machine's memory."""
 
 
-def read_nvidia(text: str) -> list[Found]:
+def read_nvidia(text: str) -> list[FoundDevice]:
     """`nvidia-smi --query-gpu=index,name,memory.total --format=csv,noheader,nounits`: memory in MiB.
 
     Raises ValueError for anything else.
     """
     rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines()) if row]
-    return [Found(int(index), name, _mib(memory)) for index, name, memory in rows]
+    return [FoundDevice(int(index), name, _mib(memory)) for index, name, memory in rows]
 
 
-def read_ascend(text: str) -> list[Found]:
-    """The table of `npu-smi info`: two lines a chip, the first with its name, the second with its HBM in MB.
+def read_ascend(text: str) -> list[FoundDevice]:
+    """Devices in the table of `npu-smi info`.
+
+    It has two lines a chip, the first with its name, the second with its HBM in MB.
 
     A card may carry two chips (910C); what processes see counts the chips.
     """
-    found: list[Found] = []
+    found: list[FoundDevice] = []
     name = ""
     for line in text.splitlines():
         cells = [cell.split() for cell in line.strip().strip("|").split("|")]
@@ -66,13 +70,13 @@ def read_ascend(text: str) -> list[Found]:
             continue
         if re.match(r"[0-9a-fA-F]{4}:", "".join(cells[1][:1])):
             sizes = re.findall(r"(\d+)\s*/\s*(\d+)", line.split("|")[3])
-            found.append(Found(len(found), f"Ascend {name}", int(sizes[-1][1]) * MIB if sizes else 0))
+            found.append(FoundDevice(len(found), f"Ascend {name}", int(sizes[-1][1]) * MIB if sizes else 0))
         elif len(cells[0]) >= 2:
             name = cells[0][1]
     return found
 
 
-def read_rocm(text: str) -> list[Found]:
+def read_rocm(text: str) -> list[FoundDevice]:
     """`rocm-smi --showproductname --showmeminfo vram --json`; Hygon's `hy-smi` is made after it.
 
     Raises ValueError for anything else.
@@ -93,13 +97,13 @@ def read_rocm(text: str) -> list[Found]:
             unit = re.fullmatch(r"vram total memory \((b|mib)\)", key.lower())
             if unit is not None and str(value).strip().isdigit():
                 memory = int(value) * (MIB if unit[1] == "mib" else 1)
-        found.append(Found(int(number[1]), inside[1] if inside else name, memory))
+        found.append(FoundDevice(int(number[1]), inside[1] if inside else name, memory))
     return sorted(found)
 
 
 class _Tool(NamedTuple):
     command: tuple[str, ...]
-    read: Callable[[str], list[Found]]
+    read: Callable[[str], list[FoundDevice]]
     limited_by: str
     """The variable with which an operator leaves this process only some of the devices."""
 
@@ -118,7 +122,9 @@ _TOOLS = (
 
 
 def discover(node: str, kind_of: Callable[[str, int], str] | None = None) -> tuple[Device, ...]:
-    """The devices of this machine: accelerators where there are any, else the cores that this process may use.
+    """The devices of this machine.
+
+    Accelerators where there are any, else the cores that this process may use.
 
     `kind_of` gives the kind of a device by its name and memory. Runs the vendors' tools; not for the event loop.
     """
@@ -136,7 +142,7 @@ def discover(node: str, kind_of: Callable[[str, int], str] | None = None) -> tup
     return cpu_slots(node)
 
 
-def _ask(program: str, tool: _Tool) -> list[Found]:
+def _ask(program: str, tool: _Tool) -> list[FoundDevice]:
     try:
         done = subprocess.run(
             [program, *tool.command[1:]], capture_output=True, text=True, errors="replace", timeout=TOOL_WITHIN_S
@@ -152,7 +158,7 @@ def _ask(program: str, tool: _Tool) -> list[Found]:
     return []
 
 
-def _allowed(found: Sequence[Found], given: str | None) -> Sequence[Found]:
+def _allowed(found: Sequence[FoundDevice], given: str | None) -> Sequence[FoundDevice]:
     """Those that the operator leaves to this process, when its environment names some by number."""
     words = [word.strip() for word in given.split(",")] if given else []
     if not words or not all(word.isdigit() for word in words):
@@ -161,7 +167,9 @@ def _allowed(found: Sequence[Found], given: str | None) -> Sequence[Found]:
 
 
 def cpu_slots(node: str, count: int | None = None, memory_bytes: int = 0, first: int = 0) -> tuple[Device, ...]:
-    """Slots of this machine's CPU: one for each core that this process may use, or `count` that share them in turn.
+    """Slots of this machine's CPU.
+
+    One for each core that this process may use, or `count` that share them in turn.
 
     `memory_bytes` of each; 0: its share of the machine's memory.
     """
@@ -173,7 +181,7 @@ def cpu_slots(node: str, count: int | None = None, memory_bytes: int = 0, first:
     )
 
 
-def declared(node: str, entries: Sequence[Declared], memory_of: Mapping[str, int] = {}) -> tuple[Device, ...]:
+def declared(node: str, entries: Sequence[DeclaredDevices], memory_of: Mapping[str, int] = {}) -> tuple[Device, ...]:
     """Devices as the configuration declares them; `memory_of` a kind, in bytes, where it does not say."""
     devices: list[Device] = []
     numbers: dict[str, int] = {}

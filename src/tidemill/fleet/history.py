@@ -1,4 +1,6 @@
-"""The tide's memory: demand by five minutes, what is expected from it, and what was measured of the models.
+"""What the tide remembers of demand, expects from it, and has measured of models.
+
+Demand is kept by five minutes.
 
 Demand is read off the usage records, so there is a past from the first start on, and no second count to go wrong
 (`store.demand`). It is kept for five weeks: the forecast looks at four.
@@ -10,11 +12,11 @@ from functools import partial
 
 import structlog
 
+from tidemill.clock import PROCESS_CLOCK
 from tidemill.errors import TidemillError
-from tidemill.fleet.steady import STEADY
 from tidemill.store.demand import (
     BIN_S,
-    Bin,
+    DemandBin,
     bin_of,
     drop_bins,
     keep_measures,
@@ -25,8 +27,7 @@ from tidemill.store.demand import (
     refresh_bins,
 )
 from tidemill.store.engine import Store
-from tidemill.tides.forecast import History as Past
-from tidemill.tides.forecast import forecast
+from tidemill.tides.forecast import DemandSeries, forecast
 from tidemill.tides.routing import POLICY
 from tidemill.tides.state import Demand
 
@@ -39,7 +40,7 @@ MIN_HORIZON_S = 60.0
 log = structlog.get_logger()
 
 
-class History:
+class DemandHistory:
     """Demand and measures of all models. Its store work is done in threads."""
 
     def __init__(self, store: Store) -> None:
@@ -89,7 +90,7 @@ class History:
             self._unkept[model, name] = value
 
     def _refresh(self) -> None:
-        now = STEADY.seconds()
+        now = PROCESS_CLOCK.seconds()
         current = bin_of(now)
         with self._store.write() as connection:
             newest = last_bin(connection)
@@ -98,7 +99,7 @@ class History:
             mark_bin(connection, current)
             drop_bins(connection, bin_of(now - KEEP_S))
             unkept, self._unkept = self._unkept, {}
-            keep_measures(connection, unkept, STEADY.now())
+            keep_measures(connection, unkept, PROCESS_CLOCK.now())
             bins = read_bins(connection, bin_of(now - KEEP_S))
         self._kept |= unkept
         pasts = pasts_of(bins, current)
@@ -106,9 +107,12 @@ class History:
         self._expected = {model: (horizon, expect(model, horizon)) for model, horizon in self._horizons.items()}
 
 
-def pasts_of(bins: Mapping[str, list[Bin]], current: int) -> dict[str, Past]:
-    """Each model's past until the bin that is not over yet, without gaps. A bin in which the platform was up, or any
-    model was asked, and this one was not, is one of no demand; of the others nothing is known."""
+def pasts_of(bins: Mapping[str, list[DemandBin]], current: int) -> dict[str, DemandSeries]:
+    """Each model's past until the bin that is not over yet, without gaps.
+
+    A bin in which the platform was up, or any model was asked, and this one was not, is one of no demand; of the others
+    nothing is known.
+    """
     known = {each.number for of_model in bins.values() for each in of_model if each.number < current}
     if not known:
         return {}
@@ -117,11 +121,11 @@ def pasts_of(bins: Mapping[str, list[Bin]], current: int) -> dict[str, Past]:
     for model, of_model in bins.items():
         work = {each.number: each.work for each in of_model}
         values = tuple(work.get(number, 0) / BIN_S if number in known else None for number in range(first, current))
-        pasts[model] = Past(current * BIN_S, values, BIN_S)
+        pasts[model] = DemandSeries(current * BIN_S, values, BIN_S)
     return pasts
 
 
-def _expect(pasts: Mapping[str, Past], model: str, horizon_s: float) -> Demand:
+def _expect(pasts: Mapping[str, DemandSeries], model: str, horizon_s: float) -> Demand:
     past = pasts.get(model)
     # The horizon begins now, which may be a bin after the past's end.
     return Demand() if past is None else forecast(past, horizon_s + BIN_S)

@@ -1,4 +1,7 @@
-"""Processes of this machine: each behind a shim of its own (`fleet.shim`), so that none outlives what started it."""
+"""Processes of this machine, each behind a shim of its own (`fleet.shim`).
+
+So none outlives what started it.
+"""
 
 import asyncio
 import contextlib
@@ -15,15 +18,15 @@ import msgspec
 import structlog
 
 from tidemill.fleet import shim
-from tidemill.fleet.backend import CannotStart, Device, Ended, Launch, Node, Process
-from tidemill.fleet.visible import visible_devices
+from tidemill.fleet.backend import CannotStart, Device, Node, Process, ProcessEnd, ProcessSpec
+from tidemill.fleet.device_visibility import visible_devices
 
 NODE = "local"
 HOST = "127.0.0.1"
-LOG_BYTES = 16 * 1024 * 1024
+_LOG_BYTES = 16 * 1024 * 1024
 START_WITHIN_S = 30.0
 """A shim that has said nothing by then is given up; it needs 0.05 s."""
-CLOSE_GRACE_S = 3.0
+_CLOSE_GRACE_S = 3.0
 MARK = "TIDEMILL_PROCESS"
 """The mark in the environment of everything that is started: `OWNER:TOKEN`, by which strays are found again."""
 SHIM = (sys.executable, "-I", "-S", str(Path(shim.__file__)))
@@ -53,18 +56,18 @@ class LocalProcess:
 
     host = HOST
 
-    def __init__(self, launch: Launch, child: asyncio.subprocess.Process, mark: str) -> None:
+    def __init__(self, launch: ProcessSpec, child: asyncio.subprocess.Process, mark: str) -> None:
         self._launch = launch
         self._child = child
         self._mark = mark
         self._pid: int | None = None
         self._port: int | None = None
         self._started_at = time.time()
-        self._ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
+        self._ended: asyncio.Future[ProcessEnd] = asyncio.get_running_loop().create_future()
         self._watch: asyncio.Task[None] | None = None
 
     @property
-    def launch(self) -> Launch:
+    def launch(self) -> ProcessSpec:
         return self._launch
 
     @property
@@ -99,10 +102,10 @@ class LocalProcess:
         self._pid, self._port, self._started_at = word.pid, word.port, word.at
         self._watch = asyncio.create_task(self._watch_end())
 
-    async def wait(self) -> Ended:
+    async def wait(self) -> ProcessEnd:
         return await asyncio.shield(self._ended)
 
-    async def stop(self, grace_s: float, signal: str | None = None) -> Ended:
+    async def stop(self, grace_s: float, signal: str | None = None) -> ProcessEnd:
         self._tell(f"stop {signal or self._launch.stop_signal} {max(grace_s, 0.0)!r}".encode())
         return await self.wait()
 
@@ -125,9 +128,9 @@ class LocalProcess:
         word = await self._hear()
         await self._child.wait()
         if word is not None and word.say == "ended":
-            ended = Ended(word.code, word.at, word.why)
+            ended = ProcessEnd(word.code, word.at, word.why)
         else:  # the shim itself was killed, and the kernel has killed the command with it
-            ended = Ended(-signal.SIGKILL, time.time(), "killed")
+            ended = ProcessEnd(-signal.SIGKILL, time.time(), "killed")
             await asyncio.to_thread(sweep, lambda mark: mark == self._mark)
             if self._launch.end_file is not None:
                 with contextlib.suppress(OSError):
@@ -139,7 +142,7 @@ class LocalProcess:
         self._close_pipe()
         with contextlib.suppress(ProcessLookupError):
             self._child.kill()
-        self._ended.set_result(Ended(None, time.time(), "not started"))
+        self._ended.set_result(ProcessEnd(None, time.time(), "not started"))
 
     def _close_pipe(self) -> None:
         assert self._child.stdin is not None
@@ -153,10 +156,12 @@ class LocalBackend:
     kind = "local"
 
     def __init__(
-        self, devices: Sequence[Device], *, owner: str, secret: Collection[str] = (), log_bytes: int = LOG_BYTES
+        self, devices: Sequence[Device], *, owner: str, secret: Collection[str] = (), log_bytes: int = _LOG_BYTES
     ) -> None:
-        """`owner` tells this platform's processes from another's on the machine, and stays the same over restarts;
-        `secret` are variables of this process's environment that no command gets to see.
+        """`owner` tells this platform's processes from another's on the machine.
+
+        It stays the same over restarts; `secret` are variables of this process's environment that no command gets to
+        see.
         """
         self.devices = tuple(devices)
         self._owner = owner
@@ -165,10 +170,10 @@ class LocalBackend:
         self._processes: set[LocalProcess] = set()
         self._kept: set[asyncio.Task[None]] = set()
         self._orphans: dict[int, frozenset[str]] = {}
-        """Commands of an earlier life of this platform whose shims are still ending them, and their devices."""
+        """Commands of an earlier process of this platform whose shims are still ending them, and their devices."""
 
     async def open(self) -> None:
-        """Kill what an earlier life of this platform has left behind without a shim."""
+        """Kill what an earlier process of this platform has left behind without a shim."""
         self._orphans = await asyncio.to_thread(orphans, self._owner)
         shims = frozenset(self._orphans)
         strays = await asyncio.to_thread(sweep, lambda mark: mark.rpartition(":")[0] == self._owner, shims)
@@ -178,7 +183,7 @@ class LocalBackend:
     async def nodes(self) -> Sequence[Node]:
         return (Node(NODE, HOST, self.devices),)
 
-    async def start(self, launches: Sequence[Launch]) -> Sequence[Process]:
+    async def start(self, launches: Sequence[ProcessSpec]) -> Sequence[Process]:
         """Start all of them or none. Raises CannotStart."""
         for launch in launches:
             self._check(launch)
@@ -195,15 +200,15 @@ class LocalBackend:
 
     async def close(self) -> None:
         """End everything that was started."""
-        await asyncio.gather(*(process.stop(CLOSE_GRACE_S) for process in list(self._processes)))
+        await asyncio.gather(*(process.stop(_CLOSE_GRACE_S) for process in list(self._processes)))
 
-    def _check(self, launch: Launch) -> None:
+    def _check(self, launch: ProcessSpec) -> None:
         wrong = {device.node for device in launch.devices} - {NODE}
         if launch.node not in ("", NODE) or wrong:
             where = launch.node or min(wrong)
             raise CannotStart(f"{launch.name} cannot be started: there is no node {where!r} here.")
 
-    async def _start(self, launch: Launch) -> LocalProcess:
+    async def _start(self, launch: ProcessSpec) -> LocalProcess:
         token = secrets.token_hex(8)
         mark = f"{self._owner}:{token}"
         devices = ",".join(device.id for device in launch.devices)
@@ -232,7 +237,7 @@ class LocalBackend:
         await process.wait()
         self._processes.discard(process)
 
-    def _order(self, launch: Launch, mark: str, devices: str) -> dict[str, Any]:
+    def _order(self, launch: ProcessSpec, mark: str, devices: str) -> dict[str, Any]:
         inherited = {name: value for name, value in os.environ.items() if not self._is_secret(name)}
         visible = visible_devices(launch.devices)
         cores = sorted({device.index for device in launch.devices if device.kind == "cpu"})
@@ -255,7 +260,10 @@ class LocalBackend:
         return name in self._secret or name.startswith("TIDEMILL_")
 
     async def _wait_for_orphans(self, devices: set[str]) -> None:
-        """Until what an earlier life ran on these devices has gone: two on one device would not fit its memory."""
+        """Until what an earlier process ran on these devices has gone.
+
+        Two on one device would not fit its memory.
+        """
         while True:
             self._orphans = {pid: held for pid, held in self._orphans.items() if alive(pid)}
             if not any(held & devices for held in self._orphans.values()):
@@ -264,7 +272,7 @@ class LocalBackend:
 
 
 def orphans(owner: str) -> dict[int, frozenset[str]]:
-    """The shims of an earlier life of this platform, by process id, and the devices that they hold."""
+    """The shims of an earlier process of this platform, by process id, and the devices that they hold."""
     found = {}
     for pid, environment in _environments():
         mark = environment.get(b"TIDEMILL_SHIM", b"").decode(errors="replace")

@@ -10,16 +10,16 @@ import asyncio
 import contextlib
 import itertools
 import secrets
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import structlog
 
+from tidemill.child_protocol import Child, start_child
 from tidemill.errors import Unavailable
-from tidemill.fleet.backend import CannotStart, Device, Ended, Launch, Node, Process
-from tidemill.fleet.ray_words import Command, Part, RayNode, Started, Word, decode_word, encode
+from tidemill.fleet.backend import CannotStart, Device, Node, Process, ProcessEnd, ProcessSpec
+from tidemill.fleet.ray_messages import RayCommand, RayMessage, RayNode, RayPart, RayStarted
 
 OPEN_WITHIN_S = 60.0
 AGAIN_AFTER_S = (1.0, 2.0, 5.0, 15.0)
@@ -41,16 +41,18 @@ log = structlog.get_logger()
 class RayProcess:
     """See `fleet.backend.Process`."""
 
-    def __init__(self, launch: Launch, key: str, host: str, started: Started, tell: Callable[[Command], None]) -> None:
+    def __init__(
+        self, launch: ProcessSpec, key: str, host: str, started: RayStarted, tell: Callable[[RayCommand], None]
+    ) -> None:
         self.key = key
         self._launch = launch
         self._host = host
         self._started = started
         self._send = tell
-        self._ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
+        self._ended: asyncio.Future[ProcessEnd] = asyncio.get_running_loop().create_future()
 
     @property
-    def launch(self) -> Launch:
+    def launch(self) -> ProcessSpec:
         return self._launch
 
     @property
@@ -70,18 +72,18 @@ class RayProcess:
     def started_at(self) -> float:
         return self._started.at
 
-    async def wait(self) -> Ended:
+    async def wait(self) -> ProcessEnd:
         return await asyncio.shield(self._ended)
 
-    async def stop(self, grace_s: float, signal: str | None = None) -> Ended:
+    async def stop(self, grace_s: float, signal: str | None = None) -> ProcessEnd:
         line = f"stop {signal or self._launch.stop_signal} {max(grace_s, 0.0)!r}"
-        self._send(Command(do="tell", key=self.key, line=line))
+        self._send(RayCommand(do="tell", key=self.key, line=line))
         return await self.wait()
 
     def kill(self) -> None:
-        self._send(Command(do="kill", key=self.key))
+        self._send(RayCommand(do="kill", key=self.key))
 
-    def ended(self, end: Ended) -> None:
+    def ended(self, end: ProcessEnd) -> None:
         """The bridge's word."""
         if not self._ended.done():
             self._ended.set_result(end)
@@ -93,12 +95,13 @@ class RayBackend:
     kind = "ray"
 
     def __init__(self, address: str, *, log_fd: Callable[[], int]) -> None:
-        """`address` is what `ray.init` takes: `auto`, `HOST:PORT`. `log_fd` opens a file for what the bridge has to
-        say.
+        """`address` is what `ray.init` takes: `auto`, `HOST:PORT`.
+
+        `log_fd` opens a file for what the bridge has to say.
         """
         self._address = address
         self._log_fd = log_fd
-        self._child: asyncio.subprocess.Process | None = None
+        self._child: Child | None = None
         self._watch: asyncio.Task[None] | None = None
         self._joined = asyncio.Event()
         self._why = "the Ray cluster has not been joined yet"
@@ -110,8 +113,8 @@ class RayBackend:
         self._ray_nodes: dict[str, RayNode] = {}
         self._processes: dict[str, RayProcess] = {}
         self._tickets = itertools.count(1)
-        self._waiting: dict[int, asyncio.Future[tuple[Started, ...]]] = {}
-        self._early: dict[str, Ended] = {}
+        self._waiting: dict[int, asyncio.Future[tuple[RayStarted, ...]]] = {}
+        self._early: dict[str, ProcessEnd] = {}
         self._closing = False
 
     async def open(self) -> None:
@@ -138,7 +141,7 @@ class RayBackend:
             for id, node in self._nodes.items()
         )
 
-    async def start(self, launches: Sequence[Launch]) -> Sequence[Process]:
+    async def start(self, launches: Sequence[ProcessSpec]) -> Sequence[Process]:
         """Start all of them or none. Raises CannotStart."""
         if not self._joined.is_set():
             raise CannotStart(f"{launches[0].name} cannot be started: {self._why}.")
@@ -147,7 +150,7 @@ class RayBackend:
             node = self._node_of(launch)
             hosts.append(self._ray_nodes[node].address)
             parts.append(
-                Part(
+                RayPart(
                     key=f"{launch.name}:{secrets.token_hex(6)}",
                     name=launch.name,
                     node_id=node,
@@ -157,7 +160,7 @@ class RayBackend:
             )
         ticket = next(self._tickets)
         answer = self._waiting[ticket] = asyncio.get_running_loop().create_future()
-        self._tell(Command(do="start", ticket=ticket, parts=tuple(parts)))
+        self._tell(RayCommand(do="start", ticket=ticket, parts=tuple(parts)))
         try:
             started = await asyncio.shield(answer)
         except CannotStart as error:
@@ -178,11 +181,11 @@ class RayBackend:
             made.append(process)
         return made
 
-    def _unwanted(self, done: "asyncio.Future[tuple[Started, ...]]", parts: Sequence[Part]) -> None:
+    def _unwanted(self, done: "asyncio.Future[tuple[RayStarted, ...]]", parts: Sequence[RayPart]) -> None:
         """Started after all for somebody who has gone meanwhile."""
         if not done.cancelled() and done.exception() is None:
             for part in parts:
-                self._tell(Command(do="kill", key=part.key))
+                self._tell(RayCommand(do="kill", key=part.key))
 
     async def close(self) -> None:
         """End everything that was started, and leave the cluster."""
@@ -190,15 +193,8 @@ class RayBackend:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(2 * CLOSE_GRACE_S):
                 await asyncio.gather(*(process.stop(CLOSE_GRACE_S) for process in list(self._processes.values())))
-        if self._child is not None and self._child.returncode is None:
-            assert self._child.stdin is not None
-            self._child.stdin.close()
-            try:
-                async with asyncio.timeout(CLOSE_GRACE_S):
-                    await self._child.wait()
-            except TimeoutError:
-                self._child.kill()
-                await self._child.wait()
+        if self._child is not None and self._child.alive:
+            await self._child.end(CLOSE_GRACE_S)
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)
@@ -209,7 +205,7 @@ class RayBackend:
         failures = 0
         while not self._closing:
             try:
-                await self._one_life()
+                await self._run_once()
             except OSError as error:
                 self._why = error.strerror or str(error)
             failures = 0 if self._joined.is_set() else failures + 1
@@ -219,21 +215,10 @@ class RayBackend:
             log.warning("the Ray cluster is not joined", address=self._address, reason=self._why)
             await asyncio.sleep(AGAIN_AFTER_S[min(failures, len(AGAIN_AFTER_S) - 1)])
 
-    async def _one_life(self) -> None:
-        self._child = child = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "tidemill.fleet.ray_bridge",
-            self._address,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=self._log_fd(),
-            start_new_session=True,
-            limit=16 * 1024 * 1024,
-        )
-        assert child.stdout is not None
-        while line := await child.stdout.readline():
-            self._hear(decode_word(line))
+    async def _run_once(self) -> None:
+        self._child = child = await start_child("ray", "tidemill.fleet.ray_bridge", [self._address], self._log_fd())
+        async for message in child.reports(RayMessage):
+            self._hear(message)
         await child.wait()
         if self._joined.is_set():
             self._why = "the connection to the Ray cluster was lost"
@@ -243,14 +228,14 @@ class RayBackend:
         self._joined.clear()
         now = time.time()
         for process in self._processes.values():
-            process.ended(Ended(None, now, "the connection to the Ray cluster was lost"))
+            process.ended(ProcessEnd(None, now, "the connection to the Ray cluster was lost"))
         self._processes.clear()
         for answer in self._waiting.values():
             if not answer.done():
                 answer.set_exception(CannotStart(self._why))
         self._nodes = {id: _down(node, self._why) for id, node in self._nodes.items()}
 
-    def _hear(self, word: Word) -> None:
+    def _hear(self, word: RayMessage) -> None:
         match word.say:
             case "nodes":
                 self._learn(word.nodes)
@@ -265,7 +250,7 @@ class RayBackend:
                     else:
                         answer.set_exception(CannotStart(word.why))
             case "ended":
-                end = Ended(word.code, word.at, word.why)
+                end = ProcessEnd(word.code, word.at, word.why)
                 process = self._processes.pop(word.key, None)
                 if word.code is None and word.node_id:
                     self._suspects[word.node_id] = time.monotonic() + SUSPECT_S
@@ -276,10 +261,9 @@ class RayBackend:
                     while len(self._early) > 1000:
                         del self._early[next(iter(self._early))]
 
-    def _tell(self, command: Command) -> None:
-        if self._child is not None and self._child.stdin is not None:
-            with contextlib.suppress(OSError, RuntimeError):
-                self._child.stdin.write(encode(command) + b"\n")
+    def _tell(self, command: RayCommand) -> None:
+        if self._child is not None:
+            self._child.tell(command)
 
     # Nodes
 
@@ -300,7 +284,7 @@ class RayBackend:
             self._lost_at[node_id] = time.monotonic()
         self._nodes[node_id] = _down(self._nodes[node_id], "Ray has lost it")
 
-    def _node_of(self, launch: Launch) -> str:
+    def _node_of(self, launch: ProcessSpec) -> str:
         """Ray's id of the node that a process is to run on. Raises CannotStart."""
         wanted = launch.node or next((device.node for device in launch.devices), "")
         for node_id, node in self._nodes.items():
@@ -310,9 +294,11 @@ class RayBackend:
         why = f"the node {wanted!r} is lost" if lost else f"there is no node {wanted!r}"
         raise CannotStart(f"{launch.name} cannot be started: {why}.")
 
-    def _resources(self, launch: Launch, node_id: str) -> dict[str, float]:
-        """What Ray shall set aside for a process: its devices. One of no device, or of the idle class, which gets only
-        what the holder of its cores leaves, takes nothing that counts.
+    def _resources(self, launch: ProcessSpec, node_id: str) -> dict[str, float]:
+        """What Ray shall set aside for a process: its devices.
+
+        One of no device, or of the idle class, which gets only what the holder of its cores leaves, takes nothing that
+        counts.
         """
         if not launch.devices or launch.idle_class:
             return {"CPU": 0.001}
@@ -325,8 +311,9 @@ def device_resource(node: RayNode) -> str:
 
 
 def devices_of(node: RayNode, name: str) -> tuple[Device, ...]:
-    """The devices of a node, numbered as they come. Their kind is what the node's label `tidemill.kind` says, or
-    Ray's accelerator type in small letters.
+    """The devices of a node, numbered as they come.
+
+    Their kind is what the node's label `tidemill.kind` says, or Ray's accelerator type in small letters.
     """
     resource = device_resource(node)
     count = int(node.resources.get(resource, 0.0))
@@ -339,8 +326,9 @@ def devices_of(node: RayNode, name: str) -> tuple[Device, ...]:
 
 
 def unique_names(nodes: Sequence[RayNode]) -> dict[str, str]:
-    """A name for each node, by Ray's id: its label `tidemill.name`, else Ray's name of it, with a piece of the id where
-    several have the same.
+    """A name for each node, by Ray's id.
+
+    Its label `tidemill.name`, else Ray's name of it, with a piece of the id where several have the same.
     """
     named = {node.id: node.labels.get(NAME_LABEL) or node.name for node in nodes}
     count: dict[str, int] = {}
@@ -354,7 +342,7 @@ def _down(node: Node, why: str) -> Node:
     return Node(node.name, node.host, node.devices, up=False, why=why)
 
 
-def _order(launch: Launch, host: str) -> dict[str, Any]:
+def _order(launch: ProcessSpec, host: str) -> dict[str, Any]:
     """What the shim on the node is told (`fleet.shim.ORDER`)."""
     return {
         "argv": list(launch.argv),

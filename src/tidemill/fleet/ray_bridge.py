@@ -1,9 +1,9 @@
 """The bridge to a Ray cluster: `python -m tidemill.fleet.ray_bridge ADDRESS`, a process of its own.
 
 Ray ends a driver's process when the cluster's head is gone for a minute, and takes 150 MB and a dozen threads; neither
-may concern the platform. The platform writes `Command`s to its standard input and reads `Word`s from its standard
-output (`fleet.ray_words`). The end of standard input is the platform's death: then this process goes, and Ray ends
-everything that it has started.
+may concern the platform. The platform writes `RayCommand`s to its standard input and reads `RayMessage`s from its
+standard output (`fleet.ray_messages`). The end of standard input is the platform's death: then this process goes, and
+Ray ends everything that it has started.
 """
 
 import asyncio
@@ -15,15 +15,16 @@ import sys
 import time
 from typing import Any
 
+from tidemill.child_protocol import Commands, report
 from tidemill.fleet import ray_runner, shim
-from tidemill.fleet.ray_words import Command, Part, RayNode, Started, Word, decode_command, encode
+from tidemill.fleet.ray_messages import RayCommand, RayMessage, RayNode, RayPart, RayStarted
 
 NAMESPACE = "tidemill"
 CONNECT_WITHIN_S = 30.0
-LOOK_EVERY_S = 1.0
+_LOOK_EVERY_S = 1.0
 ROOM_WITHIN_S = 10.0
 """How long Ray may take to set a gang's resources aside; they are free as far as the platform knows."""
-START_WITHIN_S = 60.0
+_START_WITHIN_S = 60.0
 PING_WITHIN_S = 2.0
 THREADS = 4
 """Of an actor: one waits for the command's end, the others take orders."""
@@ -46,11 +47,11 @@ class Bridge:
             async with asyncio.timeout(CONNECT_WITHIN_S):
                 await asyncio.to_thread(self._connect, address)
         except TimeoutError:
-            self._say(Word(say="unreachable", why=f"no answer within {CONNECT_WITHIN_S:.0f} s"))
+            self._say(RayMessage(say="unreachable", why=f"no answer within {CONNECT_WITHIN_S:.0f} s"))
             return False
         except Exception as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            self._say(Word(say="unreachable", why=lines[0].rstrip(".")))
+            self._say(RayMessage(say="unreachable", why=lines[0].rstrip(".")))
             return False
         return True
 
@@ -59,13 +60,12 @@ class Bridge:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="warning")
         ray.cloudpickle.register_pickle_by_value(ray_runner)
         self._ray = ray
-        self._runner = ray.remote(ray_runner.Runner)
+        self._runner = ray.remote(ray_runner.RayRunner)
 
-    async def run(self, commands: asyncio.StreamReader) -> None:
+    async def run(self, commands: Commands) -> None:
         """Obey until the platform is gone."""
         looking = asyncio.create_task(self._keep_looking())
-        while line := await commands.readline():
-            command = decode_command(line)
+        while (command := await commands.next(RayCommand)) is not None:
             match command.do:
                 case "start":
                     self._spawn(self._start(command))
@@ -90,8 +90,8 @@ class Bridge:
                 nodes = await asyncio.to_thread(self._nodes)
                 if nodes != self._told:
                     self._told = nodes
-                    self._say(Word(say="nodes", nodes=nodes))
-            await asyncio.sleep(LOOK_EVERY_S)
+                    self._say(RayMessage(say="nodes", nodes=nodes))
+            await asyncio.sleep(_LOOK_EVERY_S)
 
     def _nodes(self) -> tuple[RayNode, ...]:
         found = [
@@ -109,7 +109,7 @@ class Bridge:
 
     # Processes
 
-    async def _start(self, command: Command) -> None:
+    async def _start(self, command: RayCommand) -> None:
         group: Any = None
         actors: list[Any] = []
         try:
@@ -123,7 +123,7 @@ class Bridge:
                         inspect.getsource(shim)
                     )
                 )
-            async with asyncio.timeout(START_WITHIN_S):
+            async with asyncio.timeout(_START_WITHIN_S):
                 said = await asyncio.gather(
                     *(
                         actor.start.remote(part.order, sys.executable)
@@ -139,14 +139,14 @@ class Bridge:
             if group is not None:
                 self._give_back(group)
             why = "Ray does not start it in time" if isinstance(error, TimeoutError) else _first_line(error)
-            self._say(Word(say="failed", ticket=command.ticket, why=why))
+            self._say(RayMessage(say="failed", ticket=command.ticket, why=why))
             return
-        started = tuple(Started(word["pid"], word["port"], word["at"]) for word in said)
-        self._say(Word(say="started", ticket=command.ticket, started=started))
+        started = tuple(RayStarted(word["pid"], word["port"], word["at"]) for word in said)
+        self._say(RayMessage(say="started", ticket=command.ticket, started=started))
         self._actors |= {part.key: actor for part, actor in zip(command.parts, actors, strict=True)}
         self._spawn(self._await_ends(command.parts, actors, group))
 
-    def _set_aside(self, parts: tuple[Part, ...]) -> Any:
+    def _set_aside(self, parts: tuple[RayPart, ...]) -> Any:
         """Have Ray keep a gang's devices for it: all of them, or none."""
         groups = _import("ray.util.placement_group")
         group = groups.placement_group(
@@ -163,11 +163,11 @@ class Bridge:
         with contextlib.suppress(Exception):
             _import("ray.util.placement_group").remove_placement_group(group)
 
-    async def _await_ends(self, parts: tuple[Part, ...], actors: list[Any], group: Any) -> None:
+    async def _await_ends(self, parts: tuple[RayPart, ...], actors: list[Any], group: Any) -> None:
         await asyncio.gather(*(self._await_end(part, actor) for part, actor in zip(parts, actors, strict=True)))
         await asyncio.to_thread(self._give_back, group)
 
-    async def _await_end(self, part: Part, actor: Any) -> None:
+    async def _await_end(self, part: RayPart, actor: Any) -> None:
         while True:
             try:
                 said = await actor.wait.remote()
@@ -181,7 +181,9 @@ class Bridge:
                 break
         self._actors.pop(part.key, None)
         at = said.get("at", time.time())
-        self._say(Word(say="ended", key=part.key, node_id=part.node_id, code=said["code"], at=at, why=said["why"]))
+        self._say(
+            RayMessage(say="ended", key=part.key, node_id=part.node_id, code=said["code"], at=at, why=said["why"])
+        )
         with contextlib.suppress(Exception):
             self._ray.kill(actor)
 
@@ -205,14 +207,16 @@ class Bridge:
         return False
 
     def _end(self, key: str) -> None:
-        """End a process at once. The shim kills what there is when its actor is gone, after the orphans' grace."""
+        """End a process at once.
+
+        The shim kills what there is when its actor is gone, after the orphans' grace.
+        """
         actor = self._actors.get(key)
         if actor is not None:
             actor.tell.remote("kill")
 
-    def _say(self, word: Word) -> None:
-        with contextlib.suppress(OSError):
-            os.write(self._out, encode(word) + b"\n")
+    def _say(self, word: RayMessage) -> None:
+        report(word, self._out)
 
 
 def _import(name: str) -> Any:
@@ -235,9 +239,7 @@ def _first_line(error: BaseException) -> str:
 
 
 async def _main(address: str, out: int) -> None:
-    commands = asyncio.StreamReader(limit=16 * 1024 * 1024)
-    loop = asyncio.get_running_loop()
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
+    commands = await Commands.open()
     bridge = Bridge(out)
     if await bridge.connect(address):
         await bridge.run(commands)

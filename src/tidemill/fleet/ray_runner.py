@@ -16,7 +16,7 @@ from typing import Any
 SHIM_PREFIX = "tidemill-shim-"
 
 
-class Runner:
+class RayRunner:
     """One command on this node. Ray calls its methods in threads of their own."""
 
     def __init__(self, shim: str) -> None:

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from tidemill.engines.launch import Command, Control, MultiNode
+from tidemill.engines.launch import CommandLine, EngineControl, MultiNode
 from tidemill.fleet.backend import Device
 
 
-class Version(msgspec.Struct, frozen=True):
+class WeightsVersion(msgspec.Struct, frozen=True):
     """Which weights a replica runs."""
 
     name: str = ""
@@ -18,9 +18,9 @@ class Version(msgspec.Struct, frozen=True):
     """A file, a directory, or a name on a hub: what the engine takes for its weights."""
 
 
-# `{port}` and `{host}` in the command are filled in where it runs (`fleet.backend.Launch`). The devices are those of
-# one process; the last argument says which one that is, of a replica over several nodes.
-MakeCommand = Callable[[Version, Sequence[Device], MultiNode | None], Command]
+# `{port}` and `{host}` in the command are filled in where it runs (`fleet.backend.ProcessSpec`). The devices are those
+# of one process; the last argument says which one that is, of a replica over several nodes.
+MakeCommand = Callable[[WeightsVersion, Sequence[Device], MultiNode | None], CommandLine]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,8 @@ class Recipe:
     engine: str
     """`llamacpp`, `vllm`, `sglang`."""
     command: MakeCommand
-    control: Control
-    version: Version = field(default_factory=Version)
+    control: EngineControl
+    version: WeightsVersion = field(default_factory=WeightsVersion)
     """What the configuration says; a roll may have put another in its place (`ReplicaSet.version`)."""
     devices: int | None = None
     """That a replica takes, of one that `spans` in equal parts of several nodes where one is too small; None: its share

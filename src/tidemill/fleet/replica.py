@@ -1,4 +1,4 @@
-"""One replica: an engine's process, life after life, from its start to its end, and why it is where it is.
+"""One replica: an engine's processes, one incarnation after the other, and why it is in its phase.
 
 starting -> warming -> ready -> draining -> gone
     ^         ^ '--------'      '-> asleep -> warming, or gone
@@ -8,22 +8,21 @@ starting -> warming -> ready -> draining -> gone
 import asyncio
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 import structlog
 
+from tidemill.clock import PROCESS_CLOCK
 from tidemill.engines.capabilities import template_lacks
-from tidemill.engines.launch import MultiNode
 from tidemill.engines.prometheus import counter_sum
-from tidemill.fleet.backend import Backend, CannotStart, Device, Ended, Launch, Process
-from tidemill.fleet.ranks import by_node, free_port, host_of
-from tidemill.fleet.recipe import Recipe, Version
-from tidemill.fleet.steady import STEADY
+from tidemill.fleet.backend import Backend, CannotStart, Device, Process
+from tidemill.fleet.engine_processes import EngineProcesses, ending_in_words
+from tidemill.fleet.ranks import by_node
+from tidemill.fleet.recipe import Recipe, WeightsVersion
 from tidemill.tides.state import Phase, ReplicaView
 
-RESTART_AFTER_S = (0.2, 1.0, 5.0, 15.0, 60.0)
+_RESTART_AFTER_S = (0.2, 1.0, 5.0, 15.0, 60.0)
 """Waits before an engine that keeps dying is started again."""
 STEADY_AFTER_S = 60.0
 """An engine that lived this long starts anew with the shortest wait."""
@@ -34,7 +33,7 @@ SLOW_POLL_S = 0.5
 STOP_GRACE_S = 5.0
 DOZE_S = 120.0
 """What an engine gets to take its weights out of its devices in, seconds, and to put them there again."""
-BESIDE_PATIENCE = 30.0
+COLOCATED_PATIENCE = 30.0
 """One that gets what another leaves may be silent for so many times longer."""
 SETTLE_S = 0.5
 """A replica that drains is idle when it was so for this long after the gateways have heard of it."""
@@ -49,8 +48,8 @@ Post = Callable[[str, bytes, float], Awaitable[bool]]
 """The same for telling an engine something; whether it was answered with 200 in time."""
 
 
-class Transition(msgspec.Struct, frozen=True):
-    """A step in a replica's life."""
+class PhaseChange(msgspec.Struct, frozen=True):
+    """One change of a replica's phase."""
 
     at: float
     """Unix time, seconds."""
@@ -59,7 +58,7 @@ class Transition(msgspec.Struct, frozen=True):
     why: str
 
 
-class Use(msgspec.Struct, frozen=True):
+class ReplicaLoadSample(msgspec.Struct, frozen=True):
     """What the gateways have in flight at a replica."""
 
     people: int = 0
@@ -78,10 +77,10 @@ class Replica:
         get: Get,
         post: Post,
         logs: Path,
-        note: Callable[["Replica", Transition], None],
+        note: Callable[["Replica", PhaseChange], None],
         batch_only: bool = False,
-        beside: bool = False,
-        version: Version | None = None,
+        colocated: bool = False,
+        version: WeightsVersion | None = None,
     ) -> None:
         self.name = f"{recipe.model}/{index}"
         self.index = index
@@ -90,33 +89,30 @@ class Replica:
         self.version = version or recipe.version
         self.devices: tuple[Device, ...] = ()
         self.batch_only = batch_only
-        self.beside = beside
+        self.colocated = colocated
         """It runs in the idle class, on devices that another one holds."""
         self.phase = Phase.STARTING
-        self.since = STEADY.seconds()
+        self.since = PROCESS_CLOCK.seconds()
         self.why = "the platform starts"
         self.surge = False
         """It takes another one's place soon: until then it holds its devices, and counts for nothing else."""
-        self.use = Use()
-        self.life = ""
+        self.use = ReplicaLoadSample()
+        self.incarnation = ""
         self.base_url = NOWHERE
         self.starts = 0
         self.failures = 0
-        """Lives in a row that have ended before they were steady."""
+        """Incarnations in a row that have ended before they were steady."""
         self.last_failure = ""
         """Why the last of them has."""
         self.lacks: tuple[str, ...] = ()
-        """See `gateway.routing.ModelSpec.lacks`."""
+        """See `gateway.routing.models.ModelSpec.lacks`."""
         self.ready_after_s: float | None = None
         """What the last start took, seconds."""
-        self._backend = backend
         self._get = get
         self._post = post
-        self._log = logs / f"engine-{self.name.replace('/', '-')}.log"
         self._note = note
-        self._processes: Sequence[Process] = ()
-        """One; of a replica over several nodes one on each, of which the first is spoken to."""
-        self._starting: asyncio.Task[Sequence[Process]] | None = None
+        log_file = logs / f"engine-{self.name.replace('/', '-')}.log"
+        self._processes = EngineProcesses(self.name, recipe, backend, log_file, idle_class=colocated)
         self._task: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
         self._burying: asyncio.Task[None] | None = None
@@ -129,7 +125,7 @@ class Replica:
 
     @property
     def pid(self) -> int | None:
-        return self._processes[0].pid if self._processes else None
+        return self._processes.pid
 
     @property
     def root(self) -> str:
@@ -153,7 +149,7 @@ class Replica:
             since=self.since,
             batch_only=self.batch_only,
             version=self.version.name,
-            beside=self.beside,
+            colocated=self.colocated,
             shared=self.recipe.shares,
             dozing=self._dozing is not None and self.phase is Phase.DRAINING,
         )
@@ -167,35 +163,41 @@ class Replica:
     def move(self, phase: Phase, why: str) -> None:
         """Note where it is now, and why."""
         if phase is not self.phase:
-            self.since = STEADY.seconds()
+            self.since = PROCESS_CLOCK.seconds()
         self.phase, self.why = phase, why
-        self._note(self, Transition(STEADY.seconds(), self.name, phase, why))
+        self._note(self, PhaseChange(PROCESS_CLOCK.seconds(), self.name, phase, why))
 
-    def end(self, why: str, *, last_words: "LastWords | None" = None) -> asyncio.Task[None]:
-        """Drain it and then end it; returns at once. See `LastWords`."""
+    def end(self, why: str, *, on_drained: "OnDrained | None" = None) -> asyncio.Task[None]:
+        """Drain it and then end it; returns at once. See `OnDrained`."""
         if self._ending is None:
             served = self.ready or self._dozing is not None or self.phase is Phase.ASLEEP
             if self._dozing is not None:
                 self._dozing.cancel()
             if self.phase is Phase.ASLEEP:
                 self.devices = ()  # others may have them by now
-            self._ending = asyncio.create_task(self._drain_and_end(why, served, last_words))
+            self._ending = asyncio.create_task(self._drain_and_end(why, served, on_drained))
             self.move(Phase.DRAINING, why)
         return self._ending
 
-    def sleep(self, why: str, *, last_words: "LastWords | None" = None) -> None:
-        """Drain it, then have it take its weights out of its devices; one that cannot is ended. Returns at once."""
+    def sleep(self, why: str, *, on_drained: "OnDrained | None" = None) -> None:
+        """Drain it, then have it take its weights out of its devices; one that cannot is ended.
+
+        Returns at once.
+        """
         if self.ready and self._ending is None:
             self.move(Phase.DRAINING, why)
-            self._dozing = asyncio.create_task(self._doze(why, last_words))
+            self._dozing = asyncio.create_task(self._doze(why, on_drained))
 
     def wake(self, why: str) -> None:
-        """Have it put its weights into its devices again; one that cannot is started anew there. Returns at once."""
+        """Have it put its weights into its devices again; one that cannot is started anew there.
+
+        Returns at once.
+        """
         if self.phase is Phase.ASLEEP and self._ending is None:
             self.move(Phase.WARMING, f"it wakes: {why}")
             self._dozing = asyncio.create_task(self._wake())
 
-    async def _doze(self, why: str, last_words: "LastWords | None") -> None:
+    async def _doze(self, why: str, on_drained: "OnDrained | None") -> None:
         idle = await self._until_idle()
         asleep = idle and await self._post(self.root, self.recipe.control.sleep.encode(), DOZE_S)
         self._dozing = None
@@ -205,7 +207,7 @@ class Replica:
             return
         log.warning("a replica cannot be put to sleep; it is ended", replica=self.name)
         why = f"{why}; it could not be put to sleep"
-        self._ending = asyncio.create_task(self._end(why, last_words, idle=idle))
+        self._ending = asyncio.create_task(self._end(why, on_drained, idle=idle))
         self.move(Phase.DRAINING, why)
 
     async def _wake(self) -> None:
@@ -217,8 +219,7 @@ class Replica:
             self.move(Phase.READY, f"it woke in {loop.time() - began:.1f} s")
         else:
             log.warning("a replica does not wake; it is started anew", replica=self.name)
-            for process in self._processes:
-                process.kill()
+            self._processes.kill()
 
     async def close(self) -> None:
         """End it now: the platform stops."""
@@ -230,7 +231,10 @@ class Replica:
         await self._stop_process()
 
     def lost(self, why: str) -> None:
-        """A node of it is gone, and it with that. What is left on others is ended before their devices are free."""
+        """A node of it is gone, and it with that.
+
+        What is left on others is ended before their devices are free.
+        """
         if self._task is not None and self._task is not asyncio.current_task():
             self._task.cancel()
         if self._dozing is not None:
@@ -245,12 +249,11 @@ class Replica:
             self.move(Phase.GONE, why)
 
     async def _bury(self, why: str) -> None:
-        await self._until_started()
-        await self._kill_all()
+        await self._processes.kill_all()
         if self.phase is not Phase.GONE:
             self.move(Phase.GONE, why)
 
-    # One life after the other
+    # One incarnation after the other
 
     async def _keep_alive(self, after: "asyncio.Task[None] | None") -> None:
         if after is not None:
@@ -258,7 +261,7 @@ class Replica:
         loop = asyncio.get_running_loop()
         while True:
             began = loop.time()
-            why = await self._one_life()
+            why = await self._run_once()
             if self._dozing is not None:
                 self._dozing.cancel()
                 self._dozing = None
@@ -269,87 +272,38 @@ class Replica:
                 return
             if loop.time() - began > STEADY_AFTER_S:
                 self.failures = 0
-            wait = RESTART_AFTER_S[min(self.failures, len(RESTART_AFTER_S) - 1)]
+            wait = _RESTART_AFTER_S[min(self.failures, len(_RESTART_AFTER_S) - 1)]
             self.failures += 1
             self.last_failure = why
-            log.warning("engine ended", replica=self.name, life=self.life, reason=why, restart_in_s=wait)
+            log.warning("engine ended", replica=self.name, incarnation=self.incarnation, reason=why, restart_in_s=wait)
             self.move(Phase.STARTING, f"{why}; it is started again in {wait:g} s")
             await asyncio.sleep(wait)
 
-    async def _one_life(self) -> str | None:
+    async def _run_once(self) -> str | None:
         """Why it has ended; None when it is gone with its node."""
         self.starts += 1
-        self.life = secrets.token_hex(4)
+        self.incarnation = secrets.token_hex(4)
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:
-            launches = await self._launches()
-            # Shielded, so that a process that is being started while this task is ended is not lost sight of.
-            self._starting = asyncio.create_task(self._backend.start(launches))
-            self._processes = await asyncio.shield(self._starting)
+            process = await self._processes.start(self.devices, self.version)
         except CannotStart as error:
             return str(error).rstrip(".")
         except OSError as error:
             return f"it cannot be started: {error.strerror}"
-        process = self._processes[0]
         host = f"[{process.host}]" if ":" in process.host else process.host
         self.base_url = f"http://{host}:{process.port}/v1"
         self.move(Phase.WARMING, "it loads its weights")
         watch = asyncio.create_task(self._watch(process, began))
         try:
-            ended = await self._first_end()
+            ended = await self._processes.first_end()
         finally:
             watch.cancel()
         if ended.code is None:
             self.lost(ended.why or "its node is lost")
             return None
         verdict = watch.result() if watch.done() and not watch.cancelled() else None
-        return verdict or _how(ended)
-
-    async def _launches(self) -> list[Launch]:
-        """One for each node that it is on."""
-        parts = by_node(self.devices)
-        if len(parts) <= 1:
-            return [self._launch(self.devices, None)]
-        master = host_of(self.devices[0], await self._backend.nodes())
-        port = free_port()
-        ranks = (MultiNode(len(parts), rank, master, port) for rank in range(len(parts)))
-        return [self._launch(devices, part) for devices, part in zip(parts, ranks, strict=True)]
-
-    def _launch(self, devices: tuple[Device, ...], part: MultiNode | None) -> Launch:
-        command = self.recipe.command(self.version, devices, part)
-        pinned = self.recipe.devices is not None or any(device.kind != "cpu" for device in devices)
-        rank = part.rank if part is not None else 0
-        return Launch(
-            name=self.name if not rank else f"{self.name}.{rank}",
-            argv=command.argv,
-            env=dict(command.env),
-            devices=devices if pinned else (),
-            node=devices[0].node if devices else "",
-            log=self._log if not rank else self._log.with_name(f"{self._log.stem}.{rank}.log"),
-            idle_class=self.beside,
-            stop_signal=self.recipe.control.drain_signal,
-            orphan_grace_s=1.0,  # its requests went through gateways that die as well
-        )
-
-    async def _first_end(self) -> Ended:
-        """How it ended; of several processes the first takes the others with it, as none can work without all."""
-        if len(self._processes) == 1:
-            return await self._processes[0].wait()
-        waits = [asyncio.ensure_future(process.wait()) for process in self._processes]
-        try:
-            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
-        first = [wait.result() for wait in done]
-        # An engine may die of its node's loss before that is known.
-        return min([*first, *await self._kill_all()], key=lambda ended: ended.code is not None)
-
-    async def _kill_all(self) -> Sequence[Ended]:
-        for process in self._processes:
-            process.kill()
-        return await asyncio.gather(*(process.wait() for process in self._processes))
+        return verdict or ending_in_words(ended)
 
     async def _watch(self, process: Process, began: float) -> str:
         """Say when it is ready, and kill it when it hangs. Returns why it was killed."""
@@ -365,9 +319,9 @@ class Replica:
         self.ready_after_s = loop.time() - began
         if self._ending is None:
             self.move(Phase.READY, f"it was ready {self.ready_after_s:.1f} s after its start")
-        log.info("engine ready", replica=self.name, life=self.life, pid=process.pid)
+        log.info("engine ready", replica=self.name, incarnation=self.incarnation, pid=process.pid)
         answered = loop.time()
-        patience_s = self.recipe.health_s * (BESIDE_PATIENCE if self.beside else 1)
+        patience_s = self.recipe.health_s * (COLOCATED_PATIENCE if self.colocated else 1)
         while True:
             await asyncio.sleep(HEALTH_EVERY_S)
             # Not asked while it goes to sleep or wakes: SGLang's health page generates a token, and there it must not.
@@ -380,19 +334,19 @@ class Replica:
 
     # Its end
 
-    async def _drain_and_end(self, why: str, served: bool, last_words: "LastWords | None") -> None:
+    async def _drain_and_end(self, why: str, served: bool, on_drained: "OnDrained | None") -> None:
         if served:
-            await self._end(why, last_words, idle=await self._until_idle())
+            await self._end(why, on_drained, idle=await self._until_idle())
         else:
             await self._end(why, None, idle=True)
 
-    async def _end(self, why: str, last_words: "LastWords | None", *, idle: bool) -> None:
+    async def _end(self, why: str, on_drained: "OnDrained | None", *, idle: bool) -> None:
         if not idle:
             log.warning("a replica is ended with requests in flight", replica=self.name, use=self.use)
             why = f"{why}; requests that had not ended in {self.recipe.drain_s:g} s were cut off"
-        if last_words is not None:
+        if on_drained is not None:
             try:
-                await last_words(self)
+                await on_drained(self)
             except Exception:
                 log.exception("a replica's last figures are lost", replica=self.name)
         await self._stop_process()
@@ -403,14 +357,7 @@ class Replica:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        await self._until_started()
-        await asyncio.gather(*(process.stop(STOP_GRACE_S) for process in self._processes))
-
-    async def _until_started(self) -> None:
-        """What is being started can only be ended once it is there."""
-        if self._starting is not None:
-            with suppress(CannotStart, OSError):
-                self._processes = await self._starting
+        await self._processes.stop(STOP_GRACE_S)
 
     async def _until_idle(self) -> bool:
         """Wait until nothing is in flight here, at most as long as it may drain; whether that came."""
@@ -428,7 +375,7 @@ class Replica:
         return False
 
     async def _busy(self) -> bool:
-        if self.use != Use():
+        if self.use != ReplicaLoadSample():
             return True
         if self.pid is None:
             return False
@@ -440,11 +387,5 @@ class Replica:
         return any(counter_sum(text, name) for name in (control.running, control.waiting) if name)
 
 
-def _how(ended: Ended) -> str:
-    if ended.why == "exited":
-        return f"its process ended with code {ended.code}"
-    return f"its process was {ended.why}"
-
-
-LastWords = Callable[[Replica], Awaitable[None]]
+OnDrained = Callable[[Replica], Awaitable[None]]
 """Called when a replica is idle, before its end."""

@@ -1,4 +1,6 @@
-"""All replicas of the fleet: started and stopped one by one, each with a name that stays, and a history that is kept.
+"""All replicas of the fleet, started and stopped one by one.
+
+Each has a name that stays, and a history that is kept.
 
 Who decides which there are is somebody else: the tide's loop (`fleet.controller`), a roll (`fleet.roll`), or, where
 nobody plans, `keep_minimum`.
@@ -13,14 +15,14 @@ import structlog
 
 from tidemill.errors import Conflict, NotFound
 from tidemill.fleet.backend import Backend, Device, Node
-from tidemill.fleet.placing import first_fit, share_of_slots
-from tidemill.fleet.recipe import Recipe, Version
-from tidemill.fleet.replica import Get, Post, Replica, Transition, Use
+from tidemill.fleet.recipe import Recipe, WeightsVersion
+from tidemill.fleet.replica import Get, PhaseChange, Post, Replica, ReplicaLoadSample
+from tidemill.fleet.static_placement import first_fit, share_of_slots
 from tidemill.tides.state import Phase, ReplicaView
 
 HISTORY = 50
 """Transitions that are kept of a model."""
-LOOK_EVERY_S = 1.0
+_LOOK_EVERY_S = 1.0
 """How often the nodes are looked at."""
 
 log = structlog.get_logger()
@@ -38,19 +40,19 @@ class ReplicaSet:
         post: Post,
         logs: Path,
         changed: Callable[[], None],
-        last_words: Callable[[Replica], Awaitable[None]] | None = None,
+        on_drained: Callable[[Replica], Awaitable[None]] | None = None,
     ) -> None:
-        """`changed` is called after each step of a replica; `last_words` before a drained one ends."""
+        """`changed` is called after each step of a replica; `on_drained` before a drained one ends."""
         self.backend = backend
         self.recipes = dict(recipes)
         self._get = get
         self._post = post
         self._logs = logs
         self._changed = changed
-        self._last_words = last_words
-        self._versions: dict[str, Version] = {}
+        self._on_drained = on_drained
+        self._versions: dict[str, WeightsVersion] = {}
         self._replicas: dict[str, Replica] = {}
-        self._histories: dict[str, deque[Transition]] = {name: deque(maxlen=HISTORY) for name in recipes}
+        self._histories: dict[str, deque[PhaseChange]] = {name: deque(maxlen=HISTORY) for name in recipes}
         self._nodes: tuple[Node, ...] = ()
         self._devices: dict[str, Device] = {}
         self._watch: asyncio.Task[None] | None = None
@@ -90,7 +92,7 @@ class ReplicaSet:
             raise NotFound(f"There is no device {device_id!r}.", hint=f"There are: {', '.join(self._devices)}.")
         return device
 
-    def history(self, model: str) -> list[Transition]:
+    def history(self, model: str) -> list[PhaseChange]:
         """A model's last transitions, oldest first."""
         return list(self._histories.get(model, ()))
 
@@ -104,11 +106,11 @@ class ReplicaSet:
         shares = (each for each in self._replicas.values() if each.recipe.shares)
         return {device.id for each in shares for device in each.devices}
 
-    def version(self, model: str) -> Version:
+    def version(self, model: str) -> WeightsVersion:
         """What new replicas of a model run."""
         return self._versions.get(model) or self.recipes[model].version
 
-    def set_version(self, model: str, version: Version) -> None:
+    def set_version(self, model: str, version: WeightsVersion) -> None:
         self._versions[model] = version
 
     # What is done
@@ -135,15 +137,15 @@ class ReplicaSet:
         devices: Sequence[Device | str],
         *,
         batch_only: bool = False,
-        beside: bool = False,
+        colocated: bool = False,
         why: str = "",
-        version: Version | None = None,
+        version: WeightsVersion | None = None,
         surge: bool = False,
         after: asyncio.Task[None] | None = None,
     ) -> str:
         """Start a replica on these devices; gives its name, under which it is in `views` at once.
 
-        `beside`: it shares them with another one, and gets only what that leaves (`Launch.idle_class`). `surge`: see
+        `colocated`: it shares them with another one, and gets only what that leaves (`Launch.idle_class`). `surge`: see
         `Replica.surge`. `after`: what has the devices until then. Raises NotFound for a model or a device that there
         is not.
         """
@@ -151,40 +153,45 @@ class ReplicaSet:
         if recipe is None:
             raise NotFound(f"There is no model {model!r} with an engine of our own.")
         held = [self.device(each) if isinstance(each, str) else each for each in devices]
-        replica = self._add(recipe, batch_only=batch_only, beside=beside, version=version)
+        replica = self._add(recipe, batch_only=batch_only, colocated=colocated, version=version)
         replica.surge = surge
         replica.begin(held, why or "it was asked for", after=after)
         return replica.name
 
     def stop(self, name: str, why: str) -> asyncio.Task[None]:
         """Drain a replica and end it; returns at once, and the task ends with it. Raises NotFound."""
-        return self._replica(name).end(why, last_words=self._last_words)
+        return self._replica(name).end(why, on_drained=self._on_drained)
 
     def sleep(self, name: str, why: str) -> None:
-        """Drain a replica and take its weights out of its devices, which are then anybody's; returns at once. Raises
-        NotFound."""
-        self._replica(name).sleep(why, last_words=self._last_words)
+        """Drain a replica and take its weights out of its devices, which are then anybody's; returns at once.
+
+        Raises NotFound.
+        """
+        self._replica(name).sleep(why, on_drained=self._on_drained)
 
     def wake(self, name: str, why: str) -> None:
-        """Have one that sleeps take its devices again; returns at once. Raises NotFound; Conflict for one that has
-        slept through a roll, which is ended."""
+        """Have one that sleeps take its devices again; returns at once.
+
+        Raises NotFound; Conflict for one that has slept through a roll, which is ended.
+        """
         replica = self._replica(name)
         if replica.version != self.version(replica.model):
-            replica.end("it sleeps with weights of another version", last_words=self._last_words)
+            replica.end("it sleeps with weights of another version", on_drained=self._on_drained)
             raise Conflict(f"{name} sleeps with weights of another version; it is ended.")
         replica.wake(why)
 
-    def turn(self, name: str, *, batch_only: bool, why: str) -> None:
-        """Lend a replica to batches, or take it back for people. Raises NotFound, and Conflict for one of the idle
-        class, which is no good for people.
+    def set_batch_only(self, name: str, *, batch_only: bool, why: str) -> None:
+        """Lend a replica to batches, or take it back for people.
+
+        Raises NotFound, and Conflict for one of the idle class, which is no good for people.
         """
         replica = self._replica(name)
-        if replica.beside and not batch_only:
+        if replica.colocated and not batch_only:
             raise Conflict(f"{name} runs in the idle class; start another for people's requests.")
         replica.batch_only = batch_only
         replica.move(replica.phase, why)
 
-    def note_use(self, uses: Mapping[str, Use]) -> None:
+    def note_use(self, uses: Mapping[str, ReplicaLoadSample]) -> None:
         """What the gateways have in flight, all of them together; a replica that is not named has nothing."""
         for name, replica in self._replicas.items():
             replica.use = uses.get(name, _NOTHING)
@@ -196,7 +203,12 @@ class ReplicaSet:
         return replica
 
     def _add(
-        self, recipe: Recipe, *, batch_only: bool = False, beside: bool = False, version: Version | None = None
+        self,
+        recipe: Recipe,
+        *,
+        batch_only: bool = False,
+        colocated: bool = False,
+        version: WeightsVersion | None = None,
     ) -> Replica:
         taken = {replica.index for replica in self.of(recipe.model)}
         index = next(index for index in range(len(taken) + 1) if index not in taken)
@@ -209,13 +221,13 @@ class ReplicaSet:
             logs=self._logs,
             note=self._noted,
             batch_only=batch_only,
-            beside=beside,
+            colocated=colocated,
             version=version or self.version(recipe.model),
         )
         self._replicas[replica.name] = replica
         return replica
 
-    def _noted(self, replica: Replica, step: Transition) -> None:
+    def _noted(self, replica: Replica, step: PhaseChange) -> None:
         self._histories[replica.model].append(step)
         if step.phase is Phase.GONE and self._replicas.get(step.replica) is replica:
             del self._replicas[step.replica]
@@ -225,7 +237,7 @@ class ReplicaSet:
 
     async def _keep_looking(self) -> None:
         while True:
-            await asyncio.sleep(LOOK_EVERY_S)
+            await asyncio.sleep(_LOOK_EVERY_S)
             try:
                 await self._look()
             except Exception:
@@ -250,15 +262,17 @@ class ReplicaSet:
                 replica.move(Phase.GONE, "it is started when there are devices for it")
 
     def keep_minimum(self) -> None:
-        """Give devices to replicas that have none yet, and add those that are missing: of all models, or where plans
-        decide, of those whose number is fixed and that share the CPU slots."""
+        """Give devices to replicas that have none yet, and add those that are missing.
+
+        Of all models, or where plans decide, of those whose number is fixed and that share the CPU slots.
+        """
         for recipe in self.recipes.values():
             if not self.keeps_minimum and not recipe.shares:
                 continue
             alive = [
                 each
                 for each in self.of(recipe.model)
-                if each.phase not in (Phase.DRAINING, Phase.ASLEEP) and not (each.batch_only or each.beside)
+                if each.phase not in (Phase.DRAINING, Phase.ASLEEP) and not (each.batch_only or each.colocated)
             ]
             missing = recipe.min_replicas - len(alive)
             alive += [self._add(recipe) for _ in range(missing)]
@@ -271,8 +285,8 @@ class ReplicaSet:
         if recipe.devices is None:
             devices: Sequence[Device] | None = share_of_slots(recipe, replica.index, self._nodes)
         else:
-            beside = {device.node for each in self.of(recipe.model) for device in each.devices}
-            devices = first_fit(recipe, self._nodes, self.held(), apart=beside)
+            used = {device.node for each in self.of(recipe.model) for device in each.devices}
+            devices = first_fit(recipe, self._nodes, self.held(), apart=used)
         if devices:
             replica.begin(devices, "the model always has it" if replica.starts == 0 else "it is placed anew")
             return
@@ -285,4 +299,4 @@ class ReplicaSet:
             replica.move(Phase.STARTING, why)
 
 
-_NOTHING = Use()
+_NOTHING = ReplicaLoadSample()

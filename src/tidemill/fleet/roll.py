@@ -15,10 +15,10 @@ import structlog
 
 from tidemill.errors import Conflict, NotFound
 from tidemill.fleet.backend import Device
-from tidemill.fleet.placing import first_fit, share_of_slots
-from tidemill.fleet.recipe import Version
+from tidemill.fleet.recipe import WeightsVersion
 from tidemill.fleet.replica import Replica
 from tidemill.fleet.replicas import ReplicaSet
+from tidemill.fleet.static_placement import first_fit, share_of_slots
 from tidemill.tides.state import Phase
 
 TRIES = 2
@@ -32,8 +32,8 @@ class RollState(msgspec.Struct):
     """How a roll stands."""
 
     model: str
-    version: Version
-    before: Version
+    version: WeightsVersion
+    before: WeightsVersion
     state: Literal["rolling", "done", "taking back", "taken back", "failed"] = "rolling"
     done: int = 0
     of: int = 0
@@ -49,15 +49,18 @@ class RollState(msgspec.Struct):
         return self.ended_at is None
 
 
-class DoesNotStart(Exception):
+class RollFailed(Exception):
     """A replica of the new version does not get ready; the text says why."""
 
 
 class Rolls:
     """The rolls of all models: one at a time for each."""
 
-    def __init__(self, replicas: ReplicaSet, keep: Callable[[str, Version], Awaitable[None]]) -> None:
-        """`keep` stores what a model has been rolled to, before the first old replica is drained for the last time."""
+    def __init__(self, replicas: ReplicaSet, keep: Callable[[str, WeightsVersion], Awaitable[None]]) -> None:
+        """`keep` stores what a model has been rolled to.
+
+        It is called before the first old replica is drained for the last time.
+        """
         self._replicas = replicas
         self._keep = keep
         self._states: dict[str, RollState] = {}
@@ -67,7 +70,7 @@ class Rolls:
         """The last roll of each model that was rolled since the platform's start."""
         return list(self._states.values())
 
-    def begin(self, model: str, version: Version) -> RollState:
+    def begin(self, model: str, version: WeightsVersion) -> RollState:
         """Begin to roll a model; returns at once. Raises NotFound, and Conflict when that cannot be done now."""
         if model not in self._replicas.recipes:
             raise NotFound(
@@ -111,13 +114,13 @@ class Rolls:
             self._replicas.set_version(model, state.version)
             await self._keep(model, state.version)
             state.state = "done"
-        except DoesNotStart as failure:
+        except RollFailed as failure:
             state.why, state.state = str(failure), "taking back"
             log.error("the new version does not start; it is taken back", model=model, reason=state.why)
             try:
                 await self._roll(state, state.before)
                 state.state = "taken back"
-            except DoesNotStart as second:
+            except RollFailed as second:
                 state.state, state.why = "failed", f"{state.why}; and the old version: {second}"
         except Exception as error:
             log.exception("rolling a model failed", model=model)
@@ -125,7 +128,7 @@ class Rolls:
         finally:
             state.ended_at = time.time()
 
-    async def _roll(self, state: RollState, version: Version) -> None:
+    async def _roll(self, state: RollState, version: WeightsVersion) -> None:
         """Until no replica runs another version. Raises DoesNotStart."""
         going_back = version == state.before
         await self._end_sleepers(state.model, version)
@@ -140,30 +143,30 @@ class Rolls:
             await self._replace(replica, version, going_back=going_back)
             state.done += -1 if going_back else 1
 
-    async def _end_sleepers(self, model: str, version: Version) -> None:
+    async def _end_sleepers(self, model: str, version: WeightsVersion) -> None:
         """Their devices are others': nothing takes their place."""
         for each in self._old(model, version):
             if each.phase is Phase.ASLEEP:
                 await self._replicas.stop(each.name, "it sleeps with weights of another version")
 
-    async def _try(self, model: str, version: Version) -> None:
+    async def _try(self, model: str, version: WeightsVersion) -> None:
         """See that the version starts, for a model that has no replica; the plan may give it up again.
 
         Raises DoesNotStart.
         """
         devices = self._room(model)
         if devices is None:
-            raise DoesNotStart("there are no free devices any more")
+            raise RollFailed("there are no free devices any more")
         name = self._replicas.start(model, devices, why="a new version is tried", version=version, surge=True)
         replica = self._replicas.replicas[name]
         try:
             await self._until_ready(replica)
-        except DoesNotStart:
+        except RollFailed:
             await self._replicas.stop(name, "the new version does not start")
             raise
         replica.surge = False
 
-    async def _replace(self, old: Replica, version: Version, *, going_back: bool) -> None:
+    async def _replace(self, old: Replica, version: WeightsVersion, *, going_back: bool) -> None:
         """One replica of the new version in place of an old one. Raises DoesNotStart."""
         what = version.name or version.path
         why = f"{'back to' if going_back else 'rolled to'} {what}"
@@ -180,7 +183,7 @@ class Rolls:
             old.model,
             devices,
             batch_only=old.batch_only,
-            beside=old.beside,
+            colocated=old.colocated,
             why=why,
             version=version,
             surge=True,
@@ -189,14 +192,14 @@ class Rolls:
         new = self._replicas.replicas[name]
         try:
             await self._until_ready(new)
-        except DoesNotStart:
+        except RollFailed:
             failed = self._replicas.stop(name, f"{what} does not start")
             if ending is not None and not going_back:
                 self._replicas.start(
                     old.model,
                     devices,
                     batch_only=old.batch_only,
-                    beside=old.beside,
+                    colocated=old.colocated,
                     why=f"{what} does not start",
                     version=old.version,
                     after=failed,
@@ -212,10 +215,10 @@ class Rolls:
     async def _until_ready(self, replica: Replica) -> None:
         while not replica.ready:
             if replica.phase is Phase.GONE or replica.failures >= TRIES:
-                raise DoesNotStart(f"{replica.name}: {replica.last_failure or replica.why}")
+                raise RollFailed(f"{replica.name}: {replica.last_failure or replica.why}")
             await asyncio.sleep(LOOK_S)
 
-    def _old(self, model: str, version: Version) -> list[Replica]:
+    def _old(self, model: str, version: WeightsVersion) -> list[Replica]:
         return [
             replica
             for replica in self._replicas.of(model)
@@ -227,8 +230,10 @@ class Rolls:
         return all(device.kind == "cpu" for device in replica.devices)
 
     def _room(self, model: str, instead_of: Replica | None = None) -> Sequence[Device] | None:
-        """Devices for another replica of the model, rather on a node where no other one stays; None: there are none
-        that nobody holds."""
+        """Devices for another replica of the model, rather on a node where no other one stays.
+
+        None: there are none that nobody holds.
+        """
         recipe = self._replicas.recipes[model]
         if recipe.devices is None:
             return share_of_slots(recipe, 0, self._replicas.nodes) or None

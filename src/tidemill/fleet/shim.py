@@ -1,4 +1,4 @@
-"""The shim: a small process between the platform and a command, which it starts, watches and ends for certain.
+"""The shim: a small process that starts, watches and ends a command for the platform.
 
     python shim.py < {"argv": ["/usr/bin/env"], ...}
 
@@ -48,18 +48,18 @@ LEFTOVER_GRACE_S = 2.0
 """What processes get that the command has left behind at its own end."""
 GIVE_UP_AFTER_S = 15.0
 """A process that SIGKILL does not end hangs in the kernel (state D); the end is told without it."""
-LOOK_EVERY_S = 1.0
+_LOOK_EVERY_S = 1.0
 """How often the size of the log is looked at."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class Refused(Exception):
+class ShimRefused(Exception):
     """The command cannot be started; the text says why."""
 
 
 class Shim:
-    """One command's life."""
+    """One command, from its start to its end."""
 
     def __init__(self, order: dict[str, Any], heard: bytes = b"") -> None:
         """`heard` has come behind the order already."""
@@ -86,7 +86,7 @@ class Shim:
         try:
             argv, port = self._fill_in()
             self._pid = self._start(argv)
-        except Refused as refused:
+        except ShimRefused as refused:
             say({"say": "cannot", "why": str(refused)})
             return 127
         say({"say": "started", "pid": self._pid, "port": port, "at": time.time()})
@@ -115,8 +115,8 @@ class Shim:
         if self._killed_at is not None:
             return 0.02
         if self._deadline is not None:
-            return max(0.0, min(self._deadline - time.monotonic(), 0.05 if self._code is not None else LOOK_EVERY_S))
-        return LOOK_EVERY_S
+            return max(0.0, min(self._deadline - time.monotonic(), 0.05 if self._code is not None else _LOOK_EVERY_S))
+        return _LOOK_EVERY_S
 
     # Starting
 
@@ -124,7 +124,7 @@ class Shim:
         order = self._order
         argv = [str(word) for word in order["argv"]]
         if not argv:
-            raise Refused("there is no command")
+            raise ShimRefused("there is no command")
         port = None
         if any("{port}" in word for word in argv):
             try:
@@ -132,34 +132,34 @@ class Shim:
                     probe.bind((order["host"], 0))
                     port = probe.getsockname()[1]
             except OSError as error:
-                raise Refused(f"no port is free on {order['host']}: {error.strerror}") from error
+                raise ShimRefused(f"no port is free on {order['host']}: {error.strerror}") from error
         argv = [word.replace("{port}", str(port)).replace("{host}", order["host"]) for word in argv]
         return argv, port
 
     def _start(self, argv: list[str]) -> int:
         order = self._order
         if order["cwd"] and not os.path.isdir(order["cwd"]):  # noqa: PTH112
-            raise Refused(f"there is no directory {order['cwd']}")
+            raise ShimRefused(f"there is no directory {order['cwd']}")
         name = argv[0]
         if "/" in name:
             name = os.path.abspath(os.path.join(order["cwd"] or ".", name))  # noqa: PTH100, PTH118
         program = shutil.which(name, path=order["env"].get("PATH", os.defpath))
         if program is None:
-            raise Refused(f"there is no program {argv[0]!r}")
+            raise ShimRefused(f"there is no program {argv[0]!r}")
         missing = sorted(set(order["cores"]) - os.sched_getaffinity(0))
         if missing:
-            raise Refused(f"the cores {', '.join(map(str, missing))} are not this process's to use")
+            raise ShimRefused(f"the cores {', '.join(map(str, missing))} are not this process's to use")
         log = os.open(os.devnull, os.O_WRONLY)
         if order["log"]:
             try:
                 log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             except OSError as error:
-                raise Refused(f"the log {order['log']} cannot be written: {error.strerror}") from error
+                raise ShimRefused(f"the log {order['log']} cannot be written: {error.strerror}") from error
         failed, fails = os.pipe()
         try:
             pid = os.fork()
         except OSError as error:
-            raise Refused(f"no process can be made: {error.strerror}") from error
+            raise ShimRefused(f"no process can be made: {error.strerror}") from error
         if pid == 0:
             self._become(program, argv, log, fails)
         os.close(log)
@@ -168,7 +168,7 @@ class Shim:
             reason = pipe.read()  # ends with nothing when exec succeeds, as the pipe is closed by it
         if reason:
             os.waitpid(pid, 0)
-            raise Refused(f"{argv[0]} cannot be started: {reason.decode(errors='replace')}")
+            raise ShimRefused(f"{argv[0]} cannot be started: {reason.decode(errors='replace')}")
         return pid
 
     def _become(self, program: str, argv: list[str], log: int, fails: int) -> None:
@@ -233,7 +233,10 @@ class Shim:
         self._signal_all(signal.SIGCONT)  # one that was suspended would never hear of it
 
     def _signal_all(self, number: int) -> None:
-        """The process group in one go, so that no member sees another end before it hears of it; then the others."""
+        """The process group in one go, so that no member sees another end before it hears of it.
+
+        Then the others.
+        """
         leftovers = self._leftovers()
         others = [pid for pid in leftovers if group_of(pid) != self._pid]
         if self._code is None or len(others) < len(leftovers):
@@ -370,8 +373,11 @@ def complain(text: str) -> None:
 
 
 def _lower_session() -> None:
-    """Where sessions share the processor as wholes (sched_autogroup, as on most desktops and many servers), a class
-    counts within its session only, and this one is a session of its own: it gets the least weight, 1.4% of a core."""
+    """Give this session the least weight, 1.4% of a core.
+
+    Where sessions share the processor as wholes (sched_autogroup, as on most desktops and many servers), a class counts
+    within its session only, and this one is a session of its own.
+    """
     with suppress(OSError):  # this kernel has none
         fd = os.open("/proc/self/autogroup", os.O_WRONLY)
         os.write(fd, b"19")

@@ -1,4 +1,6 @@
-"""What the gateways report of a model, made into the figures that a plan needs: rates, lateness, idleness, capacity.
+"""What the gateways report of a model, made into the figures that a plan needs.
+
+Rates, lateness, idleness, capacity.
 
 All instants here are of one monotonic clock, in seconds: a wall clock that jumps changes nothing.
 """
@@ -9,13 +11,13 @@ from collections import deque
 from tidemill.tides.buckets import Buckets, add_up, quantile_us
 
 NOW_TAU_S = 10.0
-"""`Traffic.rate` averages over about this long."""
+"""`ModelTraffic.rate` averages over about this long."""
 LATE_TAU_S = 60.0
-"""`Traffic.late` likewise."""
+"""`ModelTraffic.late` likewise."""
 PEAK_STEP_S = 1.0
 SAMPLES_S = 8.0
 """Times to first token, and per token, are those of the last one to two times so long."""
-WINDOW_S = 10.0
+CAPACITY_WINDOW_S = 10.0
 """Capacity is measured in windows of this length."""
 BUSY_SHARE = 0.9
 """A replica that had requests in flight for so much of a window was at work throughout."""
@@ -27,7 +29,7 @@ MIN_ENDED = 3
 """Requests that have to end in a window for its lateness to say anything."""
 
 
-class Traffic:
+class ModelTraffic:
     """One model's interactive traffic."""
 
     def __init__(self, now: float, *, percentile: float = 0.95) -> None:
@@ -78,8 +80,10 @@ class Traffic:
         self._last_busy = max(self._last_busy, now)
 
     def rate(self, now: float) -> float:
-        """Work a second that arrives, tokens of prefill. An average that fades would never be none: it is, once
-        nobody has been there for as long as it averages over."""
+        """Work a second that arrives, tokens of prefill.
+
+        An average that fades would never be none: it is, once nobody has been there for as long as it averages over.
+        """
         self._decay(now)
         return max(self._rate, 0.0) if self.idle_s(now) < NOW_TAU_S else 0.0
 
@@ -131,7 +135,7 @@ class Traffic:
         return None if micros is None else micros / 1e6
 
 
-class Meter:
+class CapacityMeter:
     """Measures what one replica of a model does within the objective: work a second.
 
     Windows in which a replica was at work throughout count. One that kept the objective shows that the replica can do
@@ -165,7 +169,7 @@ class Meter:
 
     def close_window(self, now: float) -> bool:
         """Evaluate the window if it is over; True when the capacity has changed."""
-        if self._began is None or now - self._began < WINDOW_S:
+        if self._began is None or now - self._began < CAPACITY_WINDOW_S:
             return False
         length = now - self._began
         rates = [
@@ -174,7 +178,7 @@ class Meter:
         enough = self._ended >= MIN_ENDED
         kept = self._late <= (1 - self._percentile) * self._ended
         before = self.capacity
-        if rates and enough and length < 2 * WINDOW_S:
+        if rates and enough and length < 2 * CAPACITY_WINDOW_S:
             self._learn(sum(rates) / len(rates), kept=kept)
         self._began = now
         self._done.clear()

@@ -1,15 +1,9 @@
-"""Errors as OpenAI's clients expect them, rendered in one place.
+"""The errors of the data plane, one class for each code.
 
-Source: OpenAI API reference, "Error codes": `{"error": {"message", "type", "param", "code"}}`.
+`gateway.protocols` writes them in the form of each API.
 """
 
-import msgspec
-
-from tidemill.errors import TidemillError
-
-_encode = msgspec.json.Encoder().encode
-
-RETRY_AFTER_S = 1
+from tidemill.errors import NotFound, TidemillError, Unavailable
 
 
 class BadRequest(TidemillError):
@@ -29,6 +23,12 @@ class NoEmbeddings(BadRequest):
     """The model answers, and gives no embeddings."""
 
     code = "model_gives_no_embeddings"
+
+
+class NoRanking(BadRequest):
+    """The model answers, and ranks no documents."""
+
+    code = "model_ranks_no_documents"
 
 
 class InvalidKey(TidemillError):
@@ -75,27 +75,95 @@ class ModerationNotConfigured(TidemillError):
     code = "moderation_not_configured"
 
 
-_TYPES = {401: "authentication_error", 402: "insufficient_quota", 403: "permission_error", 429: "rate_limit_error"}
+class RateLimited(TidemillError):
+    """A limit is reached; it frees by itself."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, hint: str, retry_after_s: int) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after_s = retry_after_s
 
 
-def error_object(message: str, *, status: int, code: str | None, param: str | None = None) -> dict[str, object]:
-    """The error object: `type` follows from the status, as OpenAI's do."""
-    kind = _TYPES.get(status) or ("invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+class BudgetExhausted(TidemillError):
+    """A hard budget does not cover what the request may cost. Trying again helps only in the next period."""
+
+    status = 429
+    code = "insufficient_quota"
+
+    def __init__(self, message: str, *, hint: str, retry_after_s: int) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after_s = retry_after_s
 
 
-def error_body(error: TidemillError) -> bytes:
-    """The JSON body of an error answer."""
-    return _encode(error_object(str(error), status=error.status, code=error.code, param=error.param))
+class QueueFull(RateLimited):
+    """More requests wait than may."""
+
+    code = "queue_full"
 
 
-def error_headers(error: TidemillError) -> bytes:
-    """The header lines of an error answer; a passing one says when to try again."""
-    seconds = error.retry_after_s or RETRY_AFTER_S
-    retry = b"retry-after: %d\r\n" % seconds if error.status in (429, 503) else b""
-    return b"content-type: application/json\r\n" + retry
+class WaitedTooLong(Unavailable):
+    """A request has waited for a full model for as long as it may."""
+
+    code = "model_busy"
 
 
-def error_event(error: TidemillError) -> bytes:
-    """An error in mid-stream: the last event before `[DONE]`, which OpenAI's clients raise as an APIError."""
-    return b"data: " + error_body(error) + b"\n\n"
+class TooManyWait(RateLimited):
+    """More requests wait for a model that is being started than may."""
+
+    code = "queue_full"
+
+
+class StillAsleep(Unavailable):
+    """The model was not ready within the time that a request waits for it."""
+
+    code = "model_not_ready"
+
+
+class NoReplica(Unavailable):
+    """No replica of the model, nor of its fallbacks, can be used now."""
+
+    code = "model_not_ready"
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message, hint="Try again in a few seconds.")
+        self.retry_after_s = retry_after_s
+
+
+class NotAllowed(TidemillError):
+    """The key is good, but not for this."""
+
+    status = 403
+    code = "not_allowed"
+
+
+class EngineError(TidemillError):
+    """The engine has refused the request."""
+
+    code = "engine_error"
+
+    def __init__(self, message: str, *, status: int, code: str | None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code or "engine_error"
+
+
+class ResponseNotFound(NotFound):
+    """The tenant has no such response, or it was not kept."""
+
+    code = "response_not_found"
+
+
+class NotForTenants(TidemillError):
+    """The operator runs jobs for tenants, and does not let them do it themselves."""
+
+    status = 403
+    code = "not_allowed"
+
+
+class TooManyUploads(TidemillError):
+    """The tenant uploads as many files at a time as it may."""
+
+    status = 429
+    code = "too_many_uploads"

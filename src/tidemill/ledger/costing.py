@@ -16,7 +16,7 @@ from tidemill.ledger.money import ZERO, Nanos, apportion, round_ratio
 from tidemill.ledger.usage import UsageRecord
 
 Ticket = NewType("Ticket", int)
-"""A request that is being worked on, from `BusyClock.start` to `BusyClock.finish`."""
+"""A request that is being worked on, from `BusyTimeShares.start` to `BusyTimeShares.finish`."""
 
 NS_PER_HOUR = 3_600_000_000_000
 
@@ -25,7 +25,7 @@ _FINE = 20
 _FINE_MASK = (1 << _FINE) - 1
 
 
-class BusyClock:
+class BusyTimeShares:
     """Shares one replica's busy time among the requests that it serves at the same time.
 
     Virtual time advances by dt / n while n requests are active (Parekh and Gallager's fluid model of fair

@@ -60,7 +60,7 @@ class DevicePrice(msgspec.Struct, frozen=True):
             raise LedgerError(f"price {self.price_id}: valid_from {self.valid_from} has no time zone")
 
 
-class Meter(msgspec.Struct, frozen=True, kw_only=True):
+class DeviceMeter(msgspec.Struct, frozen=True, kw_only=True):
     """`devices` devices of one kind, counted from `started_at`; billed up to `billed_until`. Instants are aware UTC."""
 
     meter_id: str
@@ -89,7 +89,7 @@ class Meter(msgspec.Struct, frozen=True, kw_only=True):
         return self.devices * ((self.billed_until - self.started_at) // _MICROSECOND)
 
 
-class Slice(msgspec.Struct, frozen=True):
+class DeviceTimeSlice(msgspec.Struct, frozen=True):
     """Device time of one meter in one billing month, read at one time."""
 
     month: str
@@ -131,7 +131,7 @@ def hold_for(hour: int, devices: int, seconds: float) -> Nanos:
     return Nanos(-(-hour * device_us // US_PER_HOUR) + (1 if hour else 0))
 
 
-def read(meter: Meter, until: datetime, *, zone: str, available: int) -> list[Slice]:
+def read(meter: DeviceMeter, until: datetime, *, zone: str, available: int) -> list[DeviceTimeSlice]:
     """Charge a meter from where it is billed up to `until`: one slice for each billing month in the operator's zone.
 
     `available` is what may be charged at the most, hold and free balance together; what goes beyond is uncollected.
@@ -147,7 +147,7 @@ def read(meter: Meter, until: datetime, *, zone: str, available: int) -> list[Sl
         amount = min(worth, max(available, 0))
         available -= amount
         slices.append(
-            Slice(
+            DeviceTimeSlice(
                 month=period.month,
                 device_us=after - before,
                 amount=Nanos(amount),

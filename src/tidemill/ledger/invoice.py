@@ -1,9 +1,9 @@
 """The monthly invoice: one tenant's records of one month as lines that add up to them exactly.
 
-A line is one kind of token of one model at one price version. Its amount is the sum of that component of its
-records, each of which was rounded once when it was rated; nothing is rounded again until the total, which is
-rounded to what the currency can be paid in, on a line of its own. Device time of jobs and reservations has lines of
-its own, by kind of device, tier and price version (`ledger.devices`). `invoice_text` prints it.
+A line is one component (`ledger.components`) of one model at one price version. Its amount is the sum of that
+component of its records, each of which was rounded once when it was rated; nothing is rounded again until the total,
+which is rounded to what the currency can be paid in, on a line of its own. Device time of jobs and reservations has
+lines of its own, by kind of device, tier and price version (`ledger.devices`). `invoice_text` prints it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,26 +13,17 @@ from typing import TypeVar
 
 import msgspec
 
+from tidemill.ledger.components import CATALOGUE, PLACE, Component
 from tidemill.ledger.devices import DevicePrice, DeviceSum, DeviceTier, seconds_text, sum_devices
 from tidemill.ledger.errors import LedgerError
 from tidemill.ledger.money import Nanos, check_currency, format_amount, minor_digits, round_to_minor
 from tidemill.ledger.period import Period
 from tidemill.ledger.posting import Transaction, tenant_account
-from tidemill.ledger.pricing import Price, PriceVersion, Tier
+from tidemill.ledger.pricing import PriceTier, PriceVersion
 from tidemill.ledger.statement import check_record
 from tidemill.ledger.usage import UsageRecord
 
 Priced = TypeVar("Priced", PriceVersion, DevicePrice)
-
-
-class TokenKind(StrEnum):
-    """The kinds of token that have a price of their own, in the order of the invoice."""
-
-    INPUT = "input"
-    """Prompt tokens that had to be computed."""
-    CACHED_INPUT = "cached_input"
-    """Prompt tokens that the engine found in its prefix cache."""
-    OUTPUT = "output"
 
 
 class InvoiceStatus(StrEnum):
@@ -42,15 +33,15 @@ class InvoiceStatus(StrEnum):
 
 
 class LineSum(msgspec.Struct, frozen=True):
-    """One kind of token of one model at one price version, summed over a month's records."""
+    """One component of one model at one price version, summed over a month's records."""
 
     model: str
     price_id: str
-    kind: TokenKind
-    tokens: int
+    component: Component
+    quantity: int
     amount: Nanos
     requests: int
-    """How many records have tokens or a charge of this kind."""
+    """How many records have a quantity or a charge of this component."""
 
 
 class MonthUsage(msgspec.Struct, frozen=True):
@@ -72,13 +63,13 @@ class InvoiceLine(msgspec.Struct, frozen=True):
     price_id: str
     price_from: datetime
     """Since when the price version is in force, aware UTC."""
-    kind: TokenKind
-    tokens: int
-    unit_price: int
-    """Nanos per million tokens."""
+    component: Component
+    quantity: int
+    rate: int
+    """Nanos for so many units as the catalogue says."""
     amount: Nanos
     requests: int
-    tier: Tier = Tier.STANDARD
+    tier: PriceTier = PriceTier.STANDARD
 
 
 class DeviceLine(msgspec.Struct, frozen=True):
@@ -121,7 +112,7 @@ class Invoice(msgspec.Struct, frozen=True, kw_only=True):
     lines: tuple[InvoiceLine, ...]
     device_lines: tuple[DeviceLine, ...] = ()
     requests: int
-    """All requests of the month; a request appears on up to three lines."""
+    """All requests of the month; a request appears on a line for each component that it is billed for."""
     uncollected: Nanos
     """Usage beyond what was held for it: not charged."""
     subtotal: Nanos
@@ -163,18 +154,16 @@ def invoice_number(tenant_id: str, period: Period) -> str:
 def sum_month(records: Iterable[UsageRecord], *, tenant_id: str, currency: str, period: Period) -> MonthUsage:
     """Add up a tenant's records of a month by line. Raises LedgerError at a record that does not belong."""
     requests = uncollected = 0
-    sums: dict[tuple[str, str, TokenKind], list[int]] = {}
+    sums: dict[tuple[str, str, Component], list[int]] = {}
     for record in records:
         check_record(record, tenant_id=tenant_id, currency=currency, period=period)
         requests += 1
         uncollected += record.uncollected
-        for kind in TokenKind:
-            tokens, amount = _component(record, kind)
-            if tokens or amount:
-                row = sums.setdefault((record.model, record.price_id, kind), [0, 0, 0])
-                row[0] += tokens
-                row[1] += amount
-                row[2] += 1
+        for component, (quantity, amount) in record.lines().items():
+            row = sums.setdefault((record.model, record.price_id, component), [0, 0, 0])
+            row[0] += quantity
+            row[1] += amount
+            row[2] += 1
     return MonthUsage(
         tenant_id=tenant_id,
         currency=check_currency(currency),
@@ -209,8 +198,8 @@ def make_invoice(
     if as_of.utcoffset() is None:
         raise LedgerError(f"as_of {as_of} has no time zone")
     lines = sorted(
-        (_line(row, prices, usage.currency) for row in usage.sums if row.tokens or row.amount),
-        key=lambda line: (line.model, line.price_from, line.price_id, list(TokenKind).index(line.kind)),
+        (_line(row, prices, usage.currency) for row in usage.sums if row.quantity or row.amount),
+        key=lambda line: (line.model, line.price_from, line.price_id, PLACE[line.component]),
     )
     device_lines = [_device_line(row, device_prices or {}, usage.currency) for row in usage.devices if row.device_us]
     device_lines.sort(key=lambda line: (line.kind, list(DeviceTier).index(line.tier), line.price_from, line.price_id))
@@ -246,13 +235,12 @@ def make_invoice(
 def records_of(line: InvoiceLine, records: Iterable[UsageRecord]) -> list[UsageRecord]:
     """The records behind a line, out of the tenant's records of the month.
 
-    There are `line.requests` of them, and their components of the line's kind add up to its tokens and
-    amount.
+    There are `line.requests` of them, and what they have of the line's component adds up to its quantity and amount.
     """
     return [
         record
         for record in records
-        if record.model == line.model and record.price_id == line.price_id and any(_component(record, line.kind))
+        if record.model == line.model and record.price_id == line.price_id and line.component in record.lines()
     ]
 
 
@@ -283,9 +271,8 @@ def to_json(invoice: Invoice) -> dict[str, object]:
                 "price_id": line.price_id,
                 "price_from": line.price_from.isoformat(),
                 "tier": line.tier.value,
-                "kind": line.kind.value,
-                "tokens": line.tokens,
-                "price_per_million": amount(line.unit_price),
+                "kind": line.component.key,
+                **_quantity_to_json(line, amount(line.rate)),
                 "requests": line.requests,
                 "amount": amount(line.amount),
             }
@@ -328,14 +315,12 @@ def to_json(invoice: Invoice) -> dict[str, object]:
     }
 
 
-def _component(record: UsageRecord, kind: TokenKind) -> tuple[int, Nanos]:
-    match kind:
-        case TokenKind.INPUT:
-            return record.usage.uncached, record.charge_input
-        case TokenKind.CACHED_INPUT:
-            return record.usage.cached, record.charge_cached
-        case TokenKind.OUTPUT:
-            return record.usage.completion, record.charge_output
+def _quantity_to_json(line: InvoiceLine, price: str) -> dict[str, object]:
+    """What a line counts, and what that costs: tokens per million, anything else with its unit and scale."""
+    spec = CATALOGUE[line.component]
+    if spec.unit == "tokens":
+        return {"tokens": line.quantity, "price_per_million": price}
+    return {"quantity": line.quantity, "unit": spec.unit, "price": price, "price_per": spec.per}
 
 
 def _version(price_id: str, sold: str, prices: Mapping[str, Priced], currency: str) -> Priced:
@@ -350,13 +335,16 @@ def _version(price_id: str, sold: str, prices: Mapping[str, Priced], currency: s
 
 def _line(row: LineSum, prices: Mapping[str, PriceVersion], currency: str) -> InvoiceLine:
     version = _version(row.price_id, row.model, prices, currency)
+    rate = version.price.rates.get(row.component)
+    if rate is None:
+        raise LedgerError(f"the price {row.price_id} of {row.model} has no rate for {row.component.key}")
     return InvoiceLine(
         model=row.model,
         price_id=row.price_id,
         price_from=version.valid_from,
-        kind=row.kind,
-        tokens=row.tokens,
-        unit_price=_unit_price(version.price, row.kind),
+        component=row.component,
+        quantity=row.quantity,
+        rate=rate,
         amount=row.amount,
         requests=row.requests,
         tier=version.tier,
@@ -375,16 +363,6 @@ def _device_line(row: DeviceSum, prices: Mapping[str, DevicePrice], currency: st
         amount=row.amount,
         meters=row.meters,
     )
-
-
-def _unit_price(price: Price, kind: TokenKind) -> int:
-    match kind:
-        case TokenKind.INPUT:
-            return price.input
-        case TokenKind.CACHED_INPUT:
-            return price.cached_input
-        case TokenKind.OUTPUT:
-            return price.output
 
 
 def _credit_lines(credits: Iterable[Transaction], usage: MonthUsage) -> tuple[CreditLine, ...]:

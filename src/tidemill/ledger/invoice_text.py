@@ -8,19 +8,19 @@ import shlex
 import unicodedata
 from datetime import datetime
 
+from tidemill.ledger.components import CATALOGUE, INPUT
 from tidemill.ledger.devices import US_PER_HOUR, DeviceTier
-from tidemill.ledger.invoice import CreditLine, DeviceLine, Invoice, InvoiceLine, InvoiceStatus, TokenKind
+from tidemill.ledger.invoice import CreditLine, DeviceLine, Invoice, InvoiceLine, InvoiceStatus
 from tidemill.ledger.money import NANOS_PER_UNIT, format_amount, minor_digits, round_ratio
 from tidemill.ledger.period import zone_named
-from tidemill.ledger.pricing import Tier
+from tidemill.ledger.pricing import PriceTier
 
 WIDTH = 78
 """Columns of a terminal or a monospaced page; a CJK character takes two."""
 
 _LABEL = 14
-_KINDS = {TokenKind.INPUT: "input", TokenKind.CACHED_INPUT: "cached input", TokenKind.OUTPUT: "output"}
-
-
+TOKENS_PER_PRICE = CATALOGUE[INPUT].per
+"""What the heading says that prices are for."""
 _TIERS = {
     DeviceTier.STANDARD: "standard",
     DeviceTier.PREEMPTIBLE: "preemptible",
@@ -137,7 +137,7 @@ class _Page:
                     out.append("")
                 above = line.model, line.price_id
                 day = self.day(line.price_from)
-                what = line.model if line.tier is Tier.STANDARD else f"{line.model} in batches"
+                what = line.model if line.tier is PriceTier.STANDARD else f"{line.model} in batches"
                 out += wrap(f"{what}, at the price of {day} ({line.price_id})", WIDTH)
             out += self.usage_row(line)
         if not self.invoice.lines:
@@ -145,13 +145,16 @@ class _Page:
         return [*out, "-" * WIDTH]
 
     def usage_row(self, line: InvoiceLine) -> list[str]:
-        label, tokens, requests = f"  {_KINDS[line.kind]}", f"{line.tokens:,}", f"{line.requests:,}"
-        price = format_amount(line.unit_price, places=self.minor, grouped=True)
+        spec = CATALOGUE[line.component]
+        label, quantity, requests = f"  {spec.label}", f"{line.quantity:,}", f"{line.requests:,}"
+        price = format_amount(line.rate, places=self.minor, grouped=True)
+        if spec.per != TOKENS_PER_PRICE:
+            price += f"/{spec.per:,}"
         amount = self.exact(line.amount)
-        row = self.row(label, tokens, requests, price, amount)
+        row = self.row(label, quantity, requests, price, amount)
         if len(row) <= WIDTH:
             return [row]
-        return [self.row(label, tokens, requests, "", ""), f"{price}  {amount}".rjust(WIDTH)]
+        return [self.row(label, quantity, requests, "", ""), f"{price}  {amount}".rjust(WIDTH)]
 
     def total(self) -> list[str]:
         invoice = self.invoice

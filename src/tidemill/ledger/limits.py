@@ -6,7 +6,7 @@ from enum import StrEnum
 import msgspec
 
 from tidemill.ledger.money import MAX_NANOS, format_amount
-from tidemill.ledger.period import period_of, zone_named
+from tidemill.ledger.period import parse_period, period_of, zone_named
 
 MAX_AMOUNT = 10**12
 """The highest limit on requests or tokens a minute, or concurrent requests."""
@@ -83,7 +83,7 @@ def title_of(limit: Limit, currency: str) -> str:
             return f"a budget of {format_amount(limit.amount, grouped=True)} {currency} a {limit.per}"
 
 
-class Span(msgspec.Struct, frozen=True):
+class BudgetSpan(msgspec.Struct, frozen=True):
     """One period of a budget: the instants from `start` up to and without `end`, aware UTC."""
 
     label: str
@@ -92,19 +92,27 @@ class Span(msgspec.Struct, frozen=True):
     end: datetime
 
 
-def span_of(instant: datetime, per: Per, zone: str) -> Span:
+def span_of(instant: datetime, per: Per, zone: str) -> BudgetSpan:
     """The day or month that `instant` (aware) falls in. They follow each other without a gap, whatever clocks do."""
     if per is Per.MONTH:
         month = period_of(instant, zone)
-        return Span(month.month, month.start, month.end)
+        return BudgetSpan(month.month, month.start, month.end)
     day = instant.astimezone(zone_named(zone)).date()
     span = _day(day, zone)
     # Where clocks went back over midnight, the wall shows the old day for a while after the new has begun.
     return _day(day + timedelta(days=1), zone) if instant >= span.end else span
 
 
-def _day(day: date, zone: str) -> Span:
-    return Span(day.isoformat(), _midnight(day, zone), _midnight(day + timedelta(days=1), zone))
+def span_labelled(label: str, per: Per, zone: str) -> BudgetSpan:
+    """The day or month of that label, such as `2026-11-03` or `2026-11`."""
+    if per is Per.MONTH:
+        month = parse_period(label, zone)
+        return BudgetSpan(month.month, month.start, month.end)
+    return _day(date.fromisoformat(label), zone)
+
+
+def _day(day: date, zone: str) -> BudgetSpan:
+    return BudgetSpan(day.isoformat(), _midnight(day, zone), _midnight(day + timedelta(days=1), zone))
 
 
 def _midnight(day: date, zone: str) -> datetime:

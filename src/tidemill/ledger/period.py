@@ -7,13 +7,13 @@ the clock once went back from 00:01 on 1 November to 23:01 on 31 October: that h
 
 import re
 from datetime import UTC, datetime, tzinfo
-from difflib import get_close_matches
 from functools import lru_cache
 from zoneinfo import ZoneInfo, available_timezones
 
 import msgspec
 
 from tidemill.ledger.errors import LedgerError
+from tidemill.suggestions import nearest
 
 _FIRST_YEAR, _LAST_YEAR = 1900, 2999
 _MONTH = re.compile(r"([0-9]{4})-([0-9]{2})")
@@ -102,8 +102,8 @@ def zone_named(name: str) -> tzinfo:
             ) from error
         by_lower = {zone.lower(): zone for zone in sorted(known)}
         by_lower |= {lower.rpartition("/")[2]: zone for lower, zone in by_lower.items() if "/" in lower} | by_lower
-        near = get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
-        advice = f"did you mean {by_lower[near[0]]}?" if near else "write an IANA name such as Asia/Shanghai or UTC"
+        near = nearest(name.lower(), by_lower)
+        advice = f"did you mean {by_lower[near]}?" if near else "write an IANA name such as Asia/Shanghai or UTC"
         raise PeriodError(f"{name!r} is not a time zone; {advice}") from error
 
 

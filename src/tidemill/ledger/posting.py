@@ -160,7 +160,7 @@ def usage_charge(transaction_id: str, records: Iterable[UsageRecord], *, memo: s
                 f"record {record.request_id} ({record.tenant_id}, {record.currency}) is in a batch of"
                 f" {first.tenant_id}, {first.currency}; charge each tenant and currency apart"
             )
-        if min(record.charge_input, record.charge_cached, record.charge_output) < 0:
+        if min(record.charges.values(), default=0) < 0:
             raise PostingError(f"record {record.request_id} has a negative charge")
         amount += record.charge
     if amount == 0:

@@ -9,7 +9,7 @@ import msgspec
 LEASE_S = 300
 """Without a word from a process for so long (its machine is gone), its slots are free again; it takes no new request
 on them by then. A process that only died is known to be dead at once (`meter.loader`)."""
-SLICES = 8
+SLOT_SLICES = 8
 """A process gets at most this fraction of the free slots, unless more are waited for."""
 
 
@@ -40,7 +40,7 @@ class SlotGrant(msgspec.Struct, frozen=True):
 def grant(limit: int, others: list[tuple[int, int]], report: SlotReport, second: int) -> SlotGrant:
     """Decide on a report, given the (slots, used) of the other processes' leases that are in force."""
     free = limit - report.keep - sum(amount for amount, _ in others)
-    granted = max(min(max(report.need, min(report.want, free // SLICES)), free), -report.keep)
+    granted = max(min(max(report.need, min(report.want, free // SLOT_SLICES)), free), -report.keep)
     spare = sum(max(amount - used, 0) for amount, used in others)
     return SlotGrant(granted, second + LEASE_S, max(free - granted, 0), spare)
 

@@ -1,15 +1,27 @@
 """The usage statement: what one tenant used and what it cost, in a month or in all, by model. Exact sums."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 
 import msgspec
 
+from tidemill.ledger.components import BASE, PLACE, Component
 from tidemill.ledger.devices import DeviceSum, seconds_text, sum_devices
 from tidemill.ledger.errors import LedgerError
 from tidemill.ledger.money import ZERO, Nanos, check_currency, format_amount
 from tidemill.ledger.period import Period
 from tidemill.ledger.usage import UsageRecord
+
+
+class ComponentSum(msgspec.Struct, frozen=True):
+    """One further component, summed over usage records."""
+
+    quantity: int = 0
+    charge: Nanos = ZERO
+    """Zero where it was counted with what it is part of, or costs nothing."""
+
+    def __add__(self, other: "ComponentSum") -> "ComponentSum":
+        return ComponentSum(self.quantity + other.quantity, Nanos(self.charge + other.charge))
 
 
 class UsageTotals(msgspec.Struct, frozen=True):
@@ -21,6 +33,9 @@ class UsageTotals(msgspec.Struct, frozen=True):
     cached_tokens: int = 0
     completion_tokens: int = 0
     charge: Nanos = ZERO
+    """What all components cost."""
+    more: dict[Component, ComponentSum] = {}
+    """The components beyond tokens of prompts and answers, where there are any."""
 
     def __add__(self, other: "UsageTotals") -> "UsageTotals":
         return UsageTotals(
@@ -29,6 +44,11 @@ class UsageTotals(msgspec.Struct, frozen=True):
             cached_tokens=self.cached_tokens + other.cached_tokens,
             completion_tokens=self.completion_tokens + other.completion_tokens,
             charge=Nanos(self.charge + other.charge),
+            more={
+                component: self.more.get(component, ComponentSum()) + other.more.get(component, ComponentSum())
+                for component in PLACE
+                if component in self.more or component in other.more
+            },
         )
 
 
@@ -69,6 +89,7 @@ def usage_statement(
 ) -> UsageStatement:
     """Add up a tenant's records. Raises LedgerError at a record of another tenant, currency or period."""
     rows: dict[str, list[int]] = {}
+    further: dict[str, dict[Component, list[int]]] = {}
     for record in records:
         check_record(record, tenant_id=tenant_id, currency=currency, period=period)
         row = rows.setdefault(record.model, [0, 0, 0, 0, 0])
@@ -77,11 +98,27 @@ def usage_statement(
         row[2] += record.usage.cached
         row[3] += record.usage.completion
         row[4] += record.charge
+        for component, quantity in record.usage.more.items():
+            one = further.setdefault(record.model, {}).setdefault(component, [0, 0])
+            one[0] += quantity
+            one[1] += record.charges.get(component, ZERO)
     sums = (
-        (model, UsageTotals(requests, prompt, cached, completion, Nanos(charge)))
+        (
+            model,
+            UsageTotals(requests, prompt, cached, completion, Nanos(charge), component_sums(further.get(model, {}))),
+        )
         for model, (requests, prompt, cached, completion, charge) in rows.items()
     )
     return statement_of_rows(sums, tenant_id=tenant_id, currency=currency, period=period)
+
+
+def component_sums(sums: Mapping[Component, Sequence[int]]) -> dict[Component, ComponentSum]:
+    """Sums of quantity and amount, in the order of the catalogue."""
+    return {
+        component: ComponentSum(sums[component][0], Nanos(sums[component][1]))
+        for component in PLACE
+        if component in sums and component not in BASE
+    }
 
 
 def statement_of_rows(
@@ -107,15 +144,21 @@ def statement_of_rows(
     )
 
 
-def totals_to_json(totals: UsageTotals) -> dict[str, int | str]:
-    """Counts as integers, the charge as a decimal string."""
-    return {
+def totals_to_json(totals: UsageTotals) -> dict[str, object]:
+    """Counts as integers, amounts as decimal strings; `components` where there are further ones."""
+    values: dict[str, object] = {
         "requests": totals.requests,
         "prompt_tokens": totals.prompt_tokens,
         "cached_tokens": totals.cached_tokens,
         "completion_tokens": totals.completion_tokens,
         "charge": format_amount(totals.charge),
     }
+    if totals.more:
+        values["components"] = {
+            component.key: {"quantity": row.quantity, "charge": format_amount(row.charge)}
+            for component, row in totals.more.items()
+        }
+    return values
 
 
 def to_json(statement: UsageStatement) -> dict[str, object]:
@@ -143,8 +186,13 @@ def to_json(statement: UsageStatement) -> dict[str, object]:
 
 
 def record_to_json(record: UsageRecord) -> dict[str, object]:
-    """One usage record as plain values: instants in ISO 8601 UTC, amounts as decimal strings."""
-    return {
+    """One usage record as plain values: instants in ISO 8601 UTC, amounts as decimal strings.
+
+    `components` has the further components, where there are any; one without a `charge` was counted with what it is
+    part of, or costs nothing.
+    """
+    charges = record.charges
+    values: dict[str, object] = {
         "request_id": record.request_id,
         "key_id": record.key_id,
         "model": record.model,
@@ -156,9 +204,9 @@ def record_to_json(record: UsageRecord) -> dict[str, object]:
         "cached_tokens": record.usage.cached,
         "completion_tokens": record.usage.completion,
         "charge": format_amount(record.charge),
-        "charge_input": format_amount(record.charge_input),
-        "charge_cached": format_amount(record.charge_cached),
-        "charge_output": format_amount(record.charge_output),
+        "charge_input": format_amount(charges.get(Component.INPUT, ZERO)),
+        "charge_cached": format_amount(charges.get(Component.CACHED_INPUT, ZERO)),
+        "charge_output": format_amount(charges.get(Component.OUTPUT, ZERO)),
         "uncollected": format_amount(record.uncollected),
         "hold": format_amount(record.hold),
         "currency": record.currency,
@@ -168,6 +216,14 @@ def record_to_json(record: UsageRecord) -> dict[str, object]:
         "finished_at": _instant(record.finished_at),
         "device_ns": record.device_ns,
     }
+    if record.usage.more:
+        values["components"] = {
+            component.key: {"quantity": record.usage.more[component]}
+            | ({"charge": format_amount(charges[component])} if component in charges else {})
+            for component in PLACE
+            if component in record.usage.more
+        }
+    return values
 
 
 def _instant(instant: datetime | None) -> str | None:

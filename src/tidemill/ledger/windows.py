@@ -16,12 +16,12 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-WINDOW_S = 60
+RATE_WINDOW_S = 60
 """A limit counts by the minute."""
 AHEAD_S = 30
 """How long a permit may be kept: so long a process that cannot reach the store goes on, and so much later than a
 minute the permits of a process that died are free again."""
-SLICES = 4
+RATE_SLICES = 4
 """A process gets at most this fraction of what is free, unless more is waiting for it."""
 SHORTEST_PACE_S = 0.25
 """The pace is not judged by a shorter time than this."""
@@ -38,7 +38,7 @@ def in_force(booked: Booked, second: int) -> int:
     A permit of second s was spent before s + 1, and so is more than a minute old from second s + 61 on. What lies
     further ahead than any grant was booked before the clock was put back, and would block for as long as that.
     """
-    return sum(amount for at, amount in booked.items() if second - WINDOW_S <= at <= second + AHEAD_S)
+    return sum(amount for at, amount in booked.items() if second - RATE_WINDOW_S <= at <= second + AHEAD_S)
 
 
 class RateReport(msgspec.Struct, frozen=True):
@@ -88,7 +88,7 @@ def grant(limit: int, others: Iterable[Booked], report: RateReport, second: int)
     if free < 0:
         granted = max(free, -report.held)
     elif not report.need or report.held + free >= report.least:
-        granted = min(max(report.need, min(report.want, free // SLICES)), free)
+        granted = min(max(report.need, min(report.want, free // RATE_SLICES)), free)
     short = report.least - report.held - granted if report.need else 0
     frees_in = _frees_in([own, *others], short - (free - granted), second) if short > 0 else 0
     return RateGrant(granted, valid, max(free - granted, 0), elsewhere, frees_in)
@@ -99,13 +99,13 @@ def _frees_in(all_booked: list[Booked], missing: int, second: int) -> int:
     by_second: dict[int, int] = {}
     for each in all_booked:
         for at, amount in each.items():
-            if second - WINDOW_S <= at <= second + AHEAD_S:
+            if second - RATE_WINDOW_S <= at <= second + AHEAD_S:
                 by_second[at] = by_second.get(at, 0) + amount
     for at in sorted(by_second):
         missing -= by_second[at]
         if missing <= 0:
-            return at + WINDOW_S + 1 - second
-    return WINDOW_S + AHEAD_S + 1
+            return at + RATE_WINDOW_S + 1 - second
+    return RATE_WINDOW_S + AHEAD_S + 1
 
 
 class RateShare:
@@ -173,7 +173,7 @@ class RateShare:
         """What to tell the store. Keeps what the pace of late uses up in `reserve_s` seconds, or `cushion` if that is
         more, or `need`; gives the rest back. `now` is any clock in seconds; it measures the pace.
         """
-        for past in [at for at in self.spent if at < second - WINDOW_S]:
+        for past in [at for at in self.spent if at < second - RATE_WINDOW_S]:
             del self.spent[past]
         for ahead in [at for at in self.spent if at > second]:  # it was spent by now, whatever was thought then
             self.spent[second] = self.spent.get(second, 0) + self.spent.pop(ahead)

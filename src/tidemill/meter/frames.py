@@ -133,12 +133,12 @@ def salvage_frames(directory: Path, start: Position) -> Iterator[bytes]:
                 yield payload
 
 
-READ_BYTES = 256 * 1024
+SEGMENT_READ_BYTES = 256 * 1024
 
 
 def _frames_at(fd: int, number: int, offset: int) -> tuple[list[ReadFrame], bool]:
     """Whole frames within the next READ_BYTES; and whether the segment ends behind them and the log goes on."""
-    data = os.pread(fd, READ_BYTES, offset)
+    data = os.pread(fd, SEGMENT_READ_BYTES, offset)
     found: list[ReadFrame] = []
     at = 0
     while at + HEADER.size <= len(data):

@@ -8,7 +8,6 @@ a flush each second bounds what the death of the machine can.
 import mmap
 import os
 import struct
-import time
 import zlib
 from pathlib import Path
 
@@ -33,8 +32,10 @@ _SLOT_WORDS = SLOT_BYTES // 8
 _COMPLETION_WORD = _COUNTS_AT // 8 + 2
 """Of the words of a slot, the one that holds the completion tokens (native order, which is little endian here)."""
 _FREE = bytes(_STATE.size)
-MAX_OPENED = 832
+MAX_OPENED = 720
 """Bytes of an opened record at the most; with its outcome it must fit into what the log reserves for it."""
+_ROOM = SLOT_BYTES - _BODY_AT
+"""Bytes of one that a slot has room for: earlier programs have used more of it."""
 
 
 class TooManyOpen(Unavailable):
@@ -127,7 +128,7 @@ def read_unfinished(path: Path) -> list[Unfinished]:
     for base in range(0, len(data) - SLOT_BYTES + 1, SLOT_BYTES):
         taken, length, checksum = _STATE.unpack_from(data, base)
         body = data[base + _BODY_AT : base + _BODY_AT + length]
-        if taken != 1 or not 0 < length <= MAX_OPENED or zlib.crc32(body) != checksum:
+        if taken != 1 or not 0 < length <= _ROOM or zlib.crc32(body) != checksum:
             continue  # free, or half-written: never dispatched, or settled already
         prompt, cached, completion, first_us, hold, estimated = _COUNTS.unpack_from(data, base + _COUNTS_AT)
         opened = decode_opened(body)
@@ -135,8 +136,3 @@ def read_unfinished(path: Path) -> list[Unfinished]:
         first_us = first_us if 0 <= first_us - opened.started_us < LONGEST_US else 0
         found.append(Unfinished(opened, prompt, cached, completion, first_us, min(hold, MAX_NANOS), bool(estimated)))
     return found
-
-
-def now_us() -> int:
-    """The wall clock in microseconds since 1970 UTC."""
-    return time.time_ns() // 1000

@@ -16,7 +16,7 @@ import msgspec
 from sqlalchemy import Connection, delete, insert, select, update
 
 from tidemill.errors import Unavailable
-from tidemill.ledger.usage import Status, TokenUsage, UsageRecord
+from tidemill.ledger.usage import RequestStatus, TokenUsage, UsageRecord
 from tidemill.meter.frames import (
     Position,
     read_frames,
@@ -27,10 +27,10 @@ from tidemill.meter.frames import (
 )
 from tidemill.meter.live import Unfinished, read_unfinished
 from tidemill.meter.records import decode_settled, settle, to_record
+from tidemill.store.balance_leases import leasing_workers, release_worker, return_lease
 from tidemill.store.budgets import charge_budgets
 from tidemill.store.engine import Store
-from tidemill.store.leases import leasing_workers, release_worker, return_lease
-from tidemill.store.schema import log_positions
+from tidemill.store.tables.usage import log_positions
 from tidemill.store.usage import store_records
 
 BATCH_RECORDS = 2000
@@ -40,7 +40,7 @@ LIVE_FILE = "live"
 LOCK_FILE = "lock"
 
 
-class Drained(msgspec.Struct, frozen=True):
+class LoadResult(msgspec.Struct, frozen=True):
     """What one pass over the logs has done."""
 
     records: int = 0
@@ -68,7 +68,7 @@ class Loader:
         self.complete_at = time.monotonic()
         """On the monotonic clock: all that was settled by then is in the store."""
 
-    def drain(self) -> Drained:
+    def drain(self) -> LoadResult:
         """Store everything that is settled by now; finish and remove the logs of processes that are gone.
 
         Raises Unavailable when the store does not answer; nothing is lost then, and the next call goes on. A log that
@@ -96,7 +96,7 @@ class Loader:
         if failure is not None:
             raise failure
         self.complete_at = began
-        return Drained(records + recovered, recovered, closed)
+        return LoadResult(records + recovered, recovered, closed)
 
     def release_strays(self) -> int:
         """Give back leases of workers of this store that have no directory here; for an embedded store only.
@@ -189,7 +189,7 @@ def finish_record(left: Unfinished) -> UsageRecord:
         settle(
             left.opened,
             TokenUsage(left.prompt, left.cached, left.completion),
-            status=Status.GATEWAY_LOST,
+            status=RequestStatus.GATEWAY_LOST,
             estimated=left.estimated,
             hold=left.hold,
             first_token_us=left.first_token_us,

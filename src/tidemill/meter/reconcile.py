@@ -11,10 +11,10 @@ from datetime import datetime
 import msgspec
 from sqlalchemy import Connection, Integer, func, insert, select, update
 
-from tidemill.ledger.usage import Status
-from tidemill.store.clock import from_micros, to_micros
+from tidemill.clock import from_micros, to_micros
+from tidemill.ledger.usage import RequestStatus
 from tidemill.store.ids import new_id
-from tidemill.store.schema import engine_counters, usage_records
+from tidemill.store.tables.usage import engine_counters, usage_records
 
 
 class ReplicaLine(msgspec.Struct, frozen=True, kw_only=True):
@@ -152,7 +152,9 @@ def reconcile(connection: Connection, *, replicas: list[str], since: datetime | 
         if not life.labelled:
             where += [columns.started_at >= life.started_at, columns.finished_at <= life.sampled_at]
         given_up = func.sum(
-            (columns.status.in_([Status.CLIENT_CLOSED, Status.ENGINE_LOST, Status.GATEWAY_LOST])).cast(Integer)
+            (
+                columns.status.in_([RequestStatus.CLIENT_CLOSED, RequestStatus.ENGINE_LOST, RequestStatus.GATEWAY_LOST])
+            ).cast(Integer)
         )
         row = connection.execute(
             select(func.count(), func.sum(columns.prompt_tokens), func.sum(columns.completion_tokens), given_up).where(

@@ -2,14 +2,14 @@
 
     available = budget - spent - held
 
-The store has set the budget aside for this process (`store.leases`), so a hold is a comparison and an addition:
+The store has set the budget aside for this process (`store.balance_leases`), so a hold is a comparison and an addition:
 no lock, no round trip, and no burst of parallel requests can promise the same money twice.
 """
 
 from tidemill.ledger.money import Nanos
 
 
-class Wallet:
+class LeasedBalance:
     """Budget, holds and spending of one tenant in this process; all amounts in nanos.
 
     Invariant: 0 <= spent and 0 <= held and spent + held <= budget.

@@ -1,1 +1,4 @@
-"""The planner: the policies of `tidemill.tides` over a fleet that is only described, on a clock that runs faster."""
+"""The planner: the policies of `tidemill.tides` over a fleet that is only described.
+
+Its clock runs faster.
+"""

@@ -1,5 +1,6 @@
-"""Interactive requests over a day: a daily curve with a trough below half of its peak, and within it the bursts and the
-lengths of a recorded trace.
+"""Interactive requests over a day.
+
+A daily curve with a trough below half of its peak, and within it the bursts and the lengths of a recorded trace.
 
 The traces are the Azure LLM inference traces of 2023 (Patel et al., "Splitwise", ISCA 2024; CC-BY 4.0), an hour each.
 A model with several times the trace's rate gets as many copies of it, each from another place on: laid upon each
@@ -16,11 +17,10 @@ from pathlib import Path
 import msgspec
 
 from tidemill.errors import BadInput
+from tidemill.tides.forecast import DAY_S
 
-DAY_S = 86_400.0
 
-
-class Bin(msgspec.Struct, frozen=True, gc=False):
+class ArrivalBin(msgspec.Struct, frozen=True, gc=False):
     """Requests that come in one step of time, and their tokens."""
 
     requests: float = 0.0
@@ -31,7 +31,7 @@ class Bin(msgspec.Struct, frozen=True, gc=False):
 class Trace(msgspec.Struct, frozen=True):
     """A recorded hour in bins."""
 
-    bins: tuple[Bin, ...]
+    bins: tuple[ArrivalBin, ...]
     bin_s: float
 
     @property
@@ -51,7 +51,10 @@ class Trace(msgspec.Struct, frozen=True):
 
 
 def read_trace(path: Path, bin_s: float) -> Trace:
-    """Read an Azure trace (TIMESTAMP, ContextTokens, GeneratedTokens). Raises BadInput for a file that is none."""
+    """Read an Azure trace (TIMESTAMP, ContextTokens, GeneratedTokens).
+
+    Raises BadInput for a file that is none.
+    """
     counts: dict[int, list[float]] = {}
     begin: float | None = None
     try:
@@ -67,13 +70,16 @@ def read_trace(path: Path, bin_s: float) -> Trace:
         raise BadInput(f"{path} is no trace of arrivals: {error!r}") from error
     if not counts:
         raise BadInput(f"{path} has no requests")
-    bins = tuple(Bin(*counts.get(index, (0.0, 0.0, 0.0))) for index in range(max(counts) + 1))
+    bins = tuple(ArrivalBin(*counts.get(index, (0.0, 0.0, 0.0))) for index in range(max(counts) + 1))
     return Trace(bins, bin_s)
 
 
 def daily_curve(at_s: float, trough: float = 0.3) -> float:
-    """Demand relative to its peak at a second of the day: least at 4:30, a first peak late in the morning, a second one
-    in the evening. An assumption in the form that published days have (FIELD: a trough below half of the peak)."""
+    """Demand relative to its peak at a second of the day.
+
+    Least at 4:30, a first peak late in the morning, a second one in the evening. An assumption in the form that
+    published days have (FIELD: a trough below half of the peak).
+    """
     hour = at_s / 3600 % 24
     wave = 0.5 - 0.5 * math.cos((hour - 4.5) / 24 * 2 * math.pi)
     humps = 0.25 * math.exp(-(((hour - 10.5) / 2.2) ** 2)) + 0.3 * math.exp(-(((hour - 20.5) / 2.5) ** 2))
@@ -97,7 +103,7 @@ class Day(msgspec.Struct, frozen=True):
     """Standard deviation of each quarter of an hour's own deviation."""
 
 
-def requests_of(day: Day, trace: Trace, seed: int, seconds: float = DAY_S) -> list[Bin]:
+def requests_of(day: Day, trace: Trace, seed: int, seconds: float = DAY_S) -> list[ArrivalBin]:
     """The bins of a day."""
     chance = random.Random(seed)
     bin_s = trace.bin_s
@@ -105,7 +111,7 @@ def requests_of(day: Day, trace: Trace, seed: int, seconds: float = DAY_S) -> li
     copies = max(round(day.peak_rate / trace.rate), 1)
     mean = trace.rate * bin_s * copies
     wobble = [math.exp(chance.gauss(0, day.noise)) for _ in range(int(seconds / 900) + 2)]
-    bins: list[Bin] = []
+    bins: list[ArrivalBin] = []
     starts: list[int] = []
     for index in range(round(seconds / bin_s)):
         at = index * bin_s
@@ -117,7 +123,7 @@ def requests_of(day: Day, trace: Trace, seed: int, seconds: float = DAY_S) -> li
         own = wobble[int(at / 900)] * (1 - part) + wobble[int(at / 900) + 1] * part
         scale = day.peak_rate * bin_s * daily_curve(at, day.trough) * day.level * surge * own / mean
         bins.append(
-            Bin(
+            ArrivalBin(
                 sum(each.requests for each in here) * scale,
                 sum(each.prompt for each in here) * scale,
                 sum(each.output for each in here) * scale,
@@ -127,7 +133,7 @@ def requests_of(day: Day, trace: Trace, seed: int, seconds: float = DAY_S) -> li
 
 
 def history_of(
-    days: int, work: Callable[[Bin], float], day: Day, trace: Trace, seed: int, bin_s: float = 300.0
+    days: int, work: Callable[[ArrivalBin], float], day: Day, trace: Trace, seed: int, bin_s: float = 300.0
 ) -> list[float]:
     """Mean work a second in bins of `bin_s` over days before; these have a level of their own each."""
     chance = random.Random(seed)
@@ -145,7 +151,7 @@ def coarser(trace: Trace, times: int) -> Trace:
     return Trace(tuple(_sum(part) for part in whole), trace.bin_s * times)
 
 
-def _sum(bins: Sequence[Bin]) -> Bin:
-    return Bin(
+def _sum(bins: Sequence[ArrivalBin]) -> ArrivalBin:
+    return ArrivalBin(
         sum(each.requests for each in bins), sum(each.prompt for each in bins), sum(each.output for each in bins)
     )

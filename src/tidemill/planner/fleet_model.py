@@ -12,13 +12,13 @@ from collections.abc import Sequence
 
 import msgspec
 
-from tidemill.planner.arrivals import Bin
+from tidemill.planner.arrivals import ArrivalBin
 from tidemill.tides.routing import POLICY
 from tidemill.tides.slack import StepTime
 from tidemill.tides.state import Objective
 
 
-class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
+class SimulatedModel(msgspec.Struct, frozen=True, kw_only=True):
     """A model of a simulated fleet."""
 
     name: str
@@ -40,7 +40,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     chunk: float = 4096.0
     """Tokens of prefill that fit into a step."""
 
-    def work(self, bin: Bin) -> float:
+    def work(self, bin: ArrivalBin) -> float:
         return bin.prompt + POLICY.decode_weight * bin.output
 
     @property
@@ -57,8 +57,10 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         return self.prompt + self.output / 2
 
     def capacity(self) -> float:
-        """Work a second that a replica does on interactive requests alone within the objective, were they to come
-        evenly."""
+        """Work a second that one replica does within the objective, on interactive requests alone.
+
+        Were they to come evenly.
+        """
         low, high = 0.0, 1e4
         for _ in range(60):
             middle = (low + high) / 2
@@ -96,9 +98,11 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
             + steps.prefill * fillers * self.filler_prompt / self.filler_output
         )
 
-    def measured(self, bins: Sequence[Bin], dt_s: float) -> float:
-        """Work a second that a replica does within the objective when requests come as in these bins: the fewest
-        replicas that keep it are tried out, as a load test would."""
+    def measured(self, bins: Sequence[ArrivalBin], dt_s: float) -> float:
+        """Work a second that a replica does within the objective when requests come as in these bins.
+
+        The fewest replicas that keep it are tried out, as a load test would.
+        """
         low, high = 1, 4096
         while low < high:
             middle = (low + high) // 2
@@ -108,16 +112,16 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
                 low = middle + 1
         return sum(self.work(each) for each in bins) / (len(bins) * dt_s) / low
 
-    def _kept(self, bins: Sequence[Bin], dt_s: float, replicas: int) -> float:
-        load, late, asked = Load(), 0.0, 0.0
+    def _kept(self, bins: Sequence[ArrivalBin], dt_s: float, replicas: int) -> float:
+        load, late, asked = SimulatedLoad(), 0.0, 0.0
         for each in bins:
-            share = Bin(each.requests / replicas, each.prompt / replicas, each.output / replicas)
+            share = ArrivalBin(each.requests / replicas, each.prompt / replicas, each.output / replicas)
             late += advance(load, self, share, dt_s).late * each.requests
             asked += each.requests
         return 1 - late / max(asked, 1e-9)
 
 
-class Load(msgspec.Struct):
+class SimulatedLoad(msgspec.Struct):
     """What one (the mean) replica has in hand."""
 
     sequences: float = 0.0
@@ -127,7 +131,7 @@ class Load(msgspec.Struct):
     fillers: float = 0.0
 
 
-class Outcome(msgspec.Struct, frozen=True, gc=False):
+class StepOutcome(msgspec.Struct, frozen=True, gc=False):
     """What a replica did in a step of the simulation."""
 
     step_s: float
@@ -142,9 +146,12 @@ class Outcome(msgspec.Struct, frozen=True, gc=False):
     """Work done in all, tokens."""
 
 
-def late_share(prefill_rate: float, most: float, queue: float, step_s: float, spec: ModelSpec) -> float:
-    """Share of requests whose first token comes too late: the queue before them, their own prefill, and the random
-    wait behind others (M/M/1: share * exp(-time * (1 - share) / service time))."""
+def late_share(prefill_rate: float, most: float, queue: float, step_s: float, spec: SimulatedModel) -> float:
+    """Share of requests whose first token comes too late.
+
+    The queue before them, their own prefill, and the random wait behind others (M/M/1: share * exp(-time * (1 - share)
+    / service time)).
+    """
     service = spec.prompt / most
     left = spec.objective.ttft_s - queue / most - service - step_s
     if left <= 0:
@@ -153,7 +160,9 @@ def late_share(prefill_rate: float, most: float, queue: float, step_s: float, sp
     return share * math.exp(-left * (1 - share) / service)
 
 
-def ttft_at(percentile: float, prefill_rate: float, most: float, queue: float, step_s: float, spec: ModelSpec) -> float:
+def ttft_at(
+    percentile: float, prefill_rate: float, most: float, queue: float, step_s: float, spec: SimulatedModel
+) -> float:
     """Seconds to the first token at a percentile, by the same queue."""
     service = spec.prompt / most
     share = min(prefill_rate / most, 0.999)
@@ -162,7 +171,7 @@ def ttft_at(percentile: float, prefill_rate: float, most: float, queue: float, s
     return queue / most + service + step_s + wait
 
 
-def advance(load: Load, spec: ModelSpec, came: Bin, dt_s: float) -> Outcome:
+def advance(load: SimulatedLoad, spec: SimulatedModel, came: ArrivalBin, dt_s: float) -> StepOutcome:
     """Let a replica work for `dt_s` seconds in which these requests come to it. Changes `load`."""
     steps = spec.steps
     fillers = load.fillers
@@ -201,7 +210,7 @@ def advance(load: Load, spec: ModelSpec, came: Bin, dt_s: float) -> Outcome:
         late = 1.0 if step > spec.objective.tpot_s else (first + last) / 2
     lines = fillers * dt_s / step / spec.filler_output
     filler_work = lines * spec.filler_work
-    return Outcome(
+    return StepOutcome(
         step,
         ttft_at(spec.objective.percentile, came.prompt / dt_s, most, max(before, load.queue), step, spec),
         late,

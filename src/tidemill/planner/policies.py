@@ -10,12 +10,12 @@ import msgspec
 
 from tidemill.tides.plan import plan
 from tidemill.tides.rules import Rules
-from tidemill.tides.state import Demand, ModelView, Plan, Snapshot
+from tidemill.tides.state import Demand, FleetSnapshot, ModelView, Plan
 
-Decide = Callable[[Snapshot], Plan]
+Decide = Callable[[FleetSnapshot], Plan]
 
 
-class Policy(msgspec.Struct, frozen=True, kw_only=True):
+class SchedulingPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """How a fleet is run."""
 
     name: str
@@ -27,45 +27,49 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """There are batches and jobs at all."""
 
 
-def tide(rules: Rules) -> Policy:
+def tide(rules: Rules) -> SchedulingPolicy:
     """Forecast, one plan for all, filler inside by slack."""
-    return Policy(name="tide", decide=lambda snapshot: plan(snapshot, rules), filler=True, forecast=True)
+    return SchedulingPolicy(name="tide", decide=lambda snapshot: plan(snapshot, rules), filler=True, forecast=True)
 
 
-def alone(peak: Mapping[str, int], rules: Rules) -> Policy:
+def alone(peak: Mapping[str, int], rules: Rules) -> SchedulingPolicy:
     """Interactive work alone, with the replicas of its peak all day: what its objective is compared with."""
-    return Policy(name="interactive alone", decide=lambda each: plan(_fixed(each, peak), rules), work=False)
+    return SchedulingPolicy(name="interactive alone", decide=lambda each: plan(_fixed(each, peak), rules), work=False)
 
 
-def static(peak: Mapping[str, int], interactive_devices: int, rules: Rules) -> Policy:
+def static(peak: Mapping[str, int], interactive_devices: int, rules: Rules) -> SchedulingPolicy:
     """Two fleets: one for interactive work at its peak, one for the rest."""
 
-    def decide(snapshot: Snapshot) -> Plan:
+    def decide(snapshot: FleetSnapshot) -> Plan:
         ours, rest = _parted(snapshot, interactive_devices)
         return _both(plan(_fixed(ours, peak), rules), plan(rest, rules))
 
-    return Policy(name="static partition", decide=decide)
+    return SchedulingPolicy(name="static partition", decide=decide)
 
 
-def reactive(interactive_devices: int, rules: Rules) -> Policy:
-    """Two fleets; replicas follow the load that is there, as a horizontal autoscaler does, and what they leave is not
-    lent."""
+def reactive(interactive_devices: int, rules: Rules) -> SchedulingPolicy:
+    """Two fleets; replicas follow the load that is there, as a horizontal autoscaler does.
 
-    def decide(snapshot: Snapshot) -> Plan:
+    What they leave is not lent.
+    """
+
+    def decide(snapshot: FleetSnapshot) -> Plan:
         ours, rest = _parted(snapshot, interactive_devices)
         return _both(plan(_as_it_comes(ours), rules), plan(rest, rules))
 
-    return Policy(name="reactive autoscaling", decide=decide)
+    return SchedulingPolicy(name="reactive autoscaling", decide=decide)
 
 
-def kueue_like(rules: Rules) -> Policy:
-    """One fleet, quota and reclaim: replicas follow the load that is there and preempt, jobs borrow; no forecast, and
-    no filler inside."""
-    firm = msgspec.structs.replace(rules, turn=False, batch_inside=0.0)
-    return Policy(name="quota and reclaim", decide=lambda snapshot: plan(_as_it_comes(snapshot), firm))
+def kueue_like(rules: Rules) -> SchedulingPolicy:
+    """One fleet, quota and reclaim: replicas follow the load that is there and preempt, jobs borrow.
+
+    No forecast, and no filler inside.
+    """
+    firm = msgspec.structs.replace(rules, lend_replicas=False, batch_inside=0.0)
+    return SchedulingPolicy(name="quota and reclaim", decide=lambda snapshot: plan(_as_it_comes(snapshot), firm))
 
 
-def _fixed(snapshot: Snapshot, count: Mapping[str, int]) -> Snapshot:
+def _fixed(snapshot: FleetSnapshot, count: Mapping[str, int]) -> FleetSnapshot:
     def kept(model: ModelView) -> ModelView:
         return msgspec.structs.replace(
             model,
@@ -80,12 +84,12 @@ def _fixed(snapshot: Snapshot, count: Mapping[str, int]) -> Snapshot:
     return msgspec.structs.replace(snapshot, models=tuple(kept(model) for model in snapshot.models))
 
 
-def _as_it_comes(snapshot: Snapshot) -> Snapshot:
+def _as_it_comes(snapshot: FleetSnapshot) -> FleetSnapshot:
     models = tuple(msgspec.structs.replace(model, demand=Demand(model.now, model.now)) for model in snapshot.models)
     return msgspec.structs.replace(snapshot, models=models)
 
 
-def _parted(snapshot: Snapshot, devices: int) -> tuple[Snapshot, Snapshot]:
+def _parted(snapshot: FleetSnapshot, devices: int) -> tuple[FleetSnapshot, FleetSnapshot]:
     """The interactive part of the fleet with its models, and the rest with batches and jobs."""
     first = {view.id for view in snapshot.devices[:devices]}
     ours = msgspec.structs.replace(
@@ -116,7 +120,7 @@ def _both(one: Plan, other: Plan) -> Plan:
         stop_replicas=one.stop_replicas + other.stop_replicas,
         start_jobs=one.start_jobs + other.start_jobs,
         preempt_jobs=one.preempt_jobs + other.preempt_jobs,
-        turn_replicas=one.turn_replicas + other.turn_replicas,
+        lend_replicas=one.lend_replicas + other.lend_replicas,
         reserve=one.reserve + other.reserve,
         promises=one.promises + other.promises,
         devices=one.devices + other.devices,

@@ -1,4 +1,6 @@
-"""The day that `bench/tides_sim.py` simulates: 256 devices in nodes of eight, four models, three queues of jobs.
+"""The day that `bench/tides_sim.py` simulates.
+
+256 devices in nodes of eight, four models, three queues of jobs.
 
 The models' step times are rooflines of an H100 SXM (3.35 TB/s, 990 TFLOP/s dense in 8 bits, about 60% of either
 reached), 8-bit weights, rounded: weights read once a step (`base`), two operations a parameter and token (`prefill`),
@@ -9,11 +11,12 @@ import random
 
 import msgspec
 
-from tidemill.planner.arrivals import DAY_S, Day, Trace, daily_curve, history_of, requests_of
-from tidemill.planner.fleet_model import ModelSpec
-from tidemill.planner.served import FORECAST_S, Stream
+from tidemill.planner.arrivals import Day, Trace, daily_curve, history_of, requests_of
+from tidemill.planner.fleet_model import SimulatedModel
+from tidemill.planner.model_run import FORECAST_S, DemandStream
 from tidemill.planner.simulate import Scenario
-from tidemill.planner.work_model import BatchSpec, JobSpec
+from tidemill.planner.work_model import SimulatedBatchSpec, SimulatedJobSpec
+from tidemill.tides.forecast import DAY_S
 from tidemill.tides.slack import StepTime
 from tidemill.tides.state import DeviceView, Objective, QueueView
 
@@ -21,7 +24,7 @@ from tidemill.tides.state import DeviceView, Objective, QueueView
 class Shape(msgspec.Struct, frozen=True):
     """How the scenario's models share the fleet."""
 
-    spec: ModelSpec
+    spec: SimulatedModel
     trace: str
     peak_share: float
     """Of the fleet's devices, busy with it at its peak."""
@@ -36,7 +39,7 @@ def models(conv: Trace, code: Trace) -> list[Shape]:
     objective = Objective(2.0, 0.05, 0.95)
     return [
         Shape(
-            ModelSpec(
+            SimulatedModel(
                 name="reasoner-671b",
                 devices=8,
                 steps=StepTime(0.012, 1.6e-5, 1.0e-4, 3.0e-9),
@@ -51,7 +54,7 @@ def models(conv: Trace, code: Trace) -> list[Shape]:
             0.16,
         ),
         Shape(
-            ModelSpec(
+            SimulatedModel(
                 name="chat-70b",
                 devices=4,
                 steps=StepTime(0.010, 5.9e-5, 8.0e-5, 2.0e-8),
@@ -67,7 +70,7 @@ def models(conv: Trace, code: Trace) -> list[Shape]:
             surge=1.6,
         ),
         Shape(
-            ModelSpec(
+            SimulatedModel(
                 name="code-32b",
                 devices=2,
                 steps=StepTime(0.009, 5.4e-5, 6.0e-5, 3.0e-8),
@@ -81,7 +84,7 @@ def models(conv: Trace, code: Trace) -> list[Shape]:
             0.12,
         ),
         Shape(
-            ModelSpec(
+            SimulatedModel(
                 name="small-8b",
                 devices=1,
                 steps=StepTime(0.005, 2.7e-5, 4.0e-5, 4.0e-8),
@@ -132,7 +135,7 @@ def a_day(conv: Trace, code: Trace, *, devices: int = 256, seed: int = 1, hours:
         )
         before = history_of(14, spec.work, day, trace, seed + number, FORECAST_S)
         streams.append(
-            Stream(
+            DemandStream(
                 spec=spec,
                 bins=requests_of(day, trace, seed * 100 + number, hours * 3600),
                 capacity=capacity,
@@ -155,9 +158,9 @@ def a_day(conv: Trace, code: Trace, *, devices: int = 256, seed: int = 1, hours:
     )
 
 
-def _jobs(chance: random.Random, devices: int) -> list[JobSpec]:
+def _jobs(chance: random.Random, devices: int) -> list[SimulatedJobSpec]:
     """Training jobs, more than the fleet can do in a day: half of them are there when it begins."""
-    jobs: list[JobSpec] = []
+    jobs: list[SimulatedJobSpec] = []
     left = devices * 24 * 3600 * 0.7
     while left > 0:
         number = len(jobs)
@@ -169,7 +172,7 @@ def _jobs(chance: random.Random, devices: int) -> list[JobSpec]:
         if chance.random() < 0.2 and size <= 16:
             due = submitted + run_s * chance.uniform(2.5, 4.0) + 1800
         jobs.append(
-            JobSpec(
+            SimulatedJobSpec(
                 id=f"j{number:04}",
                 queue=chance.choice(["research", "research", "product", "students"]),
                 devices=size,
@@ -184,7 +187,7 @@ def _jobs(chance: random.Random, devices: int) -> list[JobSpec]:
     return jobs
 
 
-def _batches(streams: list[Stream], devices: int) -> list[BatchSpec]:
+def _batches(streams: list[DemandStream], devices: int) -> list[SimulatedBatchSpec]:
     """Batches for the models, with windows of a few hours up to all day."""
     plans = {
         "reasoner-671b": (0.115, (0, 3, 6, 9, 12, 15, 18, 20, 22), 8),
@@ -198,7 +201,7 @@ def _batches(streams: list[Stream], devices: int) -> list[BatchSpec]:
         for hour in hours:
             whole = share * devices / stream.spec.devices * stream.spec.best_filler() * DAY_S
             batches.append(
-                BatchSpec(
+                SimulatedBatchSpec(
                     model=stream.spec.name,
                     submitted_at=hour * 3600.0,
                     deadline=(hour + window) * 3600.0,

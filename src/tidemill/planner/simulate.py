@@ -1,5 +1,6 @@
-"""A simulated fleet, run by the policies of `tidemill.tides` themselves, over a day of interactive requests, batches
-and jobs.
+"""A simulated fleet, run by the policies of `tidemill.tides` themselves.
+
+It has a day of interactive requests, batches and jobs.
 
 Time goes in steps of a few seconds (the bins of the arrivals), a plan is made each `plan_every_s`. See `fleet_model`
 for how replicas are simulated. Replicas start in exactly their model's time, a job that is preempted needs exactly its
@@ -11,40 +12,40 @@ import random
 
 import msgspec
 
-from tidemill.planner.fleet_model import Load
-from tidemill.planner.policies import Policy
-from tidemill.planner.served import FORECAST_S, Served, Stream
-from tidemill.planner.work_model import BatchSpec, JobSpec, SimBatch, SimJob
-from tidemill.tides.forecast import History, forecast
+from tidemill.planner.fleet_model import SimulatedLoad
+from tidemill.planner.model_run import FORECAST_S, DemandStream, ServedModel
+from tidemill.planner.policies import SchedulingPolicy
+from tidemill.planner.work_model import SimBatch, SimJob, SimulatedBatchSpec, SimulatedJobSpec
+from tidemill.tides.forecast import DemandSeries, forecast
 from tidemill.tides.state import (
     BacklogView,
+    DevicePromise,
     DeviceView,
+    FleetSnapshot,
     JobPhase,
     Phase,
     Plan,
-    Promise,
     QueueView,
     ReplicaView,
-    Snapshot,
 )
 
-DRAIN_S = 15.0
+_DRAIN_S = 15.0
 
 
 class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     """A fleet and a day."""
 
     devices: tuple[DeviceView, ...]
-    streams: tuple[Stream, ...]
+    streams: tuple[DemandStream, ...]
     queues: tuple[QueueView, ...] = ()
-    jobs: tuple[JobSpec, ...] = ()
-    batches: tuple[BatchSpec, ...] = ()
+    jobs: tuple[SimulatedJobSpec, ...] = ()
+    batches: tuple[SimulatedBatchSpec, ...] = ()
     step_s: float = 2.0
     plan_every_s: float = 10.0
     seed: int = 1
 
 
-class Figures(msgspec.Struct, kw_only=True):
+class SimulationResult(msgspec.Struct, kw_only=True):
     """What came of it."""
 
     policy: str
@@ -84,7 +85,7 @@ class SimReplica(msgspec.Struct):
     """When it is ready, or has drained."""
     batch_only: bool = False
 
-    def view(self, load: Load, lines: bool) -> ReplicaView:
+    def view(self, load: SimulatedLoad, lines: bool) -> ReplicaView:
         ready = self.phase is Phase.READY and not self.batch_only
         return ReplicaView(
             id=self.id,
@@ -101,18 +102,18 @@ class SimReplica(msgspec.Struct):
 class Simulation:
     """One day of one fleet under one policy."""
 
-    def __init__(self, scenario: Scenario, policy: Policy) -> None:
+    def __init__(self, scenario: Scenario, policy: SchedulingPolicy) -> None:
         self.scenario, self.policy = scenario, policy
         chance = random.Random(scenario.seed)
         self.now = 0.0
-        self.models = {each.spec.name: Served(each, chance, scenario.step_s) for each in scenario.streams}
+        self.models = {each.spec.name: ServedModel(each, chance, scenario.step_s) for each in scenario.streams}
         self.replicas: dict[str, SimReplica] = {}
         work = policy.work
         self.jobs = {spec.id: SimJob(spec) for spec in scenario.jobs} if work else {}
         self.batches = [SimBatch(spec, spec.work) for spec in scenario.batches] if work else []
         self.batches.sort(key=lambda each: each.spec.deadline)
-        self.promises: tuple[Promise, ...] = ()
-        self.figures = Figures(policy=policy.name)
+        self.promises: tuple[DevicePromise, ...] = ()
+        self.figures = SimulationResult(policy=policy.name)
         self._used_s = self._held_s = 0.0
         self._hour = [0.0, 0.0, 0.0, 0.0]
         self._count = 0
@@ -130,7 +131,7 @@ class Simulation:
         name = f"{model}-{self._count}"
         self.replicas[name] = SimReplica(name, model, devices, phase, self.now, next_at, batch_only)
 
-    def run(self) -> Figures:
+    def run(self) -> SimulationResult:
         """The whole day."""
         step_s = self.scenario.step_s
         steps = min(len(stream.bins) for stream in self.scenario.streams)
@@ -138,7 +139,7 @@ class Simulation:
         for model in self.models.values():
             if model.history and self.policy.forecast:
                 model.demand = forecast(
-                    History(0.0, tuple(model.history), FORECAST_S), model.spec.startup_s + FORECAST_S
+                    DemandSeries(0.0, tuple(model.history), FORECAST_S), model.spec.startup_s + FORECAST_S
                 )
         for index in range(steps):
             self.now = index * step_s
@@ -170,14 +171,14 @@ class Simulation:
         self._run_jobs(dt_s)
         self._account_held(dt_s)
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> FleetSnapshot:
         """What the policy sees."""
         now = self.now
         parts: dict[str, list[tuple[float, float]]] = {}
         for batch in self.batches:
             if batch.spec.submitted_at <= now and batch.left > 0:
                 parts.setdefault(batch.spec.model, []).append((batch.left, batch.spec.deadline))
-        return Snapshot(
+        return FleetSnapshot(
             now=now,
             devices=self.scenario.devices,
             models=tuple(model.view(now, self.policy.forecast) for model in self.models.values()),
@@ -197,11 +198,11 @@ class Simulation:
         figures = self.figures
         figures.plans += 1
         self.promises = plan.promises
-        for turn in plan.turn_replicas:
-            self.replicas[turn.replica].batch_only = turn.batch_only
+        for lent in plan.lend_replicas:
+            self.replicas[lent.replica].batch_only = lent.batch_only
         for stop in plan.stop_replicas:
             replica = self.replicas[stop.replica]
-            replica.phase, replica.since, replica.next_at = Phase.DRAINING, self.now, self.now + DRAIN_S
+            replica.phase, replica.since, replica.next_at = Phase.DRAINING, self.now, self.now + _DRAIN_S
         for start in plan.start_replicas:
             ready_at = self.now + self.models[start.model].spec.startup_s
             self._add(start.model, start.devices, Phase.STARTING, ready_at, batch_only=start.batch_only)
@@ -287,7 +288,7 @@ class Simulation:
         self.figures.hours.append((used / whole, interactive / whole, 1 - missed / max(asked, 1e-9)))
         self._hour = [0.0, 0.0, 0.0, 0.0]
 
-    def _sum_up(self, seconds: float) -> Figures:
+    def _sum_up(self, seconds: float) -> SimulationResult:
         figures, owned = self.figures, len(self.scenario.devices) * seconds
         figures.fill, figures.held = self._used_s / owned, self._held_s / owned
         asked = sum(model.asked for model in self.models.values())

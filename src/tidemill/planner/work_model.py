@@ -5,7 +5,7 @@ import msgspec
 from tidemill.tides.state import JobPhase, JobView
 
 
-class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
+class SimulatedJobSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A job that is submitted."""
 
     id: str
@@ -28,7 +28,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
 class SimJob(msgspec.Struct):
     """A job on its way."""
 
-    spec: JobSpec
+    spec: SimulatedJobSpec
     phase: JobPhase = JobPhase.QUEUED
     on: tuple[str, ...] = ()
     started_at: float = 0.0
@@ -95,7 +95,7 @@ class SimJob(msgspec.Struct):
         self.phase, self.on = JobPhase.QUEUED, ()
 
 
-class BatchSpec(msgspec.Struct, frozen=True, kw_only=True):
+class SimulatedBatchSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A batch that is handed in."""
 
     model: str
@@ -106,6 +106,6 @@ class BatchSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SimBatch(msgspec.Struct):
-    spec: BatchSpec
+    spec: SimulatedBatchSpec
     left: float
     ended_at: float | None = None

@@ -5,6 +5,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, func, insert, select, update
 
+from tidemill.clock import from_micros, to_micros
 from tidemill.ledger.money import Nanos
 from tidemill.ledger.posting import (
     Account,
@@ -16,8 +17,7 @@ from tidemill.ledger.posting import (
     tenant_account,
 )
 from tidemill.store.bulk import dialect_insert
-from tidemill.store.clock import from_micros, to_micros
-from tidemill.store.schema import accounts, entries, transactions
+from tidemill.store.tables.money import accounts, entries, transactions
 
 
 def post(connection: Connection, *posted: Transaction) -> None:
@@ -70,7 +70,10 @@ def _move(connection: Connection, account: Account, currency: str, amount: int) 
 
 
 def tenant_balance(connection: Connection, tenant_id: str, *, lock: bool = False) -> Nanos:
-    """What a tenant has left, in nanos of its currency. With `lock`, nobody else moves it until the commit."""
+    """What a tenant has left, in nanos of its currency.
+
+    With `lock`, nobody else moves it until the commit.
+    """
     query = select(accounts.c.balance).where(accounts.c.account == tenant_account(tenant_id))
     if lock:
         query = query.with_for_update()  # SQLite's BEGIN IMMEDIATE has locked the whole file already
@@ -137,8 +140,18 @@ def _transaction(connection: Connection, row: Row[Any]) -> Transaction:
     )
 
 
+def unbalanced_transactions(connection: Connection, limit: int = 100) -> list[tuple[str, Nanos]]:
+    """Transactions whose entries do not add up to zero, with what is left over; at most `limit` of them."""
+    left = func.sum(entries.c.amount)
+    query = select(entries.c.transaction_id, left).group_by(entries.c.transaction_id).having(left != 0)
+    rows = connection.execute(query.order_by(entries.c.transaction_id).limit(limit))
+    return [(str(transaction_id), Nanos(int(amount))) for transaction_id, amount in rows]
+
+
 def verify_books(connection: Connection) -> dict[str, tuple[Discrepancy, ...]]:
-    """Compare each account's kept balance with the sum of its entries, by currency; an empty tuple is a clean book.
+    """Compare each account's kept balance with the sum of its entries, by currency.
+
+    An empty tuple is a clean book.
 
     The total of all accounts of a currency shows up as the account `all:accounts`, which must be zero.
     """

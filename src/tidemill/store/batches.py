@@ -16,10 +16,11 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, Row, Select, func, insert, select, tuple_, update
 
+from tidemill.clock import from_micros, to_micros
 from tidemill.errors import BadInput, Conflict, NotFound, TidemillError
-from tidemill.store.clock import from_micros, to_micros
 from tidemill.store.files import UNFINISHED, File, add_output, find_file
-from tidemill.store.schema import batches, files, tenants
+from tidemill.store.tables.files import batches, files
+from tidemill.store.tables.tenants import tenants
 
 
 class BatchStatus(StrEnum):
@@ -51,7 +52,7 @@ class LineError(msgspec.Struct, frozen=True):
     line: int | None = None
 
 
-class Counts(msgspec.Struct, frozen=True):
+class LineCounts(msgspec.Struct, frozen=True):
     """How far a batch has come, in lines and in tokens."""
 
     completed: int = 0
@@ -61,8 +62,8 @@ class Counts(msgspec.Struct, frozen=True):
     output_tokens: int = 0
     reasoning_tokens: int = 0
 
-    def __add__(self, other: "Counts") -> "Counts":
-        return Counts(
+    def __add__(self, other: "LineCounts") -> "LineCounts":
+        return LineCounts(
             self.completed + other.completed,
             self.failed + other.failed,
             self.input_tokens + other.input_tokens,
@@ -94,7 +95,7 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     """What it becomes once it is finalized."""
     errors: tuple[LineError, ...] = ()
     total: int = 0
-    counts: Counts = Counts()
+    counts: LineCounts = LineCounts()
     output_file_id: str | None = None
     error_file_id: str | None = None
     created_at: datetime
@@ -113,7 +114,10 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def create_batch(connection: Connection, batch: Batch, *, max_open: int) -> None:
-    """Enter a new batch. Raises NotFound for its input file, BadInput for one that is no input, TooManyBatches."""
+    """Enter a new batch.
+
+    Raises NotFound for its input file, BadInput for one that is no input, TooManyBatches.
+    """
     connection.execute(
         select(tenants.c.tenant_id).where(tenants.c.tenant_id == batch.tenant_id).with_for_update(key_share=True)
     )
@@ -202,7 +206,10 @@ def any_batch(connection: Connection, batch_id: str) -> Batch | None:
 
 
 def ask_to_cancel(connection: Connection, *, tenant_id: str, batch_id: str, now: datetime) -> Batch:
-    """Have a batch cancelled. One that is being cancelled stays so. Raises NotFound; Conflict when it is too late."""
+    """Have a batch cancelled.
+
+    One that is being cancelled stays so. Raises NotFound; Conflict when it is too late.
+    """
     _step(connection, batch_id, ("validating", "in_progress"), BatchStatus.CANCELLING, now, tenant_id=tenant_id)
     batch = find_batch(connection, tenant_id=tenant_id, batch_id=batch_id)
     if batch.status not in (BatchStatus.CANCELLING, BatchStatus.CANCELLED):
@@ -231,12 +238,12 @@ def start_batch(connection: Connection, batch_id: str, *, total: int, model: str
     return _step(connection, batch_id, ("validating",), BatchStatus.IN_PROGRESS, now, total=total, model=model)
 
 
-def note_counts(connection: Connection, batch_id: str, counts: Counts) -> None:
+def note_counts(connection: Connection, batch_id: str, counts: LineCounts) -> None:
     """How far the batch has come."""
     connection.execute(update(batches).where(batches.c.batch_id == batch_id).values(**msgspec.structs.asdict(counts)))
 
 
-def seal_batch(connection: Connection, batch: Batch, outcome: BatchStatus, counts: Counts, now: datetime) -> Batch:
+def seal_batch(connection: Connection, batch: Batch, outcome: BatchStatus, counts: LineCounts, now: datetime) -> Batch:
     """All lines are done or given up: write down what the batch becomes, and give it as it is then.
 
     A batch that is being cancelled meanwhile becomes cancelled. One that is sealed stays as it is.
@@ -260,13 +267,16 @@ def finish_batch(
     connection: Connection,
     batch: Batch,
     outcome: BatchStatus,
-    counts: Counts,
+    counts: LineCounts,
     *,
     output: File | None,
     error: File | None,
     now: datetime,
 ) -> bool:
-    """The batch is over, and its files are there. May be repeated after a kill; False when it was over already."""
+    """The batch is over, and its files are there.
+
+    May be repeated after a kill; False when it was over already.
+    """
     for file in (output, error):
         if file is not None:
             add_output(connection, file)
@@ -309,7 +319,7 @@ def _batch(row: Row[Any]) -> Batch:
     for name in (*_INSTANTS, "cancelled"):
         micros = values[f"{name}_at"]
         values[f"{name}_at"] = None if micros is None else from_micros(micros)
-    values["counts"] = Counts(**{name: values.pop(name) for name in Counts.__struct_fields__})
+    values["counts"] = LineCounts(**{name: values.pop(name) for name in LineCounts.__struct_fields__})
     values["status"] = BatchStatus(row.status)
     values["outcome"] = None if row.outcome is None else BatchStatus(row.outcome)
     values["errors"] = () if row.errors is None else _decode_errors(row.errors)

@@ -46,8 +46,11 @@ def no_room(error: OSError) -> InsufficientStorage | None:
     )
 
 
-class Incoming:
-    """A blob that is being written, by one thread at a time. It ends with `keep` or `discard`, or with its process."""
+class PendingBlob:
+    """A blob that is being written, by one thread at a time.
+
+    It ends with `keep` or `discard`, or with its process.
+    """
 
     def __init__(self, blobs: "BlobStore", path: Path, fd: int) -> None:
         self._blobs = blobs
@@ -70,7 +73,10 @@ class Incoming:
             raise no_room(error) or error from error
 
     def keep(self, file_id: str) -> None:
-        """Make it the blob `file_id`, on disk once this returns. Blocking. Raises like `write`; then discard it."""
+        """Make it the blob `file_id`, on disk once this returns.
+
+        Blocking. Raises like `write`; then discard it.
+        """
         try:
             self._sync()
             self._path.rename(self._blobs.path(file_id))
@@ -119,7 +125,7 @@ class BlobStore:
         state = os.statvfs(self.directory)
         return state.f_bavail * state.f_frsize
 
-    def create(self) -> Incoming:
+    def create(self) -> PendingBlob:
         """Begin a blob. Raises InsufficientStorage, or OSError."""
         try:
             while True:
@@ -129,7 +135,7 @@ class BlobStore:
                 with contextlib.suppress(BlockingIOError):
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     if os.fstat(fd).st_nlink:
-                        return Incoming(self, path, fd)
+                        return PendingBlob(self, path, fd)
                 os.close(fd)
         except OSError as error:
             raise no_room(error) or error from error

@@ -1,26 +1,31 @@
-"""Budgets: what was spent of them in each day or month, and the slices of them that gateways may spend unasked.
+"""Budgets: what was spent of them, and the slices that gateways may spend unasked.
+
+What was spent is kept for each day or month.
 
 Invariant, kept by every function here: for each budget and period, what is spent and what is out on leases are
 together never more than the budget (as it was when the lease was given). What is spent is the sum of the charges of
 the usage records that the budget binds and that were begun in the period, so it can be checked at any time.
 """
 
-from collections.abc import Iterable, Sequence
-from datetime import datetime
+from collections.abc import Sequence
 
 import msgspec
 import structlog
 from sqlalchemy import ColumnElement, Connection, and_, case, delete, func, insert, or_, select, update
 
-from tidemill.ledger.limits import Limit, LimitKind, Per, Span, span_of
-from tidemill.ledger.money import format_amount
+from tidemill.clock import to_micros
+from tidemill.ledger.limits import BudgetSpan, Limit, LimitKind, Per, span_labelled, span_of
+from tidemill.ledger.money import Nanos, format_amount
 from tidemill.ledger.usage import UsageRecord
 from tidemill.store.accounts import tenant_balance
 from tidemill.store.bulk import dialect_insert
-from tidemill.store.clock import store_time, to_micros
+from tidemill.store.engine import store_time
 from tidemill.store.limits import limit_of
+from tidemill.store.record_components import CHARGE
 from tidemill.store.revision import bump_revision
-from tidemill.store.schema import budget_leases, budgets, keys, limits, usage_records
+from tidemill.store.tables.limits import budget_leases, budgets, limits
+from tidemill.store.tables.tenants import keys
+from tidemill.store.tables.usage import usage_records
 
 log = structlog.get_logger()
 
@@ -29,12 +34,14 @@ class BudgetPeriod(msgspec.Struct, frozen=True):
     """One period of one budget."""
 
     limit_id: str
-    span: Span
+    span: BudgetSpan
 
 
 def extend_budget_lease(connection: Connection, *, worker_id: str, period: BudgetPeriod, need: int, slices: int) -> int:
-    """Lease `need` nanos more to a worker, or a `slices`-th of what is free if that is more; all that is free at the
-    most. Returns the nanos granted, 0 when the budget is used up; a budget that was removed binds nobody any more.
+    """Lease `need` nanos more to a worker, or a `slices`-th of what is free if that is more.
+
+    All that is free at the most. Returns the nanos granted, 0 when the budget is used up; a budget that was removed
+    binds nobody any more.
     """
     limit, spent = _locked(connection, period)
     if limit is None:
@@ -79,7 +86,7 @@ def charge_budgets(connection: Connection, worker_id: str, records: Sequence[Usa
     lines = _first_keys(connection, charged)
     spent: dict[tuple[str, str], int] = {}
     spans: dict[tuple[str, str], tuple[Limit, BudgetPeriod]] = {}
-    current: dict[Per, Span] = {}
+    current: dict[Per, BudgetSpan] = {}
     for record in records:
         for limit in binding.get(record.tenant_id, ()):
             if not record.charge or not limit.binds(lines.get(record.key_id, record.key_id), record.model):
@@ -101,14 +108,14 @@ def charge_budgets(connection: Connection, worker_id: str, records: Sequence[Usa
         _warn(connection, limit, period)
 
 
-def spent_in(connection: Connection, limit: Limit, span: Span) -> int:
+def spent_in(connection: Connection, limit: Limit, span: BudgetSpan) -> int:
     """What was spent of a budget in a period, in nanos."""
     query = select(budgets.c.spent).where(budgets.c.limit_id == limit.limit_id, budgets.c.period == span.label)
     kept = connection.execute(query).scalar()
     return int(kept) if kept is not None else _sum_of_records(connection, limit, span)
 
 
-def leased_in(connection: Connection, limit: Limit, span: Span) -> int:
+def leased_in(connection: Connection, limit: Limit, span: BudgetSpan) -> int:
     """What of a budget is out on leases."""
     return _leased(connection, BudgetPeriod(limit.limit_id, span))
 
@@ -119,16 +126,22 @@ def warned(connection: Connection) -> frozenset[tuple[str, str]]:
     return frozenset((row.limit_id, row.period) for row in connection.execute(query))
 
 
-def verify_budgets(connection: Connection, *, zone: str, instants: Iterable[datetime]) -> list[str]:
-    """Say where what is kept of the periods around `instants` is not the sum of the records; nothing if all is well."""
+def verify_budgets(connection: Connection, *, zone: str) -> list[str]:
+    """Say of which periods what is kept is not the sum of their records; nothing if all is well.
+
+    `zone`: the installation's.
+    """
     wrong = []
-    for row in connection.execute(select(limits).where(limits.c.kind == LimitKind.BUDGET.value)):
+    query = select(limits, budgets.c.period, budgets.c.spent).join(budgets, budgets.c.limit_id == limits.c.limit_id)
+    for row in connection.execute(query.order_by(limits.c.limit_id, budgets.c.period)):
         limit = limit_of(row)
         assert limit.per is not None
-        for span in {span_of(instant, limit.per, zone) for instant in instants}:
-            kept, summed = spent_in(connection, limit, span), _sum_of_records(connection, limit, span)
-            if kept != summed:
-                wrong.append(f"{limit.limit_id} {span.label}: {kept} kept, {summed} in records")
+        kept, summed = int(row.spent), _sum_of_records(connection, limit, span_labelled(row.period, limit.per, zone))
+        if kept != summed:
+            wrong.append(
+                f"budget {limit.limit_id} in {row.period}: {format_amount(Nanos(kept))} are kept as spent, its usage"
+                f" records add up to {format_amount(Nanos(summed))}"
+            )
     return wrong
 
 
@@ -164,9 +177,9 @@ def _open(connection: Connection, limit: Limit, period: BudgetPeriod) -> bool:
     return connection.execute(opening.on_conflict_do_nothing().returning(budgets.c.limit_id)).first() is not None
 
 
-def _sum_of_records(connection: Connection, limit: Limit, span: Span) -> int:
+def _sum_of_records(connection: Connection, limit: Limit, span: BudgetSpan) -> int:
     columns = usage_records.c
-    query = select(func.sum(columns.charge_input + columns.charge_cached + columns.charge_output)).where(
+    query = select(func.sum(CHARGE)).where(
         columns.tenant_id == limit.tenant_id,
         columns.finished_at >= to_micros(span.start),  # for the index: what began in it cannot have ended before
         columns.started_at >= to_micros(span.start),

@@ -13,8 +13,9 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 
 def insert_rows(connection: Connection, table: Table, rows: list[tuple[Any, ...]]) -> None:
-    """Insert rows that each give a value, or None, for every column in the table's order, in types that the drivers
-    take directly.
+    """Insert rows that each give a value, or None, for every column in the table's order.
+
+    The values are of types that the drivers take directly.
     """
     if not rows:
         return

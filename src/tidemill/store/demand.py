@@ -10,10 +10,11 @@ from datetime import datetime
 import msgspec
 from sqlalchemy import Connection, delete, func, insert, select
 
+from tidemill.clock import to_micros
 from tidemill.ledger.usage import LINE_PREFIX
 from tidemill.store.bulk import dialect_insert
-from tidemill.store.clock import to_micros
-from tidemill.store.schema import demand_bins, model_measures, usage_records
+from tidemill.store.tables.fleet import demand_bins, model_measures
+from tidemill.store.tables.usage import usage_records
 
 BIN_S = 300
 """The length of a bin, seconds."""
@@ -22,14 +23,14 @@ UP = ""
 """In place of a model: a bin in which the platform was up, whether anybody asked or not."""
 
 
-class Bin(msgspec.Struct, frozen=True, gc=False):
+class DemandBin(msgspec.Struct, frozen=True, gc=False):
     """The interactive demand for one model in five minutes."""
 
     number: int
     """Five minutes since 1970."""
     arrivals: int
     work: int
-    """Tokens of prefill (`tides.routing.Work`)."""
+    """Tokens of prefill (`tides.routing.RequestWork`)."""
 
 
 def bin_of(unix_s: float) -> int:
@@ -38,7 +39,10 @@ def bin_of(unix_s: float) -> int:
 
 
 def refresh_bins(connection: Connection, first: int, *, decode_weight: int) -> None:
-    """Compute the bins from `first` on anew. An answer's token weighs as much as `decode_weight` of a prompt."""
+    """Compute the bins from `first` on anew.
+
+    An answer's token weighs as much as `decode_weight` of a prompt.
+    """
     columns = usage_records.c
     begins = (columns.started_at - columns.started_at % _BIN_US).label("begins")
     work = columns.prompt_tokens - columns.cached_tokens + decode_weight * columns.completion_tokens
@@ -83,13 +87,13 @@ def last_bin(connection: Connection) -> int | None:
     return number
 
 
-def read_bins(connection: Connection, first: int) -> dict[str, list[Bin]]:
+def read_bins(connection: Connection, first: int) -> dict[str, list[DemandBin]]:
     """The bins from `first` on by model, oldest first; those without demand are left out."""
     columns = demand_bins.c
-    found: dict[str, list[Bin]] = {}
+    found: dict[str, list[DemandBin]] = {}
     query = select(columns.model, columns.bin, columns.arrivals, columns.work).where(columns.bin >= first)
     for model, number, arrivals, work in connection.execute(query.order_by(columns.bin)):
-        found.setdefault(model, []).append(Bin(number, arrivals, work))
+        found.setdefault(model, []).append(DemandBin(number, arrivals, work))
     return found
 
 

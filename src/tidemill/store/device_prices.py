@@ -6,17 +6,20 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, insert, select
 
+from tidemill.clock import from_micros, to_micros
 from tidemill.ledger.devices import DevicePrice, DeviceTier
 from tidemill.ledger.money import Nanos
-from tidemill.store.clock import from_micros, to_micros
 from tidemill.store.ids import new_id
-from tidemill.store.schema import device_prices
+from tidemill.store.tables.money import device_prices
 
 
 def set_device_price(
     connection: Connection, *, kind: str, currency: str, tier: DeviceTier, hour: Nanos, now: datetime
 ) -> DevicePrice:
-    """Put a price in force for a kind, currency and tier from `now` on; the same again makes no new version."""
+    """Put a price in force for a kind, currency and tier from `now` on.
+
+    The same again makes no new version.
+    """
     latest = connection.execute(
         select(device_prices)
         .where(device_prices.c.kind == kind, device_prices.c.currency == currency, device_prices.c.tier == tier.value)
@@ -57,7 +60,10 @@ def device_price_versions(connection: Connection, price_ids: Collection[str] | N
 
 
 def current_device_prices(connection: Connection, now: datetime) -> dict[tuple[str, str, DeviceTier], DevicePrice]:
-    """The version in force at `now`, by kind, currency and tier; agreed prices of reservations are not among them."""
+    """The version in force at `now`, by kind, currency and tier.
+
+    Agreed prices of reservations are not among them.
+    """
     return {
         (price.kind, price.currency, price.tier): price
         for price in device_price_versions(connection)

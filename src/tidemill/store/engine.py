@@ -2,12 +2,13 @@
 
 import contextlib
 import sqlite3
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy import URL, Connection, Engine, create_engine, event, func, make_url, select
 from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as NoConnectionFree
 from sqlalchemy.pool import QueuePool
@@ -28,7 +29,10 @@ SQLITE_BUSY_TIMEOUT_S = 10
 
 
 class StoreUnavailable(Unavailable):
-    """The database does not answer. The message says why, with the names of hosts and files: for operators only."""
+    """The database does not answer.
+
+    The message says why, with the names of hosts and files: for operators only.
+    """
 
 
 class Store:
@@ -140,3 +144,14 @@ def _sqlite_engine(url: URL, read_only: bool) -> Engine:
         connection.exec_driver_sql(f"BEGIN {mode}")
 
     return engine
+
+
+def store_time(connection: Connection) -> float:
+    """The clock of the store in seconds since 1970 UTC: one clock for all processes that share it.
+
+    PostgreSQL's own; an embedded store has that of this machine.
+    """
+    if connection.dialect.name == "sqlite":
+        return time.time()
+    # Not now(), which is the beginning of the transaction: it may have waited for a lock since.
+    return float(connection.execute(select(func.extract("epoch", func.clock_timestamp()))).scalar_one())

@@ -7,10 +7,11 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, Row, delete, exists, func, insert, or_, select, tuple_
 
+from tidemill.clock import from_micros, to_micros
 from tidemill.errors import Conflict, NotFound, TidemillError
 from tidemill.store.bulk import dialect_insert
-from tidemill.store.clock import from_micros, to_micros
-from tidemill.store.schema import batches, files, tenants
+from tidemill.store.tables.files import batches, files
+from tidemill.store.tables.tenants import tenants
 
 UNFINISHED = ("validating", "in_progress", "finalizing", "cancelling")
 """The states of a batch that still needs its input file."""
@@ -101,7 +102,10 @@ def list_files(
     after: str | None = None,
     ascending: bool = False,
 ) -> list[File]:
-    """A page of a tenant's files by age, behind the file `after`. Raises NotFound when there is no such file."""
+    """A page of a tenant's files by age, behind the file `after`.
+
+    Raises NotFound when there is no such file.
+    """
     query = select(files).where(files.c.tenant_id == tenant_id, _alive(now))
     if purpose is not None:
         query = query.where(files.c.purpose == purpose)
@@ -116,7 +120,10 @@ def list_files(
 
 
 def delete_file(connection: Connection, *, tenant_id: str, file_id: str, now: datetime) -> None:
-    """Forget a file; its blob is to be removed after the commit. Raises NotFound, Conflict while a batch reads it."""
+    """Forget a file; its blob is to be removed after the commit.
+
+    Raises NotFound, Conflict while a batch reads it.
+    """
     connection.execute(select(files.c.file_id).where(files.c.file_id == file_id).with_for_update())
     find_file(connection, tenant_id=tenant_id, file_id=file_id, now=now)
     reader = connection.execute(

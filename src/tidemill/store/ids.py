@@ -1,4 +1,7 @@
-"""Identifiers: a prefix that says what the thing is, then random letters that nobody can guess or collide with."""
+"""Identifiers that nobody can guess or collide with.
+
+A prefix says what the thing is; random letters follow.
+"""
 
 import secrets
 

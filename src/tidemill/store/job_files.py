@@ -41,7 +41,7 @@ class Artifact(msgspec.Struct, frozen=True):
     """Unix time, seconds."""
 
 
-class LogPiece(msgspec.Struct, frozen=True):
+class LogPage(msgspec.Struct, frozen=True):
     """A part of a log, and where the next one begins."""
 
     data: bytes
@@ -129,7 +129,7 @@ class JobFiles:
 
     # For readers
 
-    def read_log(self, job_id: str, attempt: int, rank: int, cursor: str = "") -> LogPiece:
+    def read_log(self, job_id: str, attempt: int, rank: int, cursor: str = "") -> LogPage:
         """A part of a log from a cursor on (empty: the beginning of what is kept). Raises NotFound, BadInput.
 
         A cursor is an offset into the log, or `old:` and one into what was moved aside when it grew too long. Who
@@ -151,10 +151,10 @@ class JobFiles:
         if old:
             data = _piece(aside, offset)
             if data:
-                return LogPiece(data, f"old:{offset + len(data)}")
+                return LogPage(data, f"old:{offset + len(data)}")
             offset = 0
         data = _piece(path, offset)
-        return LogPiece(data, str(offset + len(data)))
+        return LogPage(data, str(offset + len(data)))
 
     def artifacts(self, job_id: str) -> list[Artifact]:
         """What a job has made for its owner, by path; links are not followed, and not listed."""
@@ -168,7 +168,9 @@ class JobFiles:
         return sorted(found, key=lambda each: each.path)
 
     def open_artifact(self, job_id: str, path: str) -> int:
-        """Open an artefact for reading; gives its file descriptor. Raises NotFound, also for what lies elsewhere.
+        """Open an artefact for reading; gives its file descriptor.
+
+        Raises NotFound, also for what lies elsewhere.
 
         Each part of the path is opened below the one before and never through a link, so that no name leads out of
         the directory, whatever a job puts there.

@@ -4,11 +4,11 @@
     running -> preempting -> queued (preempted, lost, out of money, the platform stopped)
     any of these -> cancelled | expired
 
-Tenants and operators make a job and ask for its cancelling; all else is the job book's (`work.job_book`). Each step
-names the states that it may leave, in the statement that takes it.
+Tenants and operators make a job and ask for its cancelling: that is here, and what is read of jobs. All other steps are
+the job controller's (`store.job_transitions`).
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
@@ -16,17 +16,18 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, Row, case, func, insert, select, tuple_, update
 
+from tidemill.clock import from_micros, to_micros
 from tidemill.errors import Conflict, NotFound, TidemillError
-from tidemill.store.clock import from_micros, to_micros
 from tidemill.store.ids import new_id
-from tidemill.store.schema import job_attempts, jobs, tenants
+from tidemill.store.tables.jobs import job_attempts, jobs
+from tidemill.store.tables.tenants import tenants
 
 MAX_REASON = 500
 """Characters of a reason that are kept."""
 
 
 class JobState(StrEnum):
-    """Where a job is in its life."""
+    """Where a job is in its lifecycle."""
 
     QUEUED = "queued"
     STARTING = "starting"
@@ -45,7 +46,7 @@ HELD = (JobState.STARTING, JobState.RUNNING, JobState.PREEMPTING)
 """It has devices."""
 
 
-class Outcome(StrEnum):
+class AttemptOutcome(StrEnum):
     """How an attempt ended."""
 
     SUCCEEDED = "succeeded"
@@ -127,7 +128,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         return self.state not in UNFINISHED
 
 
-class DevicePlace(msgspec.Struct, frozen=True):
+class AssignedDevice(msgspec.Struct, frozen=True):
     """A device that an attempt has."""
 
     id: str
@@ -140,7 +141,7 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True):
 
     job_id: str
     attempt: int
-    devices: tuple[DevicePlace, ...]
+    devices: tuple[AssignedDevice, ...]
     ranks: int
     why: str = ""
     """Why it was started just then and there."""
@@ -149,7 +150,7 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True):
     started_at: datetime | None = None
     """When its processes ran."""
     ended_at: datetime | None = None
-    outcome: Outcome | None = None
+    outcome: AttemptOutcome | None = None
     exit_code: int | None = None
     reason: str = ""
 
@@ -162,7 +163,7 @@ def create_job(connection: Connection, job: Job, *, max_open: int) -> None:
     unfinished = connection.execute(
         select(func.count())
         .select_from(jobs)
-        .where(jobs.c.tenant_id == job.tenant_id, jobs.c.state.in_(_values(UNFINISHED)))
+        .where(jobs.c.tenant_id == job.tenant_id, jobs.c.state.in_(state_values(UNFINISHED)))
     ).scalar_one()
     if unfinished >= max_open:
         raise TooManyJobs(f"There are {unfinished} unfinished jobs; that is the most.", hint="Wait for their end.")
@@ -216,7 +217,7 @@ def list_jobs(
     if tenant_id is not None:
         query = query.where(jobs.c.tenant_id == tenant_id)
     if states:
-        query = query.where(jobs.c.state.in_(_values(states)))
+        query = query.where(jobs.c.state.in_(state_values(states)))
     if after is not None:
         last = find_job(connection, after, tenant_id=tenant_id)
         query = query.where(tuple_(jobs.c.submitted_at, jobs.c.job_id) < (to_micros(last.submitted_at), last.job_id))
@@ -231,13 +232,16 @@ def list_attempts(connection: Connection, job_id: str) -> list[Attempt]:
 
 
 def ask_to_cancel(connection: Connection, job_id: str, *, now: datetime, tenant_id: str | None = None) -> Job:
-    """Have a job cancelled; one that waits is cancelled at once. Raises NotFound; Conflict when it is over."""
+    """Have a job cancelled; one that waits is cancelled at once.
+
+    Raises NotFound; Conflict when it is over.
+    """
     job = find_job(connection, job_id, tenant_id=tenant_id)
     at, waits = to_micros(now), jobs.c.state == JobState.QUEUED.value
     # One statement: it may be put back in the queue at the same time, and what it is once its row is locked decides.
     connection.execute(
         update(jobs)
-        .where(jobs.c.job_id == job.job_id, jobs.c.state.in_(_values(UNFINISHED)))
+        .where(jobs.c.job_id == job.job_id, jobs.c.state.in_(state_values(UNFINISHED)))
         .values(
             state=case((waits, JobState.CANCELLED.value), else_=jobs.c.state),
             reason=case((waits, "cancelled while it waited"), else_=jobs.c.reason),
@@ -251,73 +255,10 @@ def ask_to_cancel(connection: Connection, job_id: str, *, now: datetime, tenant_
     return asked
 
 
-# The job book's side
-
-
 def open_jobs(connection: Connection, site: str) -> list[Job]:
     """The unfinished jobs of a site, oldest first."""
-    query = select(jobs).where(jobs.c.site == site, jobs.c.state.in_(_values(UNFINISHED)))
+    query = select(jobs).where(jobs.c.site == site, jobs.c.state.in_(state_values(UNFINISHED)))
     return [_job(row) for row in connection.execute(query.order_by(jobs.c.submitted_at, jobs.c.job_id))]
-
-
-def begin_attempt(
-    connection: Connection, job_id: str, *, devices: Sequence[DevicePlace], ranks: int, why: str, now: datetime
-) -> Attempt | None:
-    """Take a waiting job in hand, with these devices; None when it does not wait any more."""
-    taken = connection.execute(
-        update(jobs)
-        .where(jobs.c.job_id == job_id, jobs.c.state == JobState.QUEUED.value, jobs.c.cancel_at.is_(None))
-        .values(
-            state=JobState.STARTING.value,
-            reason=why[:MAX_REASON],
-            attempts=jobs.c.attempts + 1,
-            not_before=None,
-            started_at=func.coalesce(jobs.c.started_at, to_micros(now)),
-        )
-    )
-    if taken.rowcount != 1:
-        return None
-    number = connection.execute(select(jobs.c.attempts).where(jobs.c.job_id == job_id)).scalar_one()
-    attempt = Attempt(
-        job_id=job_id,
-        attempt=int(number),
-        devices=tuple(devices),
-        ranks=ranks,
-        why=why[:MAX_REASON],
-        taken_at=from_micros(to_micros(now)),
-    )
-    connection.execute(
-        insert(job_attempts).values(
-            job_id=job_id,
-            attempt=attempt.attempt,
-            devices=msgspec.json.encode(attempt.devices).decode(),
-            ranks=ranks,
-            why=attempt.why,
-            taken_at=to_micros(now),
-            reason="",
-        )
-    )
-    return attempt
-
-
-def note_running(connection: Connection, attempt: Attempt, now: datetime) -> None:
-    """The attempt's processes run."""
-    there = (job_attempts.c.job_id == attempt.job_id, job_attempts.c.attempt == attempt.attempt)
-    connection.execute(update(job_attempts).where(*there).values(started_at=to_micros(now)))
-    _step(connection, attempt.job_id, (JobState.STARTING,), state=JobState.RUNNING.value)
-
-
-def note_preempting(connection: Connection, job_id: str, reason: str) -> None:
-    """The job was asked to checkpoint and go."""
-    leaving = (JobState.STARTING, JobState.RUNNING)
-    _step(connection, job_id, leaving, state=JobState.PREEMPTING.value, reason=reason[:MAX_REASON])
-
-
-def still_open(connection: Connection, attempt: Attempt) -> bool:
-    """Whether an attempt has not been ended. Nobody else ends it until the commit."""
-    there = (job_attempts.c.job_id == attempt.job_id, job_attempts.c.attempt == attempt.attempt)
-    row = connection.execute(select(job_attempts.c.ended_at).where(*there).with_for_update()).first()
-    return row is not None and row.ended_at is None
 
 
 def devices_on(connection: Connection, reservation_id: str) -> int:
@@ -330,105 +271,19 @@ def devices_on(connection: Connection, reservation_id: str) -> int:
     return sum(len(_decode_devices(text)) for text in rows.scalars())
 
 
-def end_attempt(
-    connection: Connection,
-    attempt: Attempt,
-    *,
-    outcome: Outcome,
-    exit_code: int | None,
-    reason: str,
-    ended_at: datetime,
-    ran_us: int,
-    becomes: JobState,
-    job_reason: str,
-    not_before: datetime | None = None,
-) -> bool:
-    """Write down how an attempt ended and what becomes of the job; False when that was done already.
-
-    A job that would wait again is cancelled instead when that was asked for meanwhile.
-    """
-    ended = connection.execute(
-        update(job_attempts)
-        .where(
-            job_attempts.c.job_id == attempt.job_id,
-            job_attempts.c.attempt == attempt.attempt,
-            job_attempts.c.ended_at.is_(None),
-        )
-        .values(ended_at=to_micros(ended_at), outcome=outcome.value, exit_code=exit_code, reason=reason[:MAX_REASON])
-    )
-    if ended.rowcount != 1:
-        return False
-    at = to_micros(ended_at)
-    if becomes in UNFINISHED:
-        steps = _again(becomes, job_reason, at)
-    else:
-        steps = {"state": becomes.value, "reason": job_reason[:MAX_REASON], "ended_at": at}
-    _step(
-        connection,
-        attempt.job_id,
-        HELD,
-        **steps,
-        exit_code=exit_code,
-        failures=jobs.c.failures + int(outcome is Outcome.FAILED),
-        losses=jobs.c.losses + 1 if outcome is Outcome.LOST else 0,
-        ran_us=jobs.c.ran_us + ran_us,
-        not_before=None if not_before is None else to_micros(not_before),
-    )
-    return True
-
-
-def end_waiting(connection: Connection, job_id: str, state: JobState, reason: str, now: datetime) -> bool:
-    """End a job that waits; False when it does not wait any more."""
-    values = {"state": state.value, "reason": reason[:MAX_REASON], "ended_at": to_micros(now)}
-    return _step(connection, job_id, (JobState.QUEUED,), **values)
-
-
-def note_waiting(connection: Connection, job_id: str, reason: str, not_before: datetime | None = None) -> None:
-    """Say what a waiting job waits for."""
-    until = None if not_before is None else to_micros(not_before)
-    _step(connection, job_id, (JobState.QUEUED,), reason=reason[:MAX_REASON], not_before=until)
-
-
-def put_back(connection: Connection, job_id: str) -> None:
-    """Let a job wait again of which no attempt is open: the platform was killed in between."""
-    steps = _again(JobState.QUEUED, "the platform was killed", jobs.c.cancel_at)
-    open_attempt = select(job_attempts.c.job_id).where(job_attempts.c.ended_at.is_(None))
-    where = (jobs.c.job_id == job_id, jobs.c.state.in_(_values(HELD)), jobs.c.job_id.not_in(open_attempt))
-    connection.execute(update(jobs).where(*where).values(**steps))
-
-
-def _again(state: JobState, reason: str, ended_at: Any) -> dict[str, Any]:
-    """It goes on, unless its cancelling was asked for."""
-    asked = jobs.c.cancel_at.is_not(None)
-    return {
-        "state": case((asked, JobState.CANCELLED.value), else_=state.value),
-        "reason": case((asked, "cancelled"), else_=reason[:MAX_REASON]),
-        "ended_at": case((asked, ended_at), else_=None),
-    }
-
-
 def ended_before(connection: Connection, site: str, instant: datetime) -> list[str]:
     """The jobs of a site that were over before `instant`."""
     query = select(jobs.c.job_id).where(jobs.c.site == site, jobs.c.ended_at < to_micros(instant))
     return [str(job_id) for job_id in connection.execute(query).scalars()]
 
 
-def leave_reservation(connection: Connection, job_id: str) -> None:
-    """The reservation is over: from here on it is a job like others."""
-    connection.execute(update(jobs).where(jobs.c.job_id == job_id).values(reservation_id=None))
-
-
-def _values(states: Collection[JobState]) -> list[str]:
+def state_values(states: Collection[JobState]) -> list[str]:
+    """The states as the store writes them."""
     return [state.value for state in states]
 
 
-def _step(connection: Connection, job_id: str, leaving: Sequence[JobState], **values: Any) -> bool:
-    where = (jobs.c.job_id == job_id, jobs.c.state.in_(_values(leaving)))
-    return connection.execute(update(jobs).where(*where).values(**values)).rowcount == 1
-
-
 _decode_spec = msgspec.json.Decoder(JobSpec).decode
-_decode_devices = msgspec.json.Decoder(tuple[DevicePlace, ...]).decode
+_decode_devices = msgspec.json.Decoder(tuple[AssignedDevice, ...]).decode
 
 
 def _instants(row: Row[Any], *names: str) -> dict[str, datetime | None]:
@@ -447,5 +302,5 @@ def _attempt(row: Row[Any]) -> Attempt:
     values: dict[str, Any] = dict(row._mapping)
     values |= _instants(row, "taken_at", "started_at", "ended_at")
     values["devices"] = _decode_devices(row.devices)
-    values["outcome"] = None if row.outcome is None else Outcome(row.outcome)
+    values["outcome"] = None if row.outcome is None else AttemptOutcome(row.outcome)
     return Attempt(**values)

@@ -1,4 +1,7 @@
-"""API keys: made here, shown once, stored as a digest. A key may be bound to models and networks, and may expire."""
+"""API keys: made here, shown once, stored as a digest.
+
+A key may be bound to models and networks, and may expire.
+"""
 
 import hashlib
 import secrets
@@ -8,11 +11,11 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, Row, insert, select, update
 
+from tidemill.clock import from_micros, to_micros
 from tidemill.errors import Conflict, NotFound
-from tidemill.store.clock import from_micros, to_micros
 from tidemill.store.ids import new_id
 from tidemill.store.revision import bump_revision
-from tidemill.store.schema import keys
+from tidemill.store.tables.tenants import keys
 from tidemill.store.tenants import check_name
 
 KEY_PREFIX = "sk-tm-"
@@ -42,17 +45,20 @@ class Key(msgspec.Struct, frozen=True):
     created_at: datetime
     revoked_at: datetime | None
     policy: KeyPolicy = ANYTHING
-    line_id: str | None = None
-    """The first key of its line of rotated keys; None for that itself. All keys of a line share their limits."""
+    rotation_id: str | None = None
+    """The first of the keys that were rotated into each other; None for that itself. All of them share its limits."""
 
     @property
     def first_id(self) -> str:
-        """The first key of its line: what limits are set on."""
-        return self.line_id or self.key_id
+        """The first key of its rotation: what limits are set on."""
+        return self.rotation_id or self.key_id
 
 
 def digest_of(secret: str) -> str:
-    """The SHA-256 of a key in hex. A key has 190 random bits, so a slow hash would protect nothing further."""
+    """The SHA-256 of a key in hex.
+
+    A key has 190 random bits, so a slow hash would protect nothing further.
+    """
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
@@ -63,7 +69,7 @@ def create_key(
     name: str,
     now: datetime,
     policy: KeyPolicy = ANYTHING,
-    line_id: str | None = None,
+    rotation_id: str | None = None,
 ) -> tuple[Key, str]:
     """Make a key for a tenant. Returns what is stored, and the secret itself, which exists nowhere else."""
     secret = KEY_PREFIX + secrets.token_urlsafe(24).replace("-", "A").replace("_", "B")
@@ -75,7 +81,7 @@ def create_key(
         created_at=now,
         revoked_at=None,
         policy=policy,
-        line_id=line_id,
+        rotation_id=rotation_id,
     )
     connection.execute(
         insert(keys).values(
@@ -88,7 +94,7 @@ def create_key(
             expires_at=None if policy.expires_at is None else to_micros(policy.expires_at),
             allowed_models=",".join(policy.models) or None,
             allowed_ips=",".join(policy.networks) or None,
-            line_id=line_id,
+            line_id=rotation_id,
         )
     )
     bump_revision(connection)
@@ -128,7 +134,9 @@ def revoke_key(connection: Connection, *, key: str, now: datetime) -> Key:
 
 
 def rotate_key(connection: Connection, *, key: str, overlap: timedelta, now: datetime) -> tuple[Key, Key, str]:
-    """Make a successor of a key and let the key expire after `overlap`: (the old key, the new one, its secret).
+    """Make a successor of a key and let the key expire after `overlap`.
+
+    Returns the old key, the new one, and its secret.
 
     The successor has the same name, policies and limits, and lives as long as the old one was made for. Raises
     NotFound, and Conflict for a key that works no more.
@@ -141,7 +149,7 @@ def rotate_key(connection: Connection, *, key: str, overlap: timedelta, now: dat
     lifetime = None if ends is None else ends - old.created_at
     policy = msgspec.structs.replace(old.policy, expires_at=None if lifetime is None else now + lifetime)
     new, secret = create_key(
-        connection, tenant_id=old.tenant_id, name=old.name, now=now, policy=policy, line_id=old.first_id
+        connection, tenant_id=old.tenant_id, name=old.name, now=now, policy=policy, rotation_id=old.first_id
     )
     last = now + overlap if ends is None else min(ends, now + overlap)
     connection.execute(update(keys).where(keys.c.key_id == old.key_id).values(expires_at=to_micros(last)))
@@ -157,7 +165,7 @@ def _key(row: Row[Any]) -> Key:
         created_at=from_micros(row.created_at),
         revoked_at=None if row.revoked_at is None else from_micros(row.revoked_at),
         policy=policy_of(row.expires_at, row.allowed_models, row.allowed_ips),
-        line_id=row.line_id,
+        rotation_id=row.line_id,
     )
 
 

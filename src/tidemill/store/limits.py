@@ -1,4 +1,7 @@
-"""Limits: set, listed, removed. What gateways have taken of them is in `store.shares` and `store.budgets`."""
+"""Limits: set, listed, removed.
+
+What gateways have taken of them is in `store.limit_leases` and `store.budgets`.
+"""
 
 from datetime import datetime
 from typing import Any
@@ -6,17 +9,19 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, Row, delete, insert, select, update
 
+from tidemill.clock import to_micros
 from tidemill.errors import NotFound
 from tidemill.ledger.limits import Limit, LimitKind, Per
-from tidemill.store.clock import to_micros
 from tidemill.store.ids import new_id
 from tidemill.store.revision import bump_revision
-from tidemill.store.schema import budget_leases, budgets, limits, rate_shares, slot_shares
-from tidemill.store.tenants import nearest_hint
+from tidemill.store.tables.limits import budget_leases, budgets, limits, rate_shares, slot_shares
+from tidemill.suggestions import did_you_mean
 
 
 def set_limit(connection: Connection, wanted: Limit, *, now: datetime) -> Limit:
-    """Put a limit in force. One on the same scope and of the same kind is changed; what was used of it goes on.
+    """Put a limit in force.
+
+    One on the same scope and of the same kind is changed; what was used of it goes on.
 
     The id of `wanted` is not looked at. Returns the limit as it is now.
     """
@@ -65,7 +70,7 @@ def find_limit(connection: Connection, limit_id: str) -> Limit:
     row = connection.execute(select(limits).where(limits.c.limit_id == limit_id)).first()
     if row is None:
         known = [str(found) for found in connection.execute(select(limits.c.limit_id)).scalars()]
-        hint = nearest_hint(limit_id, known) or "`tidemill limit list` shows them."
+        hint = did_you_mean(limit_id, known) or "`tidemill limit list` shows them."
         raise NotFound(f"There is no limit {limit_id!r}.", hint=hint, param="limit")
     return limit_of(row)
 

@@ -10,11 +10,11 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, Row, delete, insert, select, update
 
+from tidemill.clock import from_micros, to_micros
 from tidemill.errors import Conflict, NotFound
-from tidemill.store.clock import from_micros, to_micros
 from tidemill.store.jobs import UNFINISHED
-from tidemill.store.schema import jobs, queues
-from tidemill.store.tenants import nearest_hint
+from tidemill.store.tables.jobs import jobs, queues
+from tidemill.suggestions import did_you_mean
 
 
 class Queue(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,7 +60,7 @@ def remove_queue(connection: Connection, name: str) -> Queue:
     queue = find_queue(connection, name)
     if queue is None:
         known = [each.name for each in list_queues(connection)]
-        raise NotFound(f"There is no queue {name[:80]!r}.", hint=nearest_hint(name, known), param="queue")
+        raise NotFound(f"There is no queue {name[:80]!r}.", hint=did_you_mean(name, known), param="queue")
     held = (
         select(jobs.c.job_id)
         .where(jobs.c.queue == name, jobs.c.state.in_([state.value for state in UNFINISHED]))

@@ -1,4 +1,6 @@
-"""Reservations: whole devices that are kept for a tenant from one instant to another, paid for used or not.
+"""Reservations: whole devices that are kept for a tenant for a time.
+
+They are paid for used or not.
 
 booked -> active -> ended
 booked, active -> cancelled (by the operator, or as the balance does not cover it)
@@ -12,10 +14,10 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, Row, case, insert, select, update
 
+from tidemill.clock import from_micros, to_micros
 from tidemill.errors import Conflict, NotFound
-from tidemill.store.clock import from_micros, to_micros
-from tidemill.store.schema import reservations
-from tidemill.store.tenants import nearest_hint
+from tidemill.store.tables.jobs import reservations
+from tidemill.suggestions import did_you_mean
 
 
 class ReservationState(StrEnum):
@@ -58,14 +60,15 @@ def create_reservation(connection: Connection, reservation: Reservation) -> None
 
 
 def find_reservation(connection: Connection, reservation_id: str, *, lock: bool = False) -> Reservation:
-    """A reservation by its id; with `lock` nobody else changes it until the commit. Raises NotFound with the nearest
-    one.
+    """A reservation by its id; with `lock` nobody else changes it until the commit.
+
+    Raises NotFound with the nearest one.
     """
     query = select(reservations).where(reservations.c.reservation_id == reservation_id)
     row = connection.execute(query.with_for_update() if lock else query).first()
     if row is None:
         known = [str(each) for each in connection.execute(select(reservations.c.reservation_id)).scalars()]
-        hint = nearest_hint(reservation_id, known)
+        hint = did_you_mean(reservation_id, known)
         raise NotFound(f"There is no reservation {reservation_id[:80]!r}.", hint=hint, param="reservation")
     return _reservation(row)
 
@@ -113,7 +116,9 @@ def step_reservation(
 
 
 def give_up(connection: Connection, reservation_id: str, reason: str, *, now: datetime) -> bool:
-    """End a reservation before its time, at `now`, or at its start if that is to come; False when it was over.
+    """End a reservation before its time, at `now`, or at its start if that is to come.
+
+    False when it was over.
 
     Its meter is ended by the job book, at that instant however late it comes to it.
     """

@@ -1,4 +1,7 @@
-"""Responses that are kept for their tenants, for a while and within a bound for each of them: the oldest go first."""
+"""Responses that are kept for their tenants, for a while and within a bound for each of them.
+
+The oldest go first.
+"""
 
 import zlib
 from collections.abc import Sequence
@@ -7,7 +10,7 @@ import msgspec
 from sqlalchemy import Connection, Row, delete, func, select
 
 from tidemill.store.bulk import dialect_insert
-from tidemill.store.schema import responses
+from tidemill.store.tables.files import responses
 
 KEPT_S = 30 * 86_400
 """As long as OpenAI keeps them; an operator may choose another time."""
@@ -42,7 +45,10 @@ def keep_responses(connection: Connection, kept: Sequence[KeptResponse], *, keep
 def find_response(
     connection: Connection, *, tenant_id: str, response_id: str, now_us: int, keep_s: int = KEPT_S
 ) -> KeptResponse | None:
-    """A tenant's response; None when there is none, or it is too old: by what it was told, or by now's rule."""
+    """A tenant's response.
+
+    None when there is none, or it is too old: by what it was told, or by now's rule.
+    """
     found = connection.execute(
         select(responses).where(
             responses.c.response_id == response_id,

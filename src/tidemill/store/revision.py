@@ -2,7 +2,7 @@
 
 from sqlalchemy import BigInteger, Connection, String, cast, insert, select, update
 
-from tidemill.store.schema import settings
+from tidemill.store.tables.tenants import settings
 
 
 def current_revision(connection: Connection) -> int:

@@ -5,12 +5,13 @@ from datetime import datetime
 import msgspec
 from sqlalchemy import Connection, Row, insert, select, update
 
+from tidemill.clock import from_micros, to_micros
 from tidemill.errors import BadInput, Conflict, NotFound
 from tidemill.ledger.money import check_currency
-from tidemill.store.clock import from_micros, to_micros
 from tidemill.store.ids import new_id
 from tidemill.store.revision import bump_revision
-from tidemill.store.schema import tenants
+from tidemill.store.tables.tenants import tenants
+from tidemill.suggestions import did_you_mean
 
 MAX_NAME = 128
 MAX_WEIGHT = 1000
@@ -36,7 +37,10 @@ def check_name(kind: str, name: str) -> str:
 
 
 def create_tenant(connection: Connection, *, name: str, currency: str, now: datetime) -> Tenant:
-    """Add a tenant. Raises Conflict when the name is taken, BadInput or MoneyError when a value is unusable."""
+    """Add a tenant.
+
+    Raises Conflict when the name is taken, BadInput or MoneyError when a value is unusable.
+    """
     name = check_name("tenant", name)
     check_currency(currency)
     if connection.execute(select(tenants.c.tenant_id).where(tenants.c.name == name)).first():
@@ -62,7 +66,7 @@ def find_tenant(connection: Connection, name: str) -> Tenant:
     row = connection.execute(select(tenants).where((tenants.c.name == name) | (tenants.c.tenant_id == name))).first()
     if row is None:
         names = [str(found) for found in connection.execute(select(tenants.c.name)).scalars()]
-        raise NotFound(f"There is no tenant {name!r}.", hint=nearest_hint(name, names), param="tenant")
+        raise NotFound(f"There is no tenant {name!r}.", hint=did_you_mean(name, names), param="tenant")
     return _tenant(row)
 
 
@@ -72,14 +76,6 @@ def set_weight(connection: Connection, *, tenant_id: str, weight: int) -> None:
         raise BadInput(f"weight is from 1 to {MAX_WEIGHT}, got {weight}.", param="weight")
     connection.execute(update(tenants).where(tenants.c.tenant_id == tenant_id).values(weight=weight))
     bump_revision(connection)
-
-
-def nearest_hint(name: str, names: list[str]) -> str:
-    """ "Did you mean ...?" for the nearest of `names`, or what to do when none is near."""
-    import difflib  # a slow import that only errors need
-
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"Did you mean {near[0]!r}?" if near else ""
 
 
 def _tenant(row: Row[tuple[object, ...]]) -> Tenant:

@@ -7,18 +7,27 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, Row, delete, func, select, tuple_
 
-from tidemill.ledger.invoice import LineSum, MonthUsage, TokenKind
+from tidemill.clock import from_micros, to_micros
+from tidemill.ledger.components import CACHED_INPUT, CATALOGUE, INPUT, OUTPUT, Component
+from tidemill.ledger.invoice import LineSum, MonthUsage
 from tidemill.ledger.money import Nanos
 from tidemill.ledger.period import Period
 from tidemill.ledger.posting import Transaction, charge_batches, usage_charge
-from tidemill.ledger.statement import UsageTotals
-from tidemill.ledger.usage import LINE_PREFIX, Status, TokenUsage, UsageRecord
+from tidemill.ledger.statement import UsageTotals, component_sums
+from tidemill.ledger.usage import LINE_PREFIX, RequestStatus, TokenUsage, UsageLabels, UsageRecord, charges_of
 from tidemill.store.accounts import post
 from tidemill.store.bulk import insert_rows
-from tidemill.store.clock import from_micros, to_micros
-from tidemill.store.devices import device_sums
+from tidemill.store.device_meters import device_sums
 from tidemill.store.ids import new_id
-from tidemill.store.schema import usage_records
+from tidemill.store.record_components import (
+    CHARGE,
+    base_quantities,
+    components_of,
+    components_text,
+    read_components,
+    sum_components,
+)
+from tidemill.store.tables.usage import usage_records
 
 IN_CHUNK = 500
 """How many ids one IN (...) carries; SQLite's limit is far higher, PostgreSQL's planner likes it short."""
@@ -121,18 +130,22 @@ def usage_totals(
 ) -> list[tuple[str, UsageTotals]]:
     """The sums of a tenant's records by model, as the database adds them; of all time where no bound is given."""
     columns = usage_records.c
+    where = [columns.tenant_id == tenant_id]
+    if start is not None:
+        where.append(columns.finished_at >= to_micros(start))
+    if end is not None:
+        where.append(columns.finished_at < to_micros(end))
     query = select(
         columns.model,
         func.count().label("requests"),
         func.sum(columns.prompt_tokens).label("prompt"),
         func.sum(columns.cached_tokens).label("cached"),
         func.sum(columns.completion_tokens).label("completion"),
-        func.sum(columns.charge_input + columns.charge_cached + columns.charge_output).label("charge"),
-    ).where(columns.tenant_id == tenant_id)
-    if start is not None:
-        query = query.where(columns.finished_at >= to_micros(start))
-    if end is not None:
-        query = query.where(columns.finished_at < to_micros(end))
+        func.sum(CHARGE).label("charge"),
+    ).where(*where)
+    further: dict[str, dict[Component, tuple[int, int]]] = {}
+    for row in sum_components(connection, *where, by=(columns.model,)):
+        further.setdefault(row.group[0], {})[row.component] = (row.quantity, row.amount)
     return [
         (
             row.model,
@@ -142,6 +155,7 @@ def usage_totals(
                 cached_tokens=int(row.cached),
                 completion_tokens=int(row.completion),
                 charge=Nanos(int(row.charge)),
+                more=component_sums(further.get(row.model, {})),
             ),
         )
         for row in connection.execute(query.group_by(columns.model))
@@ -156,49 +170,60 @@ class DeviceUse(msgspec.Struct, frozen=True):
     currency: str
     charge: Nanos
     device_ns: int
-    uncached: int = 0
-    """Tokens of prompts that had to be computed."""
-    cached: int = 0
-    completion: int = 0
+    quantities: dict[Component, int] = {}
+    """What was used of each component; none is part of another."""
 
 
 def device_use(connection: Connection, *, start: datetime, end: datetime) -> list[DeviceUse]:
-    """Charges, device time and tokens of the records that finished in [start, end), by tenant, model and currency.
+    """Charges, device time and quantities of the records that finished in [start, end), by tenant, model and currency.
 
     Revenue belongs to the model that was asked for, device time and tokens to the one that served: a fallback earns
     for the other, and its machines, or who bills for its tokens, bear the cost.
     """
     columns = usage_records.c
+    where = (columns.finished_at >= to_micros(start), columns.finished_at < to_micros(end))
+    by = (columns.tenant_id, columns.model, columns.replica, columns.currency)
     rows = connection.execute(
         select(
-            columns.tenant_id,
-            columns.model,
-            columns.replica,
-            columns.currency,
-            func.sum(columns.charge_input + columns.charge_cached + columns.charge_output).label("charge"),
+            *by,
+            func.sum(CHARGE).label("charge"),
             func.sum(columns.device_ns).label("device_ns"),
             func.sum(columns.prompt_tokens - columns.cached_tokens).label("uncached"),
             func.sum(columns.cached_tokens).label("cached"),
             func.sum(columns.completion_tokens).label("completion"),
         )
-        .where(columns.finished_at >= to_micros(start), columns.finished_at < to_micros(end))
-        .group_by(columns.tenant_id, columns.model, columns.replica, columns.currency)
+        .where(*where)
+        .group_by(*by)
     )
-    charges: dict[tuple[str, str, str], int] = {}
-    worked: dict[tuple[str, str, str], list[int]] = {}
+    charges: dict[_Use, int] = {}
+    device_ns: dict[_Use, int] = {}
+    quantities: dict[_Use, dict[Component, int]] = {}
     for row in rows:
         asked = (row.tenant_id, row.model, row.currency)
-        served = (row.tenant_id, _model_of(row.replica) or row.model, row.currency)
+        served = _served(row.tenant_id, row.model, row.replica, row.currency)
         charges[asked] = charges.get(asked, 0) + int(row.charge)
-        work = (row.device_ns, row.uncached, row.cached, row.completion)
-        worked[served] = [sum(each) for each in zip(worked.get(served, _NO_WORK), map(int, work), strict=True)]
+        device_ns[served] = device_ns.get(served, 0) + int(row.device_ns)
+        sums = quantities.setdefault(served, {})
+        for component, tokens in ((INPUT, row.uncached), (CACHED_INPUT, row.cached), (OUTPUT, row.completion)):
+            sums[component] = sums.get(component, 0) + int(tokens)
+    for each in sum_components(connection, *where, by=by):
+        sums = quantities[_served(*each.group)]
+        sums[each.component] = sums.get(each.component, 0) + each.quantity
+        part_of = CATALOGUE[each.component].part_of
+        if part_of is not None:
+            sums[part_of] -= each.quantity
     return [
-        DeviceUse(*key, Nanos(charges.get(key, 0)), *worked.get(key, _NO_WORK))
-        for key in sorted(charges.keys() | worked.keys())
+        DeviceUse(*key, Nanos(charges.get(key, 0)), device_ns.get(key, 0), quantities.get(key, {}))
+        for key in sorted(charges.keys() | device_ns.keys())
     ]
 
 
-_NO_WORK = [0, 0, 0, 0]
+_Use = tuple[str, str, str]
+"""Tenant, model, currency."""
+
+
+def _served(tenant_id: str, model: str, replica: str, currency: str) -> _Use:
+    return tenant_id, _model_of(replica) or model, currency
 
 
 def _model_of(replica: str) -> str:
@@ -210,10 +235,7 @@ def batch_charge(connection: Connection, batch_id: str) -> Nanos:
     """What the lines of a batch have cost until now: the charges of the requests `BATCH_LINE`."""
     total = connection.execute(
         select(
-            func.coalesce(
-                func.sum(usage_records.c.charge_input + usage_records.c.charge_cached + usage_records.c.charge_output),
-                0,
-            )
+            func.coalesce(func.sum(CHARGE), 0),
         ).where(
             # The range is for the index; the order of a locale may have others within it.
             usage_records.c.request_id.between(f"{batch_id}_0", f"{batch_id}_99999999"),
@@ -224,32 +246,33 @@ def batch_charge(connection: Connection, batch_id: str) -> Nanos:
 
 
 def month_usage(connection: Connection, *, tenant_id: str, currency: str, period: Period) -> MonthUsage:
-    """The sums of a month by model, price and kind of token, as the database adds them: what an invoice is made of."""
+    """The sums of a month by model, price and component, as the database adds them: what an invoice is made of."""
     columns = usage_records.c
     within = (
         columns.tenant_id == tenant_id,
         columns.finished_at >= to_micros(period.start),
         columns.finished_at < to_micros(period.end),
     )
-    parts = {
-        TokenKind.INPUT: (columns.prompt_tokens - columns.cached_tokens, columns.charge_input),
-        TokenKind.CACHED_INPUT: (columns.cached_tokens, columns.charge_cached),
-        TokenKind.OUTPUT: (columns.completion_tokens, columns.charge_output),
-    }
+    amounts = {INPUT: columns.charge_input, CACHED_INPUT: columns.charge_cached, OUTPUT: columns.charge_output}
     sums = [
-        LineSum(row.model, row.price_id, kind, int(row.tokens), Nanos(int(row.amount)), row.requests)
-        for kind, (tokens, amount) in parts.items()
+        LineSum(row.model, row.price_id, component, int(row.quantity), Nanos(int(row.amount)), row.requests)
+        for component, quantity in base_quantities(connection).items()
         for row in connection.execute(
             select(
                 columns.model,
                 columns.price_id,
-                func.sum(tokens).label("tokens"),
-                func.sum(amount).label("amount"),
+                func.sum(quantity).label("quantity"),
+                func.sum(amounts[component]).label("amount"),
                 func.count().label("requests"),
             )
-            .where(*within, (tokens != 0) | (amount != 0))
+            .where(*within, (quantity != 0) | (amounts[component] != 0))
             .group_by(columns.model, columns.price_id)
         )
+    ]
+    sums += [
+        LineSum(row.group[0], row.group[1], row.component, row.apart, Nanos(row.amount), row.records_apart)
+        for row in sum_components(connection, *within, by=(columns.model, columns.price_id))
+        if row.records_apart
     ]
     whole = connection.execute(select(func.count(), func.sum(columns.uncollected)).where(*within)).one()
     return MonthUsage(
@@ -265,7 +288,9 @@ def month_usage(connection: Connection, *, tenant_id: str, currency: str, period
 
 def _row(record: UsageRecord, transaction_id: str | None) -> tuple[Any, ...]:
     """In the order of the table's columns."""
-    usage, first_token_at = record.usage, record.first_token_at
+    usage, charges, first_token_at = record.usage, record.charges, record.first_token_at
+    further = components_of(record)
+    labels = record.labels or _NO_LABELS
     return (
         record.request_id,
         record.tenant_id,
@@ -280,9 +305,9 @@ def _row(record: UsageRecord, transaction_id: str | None) -> tuple[Any, ...]:
         record.streamed,
         record.price_id,
         record.currency,
-        record.charge_input,
-        record.charge_cached,
-        record.charge_output,
+        charges.get(INPUT, 0),
+        charges.get(CACHED_INPUT, 0),
+        charges.get(OUTPUT, 0),
         record.uncollected,
         record.hold,
         to_micros(record.started_at),
@@ -290,29 +315,55 @@ def _row(record: UsageRecord, transaction_id: str | None) -> tuple[Any, ...]:
         to_micros(record.finished_at),
         record.device_ns,
         transaction_id,
+        sum(amount or 0 for _, amount in further.values()) if further else None,
+        components_text(further),
+        labels.service_class or None,
+        labels.mode or None,
+        labels.project or None,
+        _encode_tags(labels.tags).decode() if labels.tags else None,
+        labels.rule_id or None,
+        record.list_amount,
     )
 
 
+_NO_LABELS = UsageLabels()
+_encode_tags = msgspec.json.Encoder().encode
+_decode_tags = msgspec.json.Decoder(tuple[str, ...]).decode
+
+
+def _labels(row: Row[Any]) -> UsageLabels | None:
+    labels = UsageLabels(
+        row.service_class or "",
+        row.mode or "",
+        row.project or "",
+        _decode_tags(row.tags) if row.tags else (),
+        row.rule_id or "",
+    )
+    return None if labels == _NO_LABELS else labels
+
+
 def _record(row: Row[Any]) -> UsageRecord:
+    quantities, amounts = read_components(row.components)
+    usage = TokenUsage(row.prompt_tokens, row.cached_tokens, row.completion_tokens, quantities)
     return UsageRecord(
         request_id=row.request_id,
         tenant_id=row.tenant_id,
         key_id=row.key_id,
         model=row.model,
         replica=row.replica,
-        usage=TokenUsage(row.prompt_tokens, row.cached_tokens, row.completion_tokens),
+        usage=usage,
         estimated=row.estimated,
-        status=Status(row.status),
+        status=RequestStatus(row.status),
         streamed=row.streamed,
         price_id=row.price_id,
         currency=row.currency,
-        charge_input=Nanos(row.charge_input),
-        charge_cached=Nanos(row.charge_cached),
-        charge_output=Nanos(row.charge_output),
+        charges=charges_of(usage, (row.charge_input, row.charge_cached, row.charge_output), amounts),
         uncollected=Nanos(row.uncollected),
         hold=Nanos(row.hold),
         started_at=from_micros(row.started_at),
         first_token_at=None if row.first_token_at is None else from_micros(row.first_token_at),
         finished_at=from_micros(row.finished_at),
         device_ns=row.device_ns,
+        labels=_labels(row),
+        list_amount=None if row.list_amount is None else Nanos(row.list_amount),
     )

@@ -1,1 +1,4 @@
-"""Tides: the policies of the house, pure. A snapshot and a clock go in, decisions come out; the simulator asks too."""
+"""Tides: the policies of the house, pure.
+
+A snapshot and a clock go in, decisions come out; the simulator asks too.
+"""

@@ -1,4 +1,6 @@
-"""Times counted in logarithmic buckets, eight to a doubling: a quantile is right to a tenth, whatever the times are.
+"""Times counted in logarithmic buckets, eight to a doubling.
+
+A quantile is right to a tenth, whatever the times are.
 
 A few dozen integers hold any number of samples, they add up, and they age by being thrown away.
 """

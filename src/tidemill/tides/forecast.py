@@ -1,5 +1,6 @@
-"""What interactive work is to be expected of a model: from its own history, by time of day and weekday, corrected by
-how today goes, and with how wrong that was before.
+"""What interactive work is to be expected of a model.
+
+From its own history, by time of day and weekday, corrected by how today goes, and with how wrong that was before.
 
 No model is trained: the profile of a moment is a weighted median of what came at this time on the days before, recent
 days and the same weekday counting more; the level is that of the last bins relative to their profile, and is believed
@@ -20,7 +21,7 @@ DAY_S = 86_400.0
 MAX_DAYS = 28
 
 
-class History(msgspec.Struct, frozen=True):
+class DemandSeries(msgspec.Struct, frozen=True):
     """Mean work a second in consecutive bins, the oldest first."""
 
     end: float
@@ -30,7 +31,7 @@ class History(msgspec.Struct, frozen=True):
     bin_s: float = 300.0
 
 
-class Outlook(msgspec.Struct, frozen=True, kw_only=True):
+class ForecastSettings(msgspec.Struct, frozen=True, kw_only=True):
     """How a forecast is made."""
 
     quantile: float = 0.95
@@ -51,12 +52,15 @@ class Outlook(msgspec.Struct, frozen=True, kw_only=True):
     """Errors that weigh as much as that assumption."""
 
 
-OUTLOOK = Outlook()
+OUTLOOK = ForecastSettings()
 
 
-def forecast(history: History, horizon_s: float, outlook: Outlook = OUTLOOK) -> Demand:
-    """The most work a second that is expected in any bin until `horizon_s` after the end of the history, and its
-    quantile. Costs a few milliseconds for four weeks: ask once a bin."""
+def forecast(history: DemandSeries, horizon_s: float, outlook: ForecastSettings = OUTLOOK) -> Demand:
+    """The most work a second that is expected until `horizon_s` from now, and its quantile.
+
+    It is the most of any bin until then, counted from the end of the history. Costs a few milliseconds for four weeks:
+    ask once a bin.
+    """
     ahead = max(math.ceil(horizon_s / history.bin_s), 1)
     view = _View(history, outlook)
     last = len(history.values)
@@ -68,7 +72,7 @@ def forecast(history: History, horizon_s: float, outlook: Outlook = OUTLOOK) -> 
 class _View:
     """A history, looked at from several moments; a moment is the number of bins that are known then."""
 
-    def __init__(self, history: History, outlook: Outlook) -> None:
+    def __init__(self, history: DemandSeries, outlook: ForecastSettings) -> None:
         self._values = history.values[-round((MAX_DAYS + 1) * DAY_S / history.bin_s) :]
         self._skipped = len(history.values) - len(self._values)
         self._day = max(round(DAY_S / history.bin_s), 1)

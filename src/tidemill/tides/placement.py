@@ -1,15 +1,19 @@
-"""Which devices a piece of work gets: the best kind, one node, and nodes that are in use already, so that whole ones
-are left for gangs. A model's minimum of replicas is spread instead, where that costs nobody more."""
+"""Which devices a piece of work gets.
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+The best kind, one node, and nodes that are in use already, so that whole ones are left for gangs. A model's minimum of
+replicas is spread instead, where that costs nobody more.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
 
 import msgspec
 
-from tidemill.tides.board import ORDINARY, Board, Pool, Unit
+from tidemill.tides.occupancy import ORDINARY, DevicePool, Occupancy
+from tidemill.tides.preemption import PreemptionCandidate, PreemptionRule, minimal_preemptions, preemption_cost
 
 
-class Claim(msgspec.Struct, frozen=True, gc=False):
-    """What a piece of work wants, and whom it may make give way."""
+class PlacementRequest(msgspec.Struct, frozen=True, gc=False):
+    """What a piece of work wants, and whom it may preempt."""
 
     work: str
     """`job ID`, `model NAME`, `reservation ID`."""
@@ -30,86 +34,91 @@ class Claim(msgspec.Struct, frozen=True, gc=False):
     """Only what is free now, nothing that is coming."""
     only: frozenset[str] | None = None
     """Of these devices; None: of all."""
-    may: Callable[[Unit], bool] | None = None
-    """None: nobody gives way."""
+    may_preempt: PreemptionRule | None = None
+    """None: nobody is preempted."""
 
     def among(self, devices: Collection[str]) -> Collection[str]:
         """Those of these devices that it may have."""
         return devices if self.only is None else self.only.intersection(devices)
 
 
-class Grant(msgspec.Struct, frozen=True, gc=False):
+class Placement(msgspec.Struct, frozen=True, gc=False):
     """What it gets."""
 
     devices: tuple[str, ...]
     ready: bool
     """They are all free now; else it waits for those that are coming."""
-    victims: tuple[Unit, ...] = ()
+    victims: tuple[PreemptionCandidate, ...] = ()
 
 
-def place(board: Board, claim: Claim) -> Grant | None:
-    """Give devices out: free ones, else with those that are coming, else with those of others who give way (the
-    caller tells these). None, and nothing changed but promises released, when there are not so many to be had."""
+def place(occupancy: Occupancy, request: PlacementRequest) -> Placement | None:
+    """Give devices out for a request; None when there are not so many to be had.
+
+    Free ones, else with those that are coming, else with those of others who are preempted (the caller tells these).
+    With None nothing has changed but promises released.
+    """
     # What was promised to a job before its reservation was in force is not of that.
-    mine = [device for device in board.release(claim.work) if board.zone[device] in claim.zones]
-    if not claim.now and len(mine) >= claim.count:
-        own = Pool(board)
+    mine = [device for device in occupancy.release(request.work) if occupancy.zone[device] in request.zones]
+    if not request.now and len(mine) >= request.count:
+        own = DevicePool(occupancy)
         for device in mine:
             own.add(device)
-        devices = pick(board, [own], claim)
+        devices = pick(occupancy, [own], request)
         if devices is not None:
-            board.keep_again(claim.work, [device for device in mine if device not in devices])
-            return Grant(devices, board.take(devices))
-    layers: list[Pool] = [board.free[zone] for zone in claim.zones]
-    tries: list[list[Pool]] = [list(layers)]
-    if claim.held:
-        tries.append([*layers, board.held_free])
-    if not claim.now:
-        layers += [board.coming[zone] for zone in claim.zones]
+            occupancy.keep_again(request.work, [device for device in mine if device not in devices])
+            return Placement(devices, occupancy.take(devices))
+    layers: list[DevicePool] = [occupancy.free[zone] for zone in request.zones]
+    tries: list[list[DevicePool]] = [list(layers)]
+    if request.held:
+        tries.append([*layers, occupancy.held_free])
+    if not request.now:
+        layers += [occupancy.coming[zone] for zone in request.zones]
         tries.append(list(layers))
-    if claim.kept and ORDINARY in claim.zones:
-        layers += [board.kept_free] if claim.now else [board.kept_free, board.kept_coming]
+    if request.kept and ORDINARY in request.zones:
+        layers += [occupancy.kept_free] if request.now else [occupancy.kept_free, occupancy.kept_coming]
         tries.append(layers)
     for each in tries:
-        devices = pick(board, each, claim)
+        devices = pick(occupancy, each, request)
         if devices is not None:
-            return Grant(devices, board.take(devices))
-    if claim.may is None:
+            return Placement(devices, occupancy.take(devices))
+    if request.may_preempt is None:
         return None
-    victims = _who_gives_way(board, layers, claim)
+    victims = find_preemptions(occupancy, layers, request)
     if victims is None:
         return None
-    for unit in victims:
-        board.vacate(unit.name, unit.devices)
-    devices = pick(board, layers, claim)
+    for candidate in victims:
+        occupancy.vacate(candidate.name, candidate.devices)
+    devices = pick(occupancy, layers, request)
     if devices is None:
-        raise AssertionError(f"{claim.work}: those that give way are not enough")
-    return Grant(devices, board.take(devices), tuple(victims))
+        raise AssertionError(f"{request.work}: the preempted are not enough")
+    return Placement(devices, occupancy.take(devices), tuple(victims))
 
 
-def kinds_of(board: Board, claim: Claim) -> Sequence[str]:
+def kinds_of(occupancy: Occupancy, request: PlacementRequest) -> Sequence[str]:
     """Kinds to try, the best first."""
-    return claim.kinds or sorted(board.total, key=lambda kind: (-board.total[kind], kind))
+    return request.kinds or sorted(occupancy.total, key=lambda kind: (-occupancy.total[kind], kind))
 
 
-def pick(board: Board, layers: Sequence[Pool], claim: Claim) -> tuple[str, ...] | None:
+def pick(occupancy: Occupancy, layers: Sequence[DevicePool], request: PlacementRequest) -> tuple[str, ...] | None:
     """Devices for a claim from pools, the earlier pools rather; they are not taken yet."""
-    kinds = kinds_of(board, claim)
-    if not claim.apart:
-        tries = [(kind, claim.apart) for kind in kinds]
-    elif claim.kinds:  # a better kind counts for more than another node
-        tries = [(kind, apart) for kind in kinds for apart in (claim.apart, frozenset())]
+    kinds = kinds_of(occupancy, request)
+    if not request.apart:
+        tries = [(kind, request.apart) for kind in kinds]
+    elif request.kinds:  # a better kind counts for more than another node
+        tries = [(kind, apart) for kind in kinds for apart in (request.apart, frozenset())]
     else:
-        tries = [(kind, apart) for apart in (claim.apart, frozenset()) for kind in kinds]
+        tries = [(kind, apart) for apart in (request.apart, frozenset()) for kind in kinds]
     for kind, apart in tries:
-        chosen = _of_kind(board, layers, claim, kind, apart)
+        chosen = _of_kind(occupancy, layers, request, kind, apart)
         if chosen is not None:
-            return tuple(sorted(chosen, key=board.order.__getitem__))
+            return tuple(sorted(chosen, key=occupancy.order.__getitem__))
     return None
 
 
-def _of_kind(board: Board, layers: Sequence[Pool], claim: Claim, kind: str, apart: Collection[str]) -> list[str] | None:
-    if sum(pool.count(kind) for pool in layers) < claim.count:
+def _of_kind(
+    occupancy: Occupancy, layers: Sequence[DevicePool], request: PlacementRequest, kind: str, apart: Collection[str]
+) -> list[str] | None:
+    if sum(pool.count(kind) for pool in layers) < request.count:
         return None
     by_node: dict[str, list[str]] = {}
     now: dict[str, int] = {}
@@ -117,44 +126,48 @@ def _of_kind(board: Board, layers: Sequence[Pool], claim: Claim, kind: str, apar
         for node, devices in pool.kinds.get(kind, {}).items():
             if node in apart:
                 continue
-            usable = claim.among(devices)
-            by_node.setdefault(node, []).extend(sorted(usable, key=board.order.__getitem__))
+            usable = request.among(devices)
+            by_node.setdefault(node, []).extend(sorted(usable, key=occupancy.order.__getitem__))
             if depth == 0:
                 now[node] = len(usable)
-    if apart and sum(len(devices) for devices in by_node.values()) < claim.count:
+    if apart and sum(len(devices) for devices in by_node.values()) < request.count:
         return None
-    chosen = _one_node(board, by_node, now, claim.count)
-    if chosen is None and claim.spread:
-        return _few_nodes(board, by_node, claim.count)
-    if chosen is None and _must_span(board, claim, kind):
-        return _equal_parts(board, by_node, now, kind, claim.count)
+    chosen = _one_node(occupancy, by_node, now, request.count)
+    if chosen is None and request.spread:
+        return _few_nodes(occupancy, by_node, request.count)
+    if chosen is None and _must_span(occupancy, request, kind):
+        return _equal_parts(occupancy, by_node, now, kind, request.count)
     return chosen
 
 
-def _must_span(board: Board, claim: Claim, kind: str) -> bool:
-    return claim.spans and 0 < board.largest.get(kind, 0) < claim.count
+def _must_span(occupancy: Occupancy, request: PlacementRequest, kind: str) -> bool:
+    return request.spans and 0 < occupancy.largest.get(kind, 0) < request.count
 
 
 def equal_parts(count: int, largest: int) -> tuple[int, int]:
-    """Nodes, and devices of each, for what is in equal parts on as few nodes as can be. `largest`: devices of the
-    largest node, at least 1."""
+    """Nodes, and devices of each, for what is in equal parts on as few nodes as can be.
+
+    `largest`: devices of the largest node, at least 1.
+    """
     nodes = next(nodes for nodes in range(-(-count // largest), count + 1) if count % nodes == 0)
     return nodes, count // nodes
 
 
-def _one_node(board: Board, by_node: dict[str, list[str]], now: dict[str, int], count: int) -> list[str] | None:
+def _one_node(occupancy: Occupancy, by_node: dict[str, list[str]], now: dict[str, int], count: int) -> list[str] | None:
     """From the node where most of it is there now, of these from the fullest."""
     fitting = [node for node, devices in by_node.items() if len(devices) >= count]
     if not fitting:
         return None
-    best = min(fitting, key=lambda node: (max(count - now.get(node, 0), 0), len(by_node[node]), board.node_order[node]))
+    best = min(
+        fitting, key=lambda node: (max(count - now.get(node, 0), 0), len(by_node[node]), occupancy.node_order[node])
+    )
     return by_node[best][:count]
 
 
-def _few_nodes(board: Board, by_node: dict[str, list[str]], count: int) -> list[str]:
+def _few_nodes(occupancy: Occupancy, by_node: dict[str, list[str]], count: int) -> list[str]:
     """From the nodes with most; the rest from the node that it fits best."""
     chosen: list[str] = []
-    nodes = sorted(by_node, key=lambda node: (-len(by_node[node]), board.node_order[node]))
+    nodes = sorted(by_node, key=lambda node: (-len(by_node[node]), occupancy.node_order[node]))
     for position, node in enumerate(nodes):
         missing = count - len(chosen)
         if len(by_node[node]) < missing:
@@ -162,61 +175,75 @@ def _few_nodes(board: Board, by_node: dict[str, list[str]], count: int) -> list[
             continue
         last = min(
             (each for each in nodes[position:] if len(by_node[each]) >= missing),
-            key=lambda each: (len(by_node[each]), board.node_order[each]),
+            key=lambda each: (len(by_node[each]), occupancy.node_order[each]),
         )
         return chosen + by_node[last][:missing]
     return chosen
 
 
 def _equal_parts(
-    board: Board, by_node: dict[str, list[str]], now: dict[str, int], kind: str, count: int
+    occupancy: Occupancy, by_node: dict[str, list[str]], now: dict[str, int], kind: str, count: int
 ) -> list[str] | None:
     """From the nodes where most of a part is there now, of these from the fullest."""
-    nodes, part = equal_parts(count, board.largest[kind])
+    nodes, part = equal_parts(count, occupancy.largest[kind])
     fitting = [node for node, devices in by_node.items() if len(devices) >= part]
     if len(fitting) < nodes:
         return None
-    fitting.sort(key=lambda node: (max(part - now.get(node, 0), 0), len(by_node[node]), board.node_order[node]))
+    fitting.sort(key=lambda node: (max(part - now.get(node, 0), 0), len(by_node[node]), occupancy.node_order[node]))
     return [device for node in fitting[:nodes] for device in by_node[node][:part]]
 
 
-# Who gives way
+# Whom to preempt
 
 
-def _who_gives_way(board: Board, layers: Sequence[Pool], claim: Claim) -> list[Unit] | None:
-    """The jobs and replicas that lose least by giving way to a claim; None when nobody's going is enough."""
-    assert claim.may is not None
-    allowed = {unit.name for unit in board.units.values() if claim.may(unit)}
+def find_preemptions(
+    occupancy: Occupancy, layers: Sequence[DevicePool], request: PlacementRequest
+) -> list[PreemptionCandidate] | None:
+    """The jobs and replicas that lose least if a request preempts them.
+
+    None when that is not enough either.
+    """
+    assert request.may_preempt is not None
+    allowed = {candidate.name for candidate in occupancy.candidates.values() if request.may_preempt(candidate)}
     if not allowed:
         return None
-    for kind in kinds_of(board, claim):
-        if board.total[kind] < claim.count:
+    for kind in kinds_of(occupancy, request):
+        if occupancy.total[kind] < request.count:
             continue
         have: dict[str, int] = {}
         for pool in layers:
             for node, devices in pool.kinds.get(kind, {}).items():
-                have[node] = have.get(node, 0) + len(claim.among(devices))
-        found = _on_one_node(board, kind, have, claim, allowed)
-        if found is None and claim.spread:
-            gains = _gains(board, (board.units[name] for name in allowed), kind, claim)
-            found = cheapest(gains, claim.count - sum(have.values()))
-        elif found is None and _must_span(board, claim, kind):
-            found = _on_equal_parts(board, kind, have, claim, allowed)
+                have[node] = have.get(node, 0) + len(request.among(devices))
+        found = _on_one_node(occupancy, kind, have, request, allowed)
+        if found is None and request.spread:
+            gains = _gains(occupancy, (occupancy.candidates[name] for name in allowed), kind, request)
+            found = minimal_preemptions(gains, request.count - sum(have.values()))
+        elif found is None and _must_span(occupancy, request, kind):
+            found = _on_equal_parts(occupancy, kind, have, request, allowed)
         if found is not None:
             return found
     return None
 
 
-def _on_one_node(board: Board, kind: str, have: dict[str, int], claim: Claim, allowed: set[str]) -> list[Unit] | None:
-    found: list[tuple[tuple[int, float, int], int, bool, list[Unit]]] = []
-    for (each, node), size in board.size.items():
-        if each != kind or size < claim.count:
+def _on_one_node(
+    occupancy: Occupancy, kind: str, have: dict[str, int], request: PlacementRequest, allowed: set[str]
+) -> list[PreemptionCandidate] | None:
+    found: list[tuple[tuple[int, float, int], int, bool, list[PreemptionCandidate]]] = []
+    for (each, node), size in occupancy.size.items():
+        if each != kind or size < request.count:
             continue
-        there = [unit for unit in board.units_on(node) if unit.name in allowed]
-        gains = _gains(board, there, kind, claim, node)
-        units = cheapest(gains, claim.count - have.get(node, 0))
-        if units is not None:
-            found.append((_weight(units, claim.count), board.node_order[node], node in claim.apart, units))
+        there = [candidate for candidate in occupancy.candidates_on(node) if candidate.name in allowed]
+        gains = _gains(occupancy, there, kind, request, node)
+        candidates = minimal_preemptions(gains, request.count - have.get(node, 0))
+        if candidates is not None:
+            found.append(
+                (
+                    preemption_cost(candidates, request.count),
+                    occupancy.node_order[node],
+                    node in request.apart,
+                    candidates,
+                )
+            )
     if not found:
         return None
     best = min(found, key=lambda each: each[:2])
@@ -228,83 +255,46 @@ def _on_one_node(board: Board, kind: str, have: dict[str, int], claim: Claim, al
 
 
 def _on_equal_parts(
-    board: Board, kind: str, have: dict[str, int], claim: Claim, allowed: set[str]
-) -> list[Unit] | None:
-    nodes, part = equal_parts(claim.count, board.largest[kind])
-    found: list[tuple[tuple[int, float, int], int, list[Unit]]] = []
-    for (each, node), size in board.size.items():
+    occupancy: Occupancy, kind: str, have: dict[str, int], request: PlacementRequest, allowed: set[str]
+) -> list[PreemptionCandidate] | None:
+    nodes, part = equal_parts(request.count, occupancy.largest[kind])
+    found: list[tuple[tuple[int, float, int], int, list[PreemptionCandidate]]] = []
+    for (each, node), size in occupancy.size.items():
         if each != kind or size < part:
             continue
-        there = [unit for unit in board.units_on(node) if unit.name in allowed]
-        units = cheapest(_gains(board, there, kind, claim, node), part - have.get(node, 0))
-        if units is not None:
-            found.append((_weight(units, part), board.node_order[node], units))
+        there = [candidate for candidate in occupancy.candidates_on(node) if candidate.name in allowed]
+        candidates = minimal_preemptions(_gains(occupancy, there, kind, request, node), part - have.get(node, 0))
+        if candidates is not None:
+            found.append((preemption_cost(candidates, part), occupancy.node_order[node], candidates))
     if len(found) < nodes:
         return None
     best = sorted(found, key=lambda each: each[:2])[:nodes]
-    return list({unit.name: unit for _, _, units in best for unit in units}.values())
+    return list({candidate.name: candidate for _, _, candidates in best for candidate in candidates}.values())
 
 
 def _gains(
-    board: Board, units: Iterable[Unit], kind: str, claim: Claim, node: str | None = None
-) -> list[tuple[Unit, int]]:
-    """How many usable devices each unit's going would free."""
+    occupancy: Occupancy,
+    candidates: Iterable[PreemptionCandidate],
+    kind: str,
+    request: PlacementRequest,
+    node: str | None = None,
+) -> list[tuple[PreemptionCandidate, int]]:
+    """How many usable devices each candidate would free."""
     gains = []
-    for unit in units:
+    for candidate in candidates:
         gain = 0
-        for device in unit.devices:
-            view = board.device.get(device)
+        for device in candidate.devices:
+            view = occupancy.device.get(device)
             if (
                 view is not None
                 and view.up
                 and view.kind == kind
                 and (node is None or view.node == node)
-                and (claim.only is None or device in claim.only)
-                and board.zone[device] in claim.zones
-                and board.holder.get(device) == unit.name
+                and (request.only is None or device in request.only)
+                and occupancy.zone[device] in request.zones
+                and occupancy.holder.get(device) == candidate.name
             ):
                 gain += 1
         if gain:
-            gains.append((unit, gain))
+            gains.append((candidate, gain))
     return gains
-
-
-def cheapest(gains: Sequence[tuple[Unit, int]], need: int) -> list[Unit] | None:
-    """Units that free `need` devices together and lose little: the first in rank until it is enough, less those that
-    turn out not to be needed, or the best single one."""
-    if need <= 0:
-        return []
-    ordered = sorted(gains, key=lambda each: each[0].rank)
-    chosen: list[tuple[Unit, int]] = []
-    freed = 0
-    for unit, gain in ordered:
-        chosen.append((unit, gain))
-        freed += gain
-        if freed >= need:
-            break
-    if freed < need:
-        return None
-    for unit, gain in reversed(chosen[:]):
-        if freed - gain >= need:
-            chosen.remove((unit, gain))
-            freed -= gain
-    several = [unit for unit, _ in chosen]
-    single = min(
-        ((unit, gain) for unit, gain in ordered if gain >= need),
-        key=lambda each: (_weight([each[0]], need), each[0].name),
-        default=None,
-    )
-    if single is not None and _weight([single[0]], need) < _weight(several, need):
-        return [single[0]]
-    return several
-
-
-def _weight(units: Sequence[Unit], need: int) -> tuple[int, float, int]:
-    """How bad it is that these give way: the highest tier, the work lost, and devices freed beyond the need."""
-    if not units:
-        return (-1, 0.0, 0)
-    return (
-        max(unit.tier for unit in units),
-        sum(unit.loss_s for unit in units),
-        sum(len(unit.devices) for unit in units) - need,
-    )

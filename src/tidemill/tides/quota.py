@@ -1,9 +1,9 @@
-"""Whose turn it is among jobs: queues with a quota of their own, borrowing what others leave, and getting it back.
+"""The order of jobs: queues with quota, borrowing and reclaim.
 
 The terms and the order are those of Kueue (kueue.sigs.k8s.io): a queue may borrow beyond its quota, who is within its
 quota reclaims from borrowers, and borrowers share by weight. The rule for gangs is EASY backfill (Lifka, "The ANL/IBM
-SP scheduling system", 1995) where preemption can't help: the first in line has its devices kept together, and later
-ones may use them only if they end before, or give way when, they are needed.
+SP scheduling system", 1995) where preemption can't help: the first in the queue has its devices kept together, and
+later ones may use them only if they end before they are needed, or may be preempted then.
 """
 
 import math
@@ -15,7 +15,7 @@ from tidemill.tides.rules import Rules
 from tidemill.tides.state import JobPhase, JobView, QueueView
 
 
-class Share(msgspec.Struct):
+class QueueUse(msgspec.Struct):
     """A queue, and the devices that its jobs have."""
 
     view: QueueView
@@ -28,7 +28,7 @@ class Share(msgspec.Struct):
         return math.inf if self.view.borrow is None else self.view.quota + self.view.borrow
 
     def owns(self, more: int) -> bool:
-        """Whether with so many devices more it would still be within its quota."""
+        """True if it is still within its quota with so many devices more."""
         return self.used + more <= self.view.quota
 
     @property
@@ -40,19 +40,19 @@ class Share(msgspec.Struct):
         return max(self.used + more - self.view.quota, 0) / max(self.view.weight, 1e-9)
 
 
-class Queues:
+class QueueQuotas:
     """All queues; one that was not declared has no quota and borrows."""
 
     def __init__(self, views: Iterable[QueueView], running: Iterable[JobView]) -> None:
-        self.by_name = {view.name: Share(view) for view in views}
+        self.by_name = {view.name: QueueUse(view) for view in views}
         for job in running:
             if job.phase is JobPhase.RUNNING:
                 self.add(job, len(job.on))
 
-    def __getitem__(self, name: str) -> Share:
+    def __getitem__(self, name: str) -> QueueUse:
         share = self.by_name.get(name)
         if share is None:
-            share = self.by_name[name] = Share(QueueView(name=name))
+            share = self.by_name[name] = QueueUse(QueueView(name=name))
         return share
 
     def add(self, job: JobView, devices: int) -> None:
@@ -85,58 +85,33 @@ def laxity_s(job: JobView, now: float) -> float | None:
     return None if job.deadline is None else job.deadline - now - (job.remaining_s or 0.0)
 
 
-def presses(job: JobView, now: float, rules: Rules) -> bool:
-    """Whether a job's deadline is near enough to go before others, and not missed already."""
+def is_urgent(job: JobView, now: float, rules: Rules) -> bool:
+    """True if a job's deadline is near enough that it goes before others, and not missed already."""
     laxity = laxity_s(job, now)
     if laxity is None:
         return False
     left = job.remaining_s or 0.0
     if job.remaining_s is not None and job.phase is JobPhase.RUNNING:
-        # What was left when it began: else its deadline would press no longer once it has run for a while, and it would
-        # be preempted until it presses again.
+        # What was left when it began: else it would be urgent no longer once it has run for a while, and be
+        # preempted until it is urgent again.
         left += max(now - job.started_at, 0.0)
     return -rules.hopeless_share * left - rules.margin_s <= laxity < rules.urgent_s + rules.urgent_share * left
 
 
-def place_in_line(job: JobView, rules: Rules) -> tuple[float, str]:
-    """The order by priority and age: one level of priority is worth `ageing_s` of waiting. It doesn't change while
-    time passes, so that no two jobs ever take devices from each other in turns."""
+def priority_order(job: JobView, rules: Rules) -> tuple[float, str]:
+    """The order by priority and age: one level of priority is worth `ageing_s` of waiting.
+
+    It doesn't change while time passes, so that no two jobs ever take devices from each other in turns.
+    """
     return (job.submitted_at - job.priority * rules.ageing_s, job.id)
 
 
-def turn(job: JobView, now: float, rules: Rules) -> tuple[bool, float, float, str]:
-    """The order of the jobs that wait in one queue: deadlines that press by what is left to wait, then the others."""
-    pressing = presses(job, now, rules)
-    return (not pressing, (laxity_s(job, now) or 0.0) if pressing else 0.0, *place_in_line(job, rules))
+def queue_order(job: JobView, now: float, rules: Rules) -> tuple[bool, float, float, str]:
+    """The order of the jobs that wait in one queue: urgent ones by their slack, then the others."""
+    urgent = is_urgent(job, now, rules)
+    return (not urgent, (laxity_s(job, now) or 0.0) if urgent else 0.0, *priority_order(job, rules))
 
 
 def behind(job: JobView, other: JobView, rules: Rules) -> bool:
-    """Whether a job stands behind another by priority and age."""
-    return place_in_line(job, rules) > place_in_line(other, rules)
-
-
-def gives_way(victim: JobView, to: JobView, queues: Queues, now: float, rules: Rules) -> bool:
-    """Whether a running job may be preempted for one that waits. A quota is got back at once, but from a job that would
-    soon be done, and miss its deadline: that is waited for as long as any job that has just begun."""
-    if not victim.preemptible or victim.reservation is not None:
-        return False
-    held = len(victim.on) or victim.devices
-    own, theirs = queues[to.queue], queues[victim.queue]
-    settled = now - victim.started_at >= rules.min_run_s
-    after = behind(victim, to, rules)
-    overtook = after and victim.started_at >= to.submitted_at
-    pressing = presses(to, now, rules)
-    if victim.queue == to.queue:
-        if presses(victim, now, rules) or not settled:
-            return False
-        return (after and victim.priority < to.priority) or overtook or (pressing and victim.priority <= to.priority)
-    if not theirs.borrowing:
-        return False
-    if own.owns(to.devices):
-        nearly = victim.remaining_s is not None and victim.remaining_s <= rules.min_run_s
-        return not (nearly and presses(victim, now, rules)) or presses(to, now, rules)
-    if presses(victim, now, rules) or not settled:
-        return False
-    if pressing or (overtook and own.weight_used() < theirs.weight_used()):
-        return True
-    return theirs.weight_used(-held) >= own.weight_used(to.devices)
+    """True if a job comes after another by priority and age."""
+    return priority_order(job, rules) > priority_order(other, rules)

@@ -16,7 +16,7 @@ import msgspec
 _MASK = (1 << 64) - 1
 
 
-class Standing(IntEnum):
+class ReplicaHealth(IntEnum):
     """Whether a replica should be sent requests; the lower, the rather."""
 
     READY = 0
@@ -28,21 +28,21 @@ class Standing(IntEnum):
     """Not to be used: starting, unreachable, or gone."""
 
 
-class ReplicaView(msgspec.Struct, frozen=True, gc=False):
+class ReplicaCandidate(msgspec.Struct, frozen=True, gc=False):
     """What is known of one replica when a request comes. All counts in tokens."""
 
-    standing: Standing = Standing.READY
+    health: ReplicaHealth = ReplicaHealth.READY
     cached: int = 0
     """Tokens of this prompt that its cache is expected to hold."""
     in_flight: int = 0
-    """Work in flight there, see `Work`."""
+    """Work in flight there, see `RequestWork`."""
     held: int = 0
     """How much the index remembers of its cache, in any unit: of equal replicas, the emptier cache takes more in."""
     home: bool = False
     """It is the home of the request's session."""
 
 
-class Policy(msgspec.Struct, frozen=True, gc=False):
+class RoutingPolicy(msgspec.Struct, frozen=True, gc=False):
     """How work is weighed."""
 
     decode_weight: int = 5
@@ -57,41 +57,55 @@ class Policy(msgspec.Struct, frozen=True, gc=False):
     """A session stays at its home until that has this much more work before it than the best other replica."""
 
 
-POLICY = Policy()
+POLICY = RoutingPolicy()
 
 
-class Work(msgspec.Struct, frozen=True, gc=False):
-    """What a request adds to a replica's work in flight: `prefill` until its first token, `decode` until its end."""
+class RequestWork(msgspec.Struct, frozen=True, gc=False):
+    """What a request adds to a replica's work in flight.
+
+    `prefill` until its first token, `decode` until its end.
+    """
 
     prefill: int
     decode: int
 
 
-def work_of(prompt: int, cached: int, output_bound: int, choices: int = 1, policy: Policy = POLICY) -> Work:
-    """The work of a request with `prompt` tokens, `cached` of them cached, and at most `output_bound` a choice."""
+def work_of(
+    prompt: int, cached: int, output_bound: int, choices: int = 1, policy: RoutingPolicy = POLICY
+) -> RequestWork:
+    """The work of a request with `prompt` tokens, `cached` of them cached.
+
+    It produces at most `output_bound` a choice.
+    """
     answer = min(output_bound, policy.expected_output) * choices
-    return Work(max(prompt - cached, 0), answer * policy.decode_weight)
+    return RequestWork(max(prompt - cached, 0), answer * policy.decode_weight)
 
 
-def cost(view: ReplicaView, prompt: int, policy: Policy = POLICY) -> float:
+def cost(view: ReplicaCandidate, prompt: int, policy: RoutingPolicy = POLICY) -> float:
     """The work before the first token of a request with `prompt` tokens, were it sent there."""
     own = prompt - min(view.cached, prompt)
     return own + policy.load_weight * view.in_flight - (policy.session_tokens if view.home else 0)
 
 
 def choose(
-    views: Sequence[ReplicaView], prompt: int, *, worst: Standing = Standing.AVOID, policy: Policy = POLICY
+    views: Sequence[ReplicaCandidate],
+    prompt: int,
+    *,
+    worst: ReplicaHealth = ReplicaHealth.AVOID,
+    policy: RoutingPolicy = POLICY,
 ) -> int | None:
-    """The index of the replica to send a request with `prompt` tokens to; None when none stands at `worst` or better.
+    """The index of the replica to send a request with `prompt` tokens to.
+
+    None when none stands at `worst` or better.
 
     A better standing goes first, then the least cost, then the emptier cache, then the earlier replica.
     """
     best: int | None = None
     best_rank: tuple[int, float, int] = (worst + 1, 0.0, 0)
     for index, view in enumerate(views):
-        if view.standing > worst or view.standing > best_rank[0]:
+        if view.health > worst or view.health > best_rank[0]:
             continue
-        rank = (view.standing, cost(view, prompt, policy), view.held)
+        rank = (view.health, cost(view, prompt, policy), view.held)
         if rank < best_rank:
             best, best_rank = index, rank
     return best
@@ -106,7 +120,9 @@ def mixed(key: int, seat: int) -> int:
 
 
 def home(session: int, seats: Sequence[int]) -> int:
-    """The index of a session's home among the replicas with these `seats` (64-bit numbers, fixed for each name).
+    """The index of a session's home among the replicas with these `seats`.
+
+    Seats are 64-bit numbers, fixed for each name.
 
     By rendezvous (Thaler and Ravishankar, 1998): every gateway process comes to the same home without asking the
     others, and a replica more or less moves only the sessions that it gains or had. `seats` must not be empty.

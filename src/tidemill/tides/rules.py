@@ -4,7 +4,10 @@ import msgspec
 
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True):
-    """What an operator may want to set otherwise; the defaults are those of the simulated fleet (docs/tides.md)."""
+    """What an operator may want to set otherwise.
+
+    The defaults are those of the simulated fleet (docs/tides.md).
+    """
 
     # How many replicas
     target: float = 0.75
@@ -20,14 +23,14 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     late_load: float = 0.4
     """Missed objectives ask for a replica only where the others are used that much: what is late on idle replicas is
     late for another reason."""
-    turn: bool = True
-    """Replicas are lent to batches and taken back by turning them (`TurnReplica`) where the shell can do that."""
+    lend_replicas: bool = True
+    """Replicas are lent to batches and taken back (`LendReplica`), where the shell can do that."""
 
-    # Who gives way
+    # Preemption
     min_run_s: float = 1800.0
     """A job that began less than this ago is not preempted by an equal."""
     min_fill_s: float = 300.0
-    """A replica for batches that began less than this ago does not give way to a job."""
+    """A replica for batches that began less than this ago is not preempted by a job."""
     soon_s: float = 10.0
     """A job that ends within this is waited for, not preempted."""
     restart_s: float = 60.0
@@ -36,9 +39,9 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     # Deadlines
     urgent_s: float = 1800.0
     urgent_share: float = 0.67
-    """A deadline presses when what could be waited is less than `urgent_s` and this share of what is left to run."""
+    """A deadline is urgent when the slack to it is less than `urgent_s` and this share of what is left to run."""
     hopeless_share: float = 0.1
-    """A deadline that is missed by more than this share of what is left to run presses no longer."""
+    """A deadline that is missed by more than this share of what is left to run is urgent no longer."""
     batch_margin: float = 0.6
     """Share of the time to its deadline in which a batch is meant to be done."""
     ageing_s: float = 3600.0
@@ -50,7 +53,7 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     ahead_s: float = 120.0
     """From so long before its start, what is free is kept for a reservation."""
 
-    # Filling
+    # Backfill
     batch_gain: float = 1.0
     """Work that a replica does when it serves nothing but batches, relative to its capacity within the objective."""
     batch_inside: float = 0.5
@@ -60,7 +63,7 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     batch_worth: float = 3.0
     """A replica is started for batches if they keep it busy for so many times its start-up."""
     preemption_searches: int = 256
-    """Pieces of waiting work for which one plan looks for others to give way, the first in line."""
+    """Pieces of waiting work for which one plan searches for preemptions, the first in the queue."""
 
 
 RULES = Rules()

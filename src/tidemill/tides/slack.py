@@ -16,7 +16,10 @@ from tidemill.tides.state import Objective
 
 
 class StepTime(msgspec.Struct, frozen=True):
-    """Seconds of one step of an engine: `base + prefill * tokens + batch * sequences + kv * tokens in cache`."""
+    """Seconds of one step of an engine.
+
+    `base + prefill * tokens + batch * sequences + kv * tokens in cache`.
+    """
 
     base: float = 0.0
     prefill: float = 0.0
@@ -100,8 +103,10 @@ SLACK = SlackRules()
 
 
 def filler_slots(load: ReplicaLoad, objective: Objective, rules: SlackRules = SLACK) -> int:
-    """How many filler requests may be in flight in a replica now, those that are there included; fewer than are there
-    means that none may enter."""
+    """How many filler requests may be in flight in a replica now, those that are there included.
+
+    Fewer than are there means that none may enter.
+    """
     slots = load.slots if load.slots is not None else rules.unknown_slots
     if load.batch_only:
         return min(slots if load.slots is not None else rules.most, _by_cache(load, 0.0))
@@ -124,8 +129,11 @@ def _by_cache(load: ReplicaLoad, kept: float) -> int:
 
 
 def _by_steps(load: ReplicaLoad, objective: Objective, rules: SlackRules) -> int:
-    """So many that a step, with all of them decoding and the prompts of a burst between, stays within the objective
-    per token. An answer feels the mean step over the time that it takes: so long a burst counts."""
+    """Fillers that fit into a step within the objective per token.
+
+    With all of them decoding and the prompts of a burst between. An answer feels the mean step over the time that it
+    takes: so long a burst counts.
+    """
     if load.steps is None:
         return 1 << 30
     others = load.kv_used - load.filler * load.kv_per_filler

@@ -1,8 +1,10 @@
-"""What the tide sees: devices, models, replicas and work, at one moment. Plain values, from the live fleet or a
-simulated one; instants are seconds of any clock that all of a snapshot shares (live: Unix time).
+"""What the tide sees: devices, models, replicas and work, at one moment.
 
-Demand and capacity are rates of *work*, in tokens of prefill a second (see `tides.routing.Work`): an answer's token
-weighs as much as `Policy.decode_weight` tokens of a prompt.
+Plain values, from the live fleet or a simulated one; instants are seconds of any clock that all of a snapshot shares
+(live: Unix time).
+
+Demand and capacity are rates of *work*, in tokens of prefill a second (see `tides.routing.RequestWork`): an answer's
+token weighs as much as `Policy.decode_weight` tokens of a prompt.
 """
 
 from enum import StrEnum
@@ -35,7 +37,7 @@ class DeviceView(msgspec.Struct, frozen=True):
 
 
 class Phase(StrEnum):
-    """Where a replica is in its life."""
+    """Where a replica is in its lifecycle."""
 
     STARTING = "starting"
     """Its process is being started."""
@@ -65,8 +67,8 @@ class ReplicaView(msgspec.Struct, frozen=True):
     batch_only: bool = False
     """Lent to batches: no interactive request goes there."""
     version: str = ""
-    beside: bool = False
-    """It is lent, and shares the devices of another one, whose they are: it gets what that leaves."""
+    colocated: bool = False
+    """It is lent, and shares the devices of another replica, which has precedence: it gets what that leaves."""
     dozing: bool = False
     """It drains in order to sleep."""
     shared: bool = False
@@ -74,8 +76,10 @@ class ReplicaView(msgspec.Struct, frozen=True):
 
 
 class Demand(msgspec.Struct, frozen=True):
-    """Interactive work that is expected, in tokens of prefill a second: over the time that a new replica needs to get
-    ready and the interval after it."""
+    """Interactive work that is expected, in tokens of prefill a second.
+
+    Over the time that a new replica needs to get ready and the interval after it.
+    """
 
     expected: float = 0.0
     high: float = 0.0
@@ -123,7 +127,7 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class JobPhase(StrEnum):
-    """What the tide needs to know of a job's life."""
+    """Where a job is in its lifecycle, as far as a plan needs it."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -188,13 +192,16 @@ class ReservationView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BacklogView(msgspec.Struct, frozen=True, kw_only=True):
-    """Batches of one model that are not done, most urgent first: (work left in tokens of prefill, deadline)."""
+    """Batches of one model that are not done, most urgent first.
+
+    Each part is (work left in tokens of prefill, deadline).
+    """
 
     model: str
     parts: tuple[tuple[float, float], ...] = ()
 
 
-class Promise(msgspec.Struct, frozen=True):
+class DevicePromise(msgspec.Struct, frozen=True):
     """A device that is kept for a piece of work until all that it needs has come together."""
 
     device: str
@@ -202,7 +209,7 @@ class Promise(msgspec.Struct, frozen=True):
     """`job ID`, `model NAME`, `reservation ID`."""
 
 
-class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+class FleetSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that a plan is made from."""
 
     now: float
@@ -213,7 +220,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     queues: tuple[QueueView, ...] = ()
     reservations: tuple[ReservationView, ...] = ()
     backlogs: tuple[BacklogView, ...] = ()
-    promises: tuple[Promise, ...] = ()
+    promises: tuple[DevicePromise, ...] = ()
     """Those of the last plan. A plan without them is as right, but may change its mind about which device is whose."""
 
 
@@ -238,7 +245,7 @@ class StopReplica(msgspec.Struct, frozen=True):
     """Put it to sleep instead of ending it."""
 
 
-class TurnReplica(msgspec.Struct, frozen=True):
+class LendReplica(msgspec.Struct, frozen=True):
     """Lend a replica to batches, or take it back for interactive requests; nothing is restarted."""
 
     replica: str
@@ -259,7 +266,7 @@ class PreemptJob(msgspec.Struct, frozen=True):
     why: str
 
 
-class Reserve(msgspec.Struct, frozen=True):
+class AssignReservation(msgspec.Struct, frozen=True):
     """The devices that a reservation in force has from now on: mark these, and no others, as its own
     (`DeviceView.reserved_by`). Before they are marked, they are not lent."""
 
@@ -294,10 +301,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     stop_replicas: tuple[StopReplica, ...] = ()
     start_jobs: tuple[StartJob, ...] = ()
     preempt_jobs: tuple[PreemptJob, ...] = ()
-    turn_replicas: tuple[TurnReplica, ...] = ()
-    """Only with `Rules.turn`."""
-    reserve: tuple[Reserve, ...] = ()
-    promises: tuple[Promise, ...] = ()
+    lend_replicas: tuple[LendReplica, ...] = ()
+    """Only with `Rules.lend_replicas`."""
+    reserve: tuple[AssignReservation, ...] = ()
+    promises: tuple[DevicePromise, ...] = ()
     """To be handed back with the next snapshot."""
     devices: tuple[DeviceNote, ...] = ()
     """One for each device of the snapshot, in its order."""

@@ -1,1 +1,1 @@
-"""What fills the trough: batches of requests (and, later, jobs)."""
+"""Work that may wait: batches of requests, and jobs."""

@@ -7,7 +7,7 @@ from typing import ParamSpec, TypeVar
 
 import structlog
 
-RETRY_AFTER_S = (0.2, 1.0, 5.0)
+_RETRY_AFTER_S = (0.2, 1.0, 5.0)
 """Waits before something that must be written down is tried again."""
 SAID_EACH = 20
 """Of so many tries one is told of in the log."""
@@ -28,15 +28,16 @@ class StoreThreads:
         return await asyncio.get_running_loop().run_in_executor(self._executor, lambda: call(*args, **kwargs))
 
     async def surely(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call it again and again until it does not fail: for what must be written down, however long the store does
-        not answer.
+        """Call it again and again until it does not fail.
+
+        For what must be written down, however long the store does not answer.
         """
         tries = 0
         while True:
             try:
                 return await self.do(call, *args, **kwargs)
             except Exception as error:
-                wait_s = RETRY_AFTER_S[min(tries, len(RETRY_AFTER_S) - 1)]
+                wait_s = _RETRY_AFTER_S[min(tries, len(_RETRY_AFTER_S) - 1)]
                 if tries % SAID_EACH == 0:
                     log.warning("cannot be written down; it is tried again", reason=str(error), again_in_s=wait_s)
                 tries += 1

@@ -1,4 +1,7 @@
-"""How a handler reaches the store: in a thread, with the usage logs drained before and the gateways told after."""
+"""How a handler reaches the store.
+
+In a thread, with the usage logs drained before and the gateways told after.
+"""
 
 import asyncio
 from collections.abc import Callable

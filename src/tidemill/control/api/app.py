@@ -78,6 +78,7 @@ HANDLERS = [
     margin.get_margin,
     operations.reconcile,
     operations.reconcile_text,
+    operations.check,
     operations.get_status,
 ]
 
@@ -140,7 +141,7 @@ def _describe_schemas(app: Litestar) -> None:
     """Say in the OpenAPI document what the structs' docstrings say, and that bodies have no other fields."""
     schemas = app.openapi_schema.components.schemas
     for struct in _subclasses(Answer) | _subclasses(Body):
-        schema = schemas.get(struct.__name__)
+        schema = schemas.get(struct.__qualname__)
         if isinstance(schema, Schema):
             schema.description = cleandoc(struct.__doc__ or "")
             if issubclass(struct, Body):

@@ -24,8 +24,9 @@ class Unauthorized(TidemillError):
 
 
 def bearer_guard(admin_token_digest: str) -> Guard:
-    """A guard that lets pass who sends the token with this digest (`store.keys.digest_of`), and raises Unauthorized at
-    anyone else.
+    """A guard that lets pass who sends the token with this digest (`store.keys.digest_of`).
+
+    It raises Unauthorized for anyone else.
     """
 
     def guard(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:

@@ -10,9 +10,10 @@ from msgspec import Meta, convert
 from tidemill.control import batches
 from tidemill.control.api.access import Running, change, read, read_drained
 from tidemill.control.api.schemas import CONFLICT, FAILURES, Amount, Answer, Body, Currency, Instant
+from tidemill.control.pages import MAX_PAGE, PAGE
 
 
-class Batch(Answer):
+class BatchSchema(Answer):
     """A batch of requests. `completed` + `failed` = `total` once it has ended."""
 
     id: str
@@ -45,7 +46,7 @@ class BatchError(Answer):
     line: Annotated[int | None, Meta(description="Counts from 1; null: the file as a whole.")]
 
 
-class WholeBatch(Batch):
+class WholeBatch(BatchSchema):
     """A batch with its errors, and what it has cost until now."""
 
     charge: Amount
@@ -55,7 +56,7 @@ class WholeBatch(Batch):
 class Batches(Answer):
     """A page of batches, newest first."""
 
-    batches: list[Batch]
+    batches: list[BatchSchema]
     next: Annotated[str | None, Meta(description="`after` of the next page; null at the end.")]
 
 
@@ -70,7 +71,7 @@ async def list_batches(
     platform: Running,
     tenant: FromQuery[str | None] = None,
     unfinished: Annotated[bool, QueryParameter(description="Only those that have not ended.")] = False,
-    limit: Annotated[int, QueryParameter(description=f"Batches in a page, 1 to {batches.MAX_PAGE}.")] = batches.PAGE,
+    limit: Annotated[int, QueryParameter(description=f"Batches in a page, 1 to {MAX_PAGE}.")] = PAGE,
     after: Annotated[str, QueryParameter(description="`next` of the page before.")] = "",
 ) -> Batches:
     """List the batches of all tenants, or with `tenant` (a name or an id) of one, newest first."""

@@ -13,7 +13,7 @@ from tidemill.control.names import check_text
 Work = Annotated[float, Meta(description="Tokens of prefill a second; an answer's token counts as five.")]
 
 
-class Node(Answer):
+class NodeSchema(Answer):
     """A machine of the fleet."""
 
     name: str
@@ -23,7 +23,7 @@ class Node(Answer):
     why: Annotated[str, Meta(description="Why it is not up.")]
 
 
-class Device(Answer):
+class DeviceSchema(Answer):
     """A device, what it does, until when and why."""
 
     device: Annotated[str, Meta(examples=["local/0"])]
@@ -36,7 +36,7 @@ class Device(Answer):
     reserved_by: Annotated[str | None, Meta(description="The reservation that it belongs to.")]
 
 
-class Replica(Answer):
+class ReplicaSchema(Answer):
     """An engine of the platform's own."""
 
     name: str
@@ -75,12 +75,12 @@ class Waiting(Answer):
     why: str
 
 
-class Fleet(Answer):
+class FleetSchema(Answer):
     """The fleet as of the last plan, at most a second ago."""
 
-    nodes: list[Node]
-    devices: list[Device]
-    replicas: list[Replica]
+    nodes: list[NodeSchema]
+    devices: list[DeviceSchema]
+    replicas: list[ReplicaSchema]
     models: list[FleetModel]
     waiting: list[Waiting]
 
@@ -88,7 +88,7 @@ class Fleet(Answer):
 class Why(Answer):
     """What each device does, until when and why, and what each waiting piece of work waits for."""
 
-    devices: list[Device]
+    devices: list[DeviceSchema]
     waiting: list[Waiting]
 
 
@@ -113,9 +113,9 @@ class Drained(Answer):
 
 
 @get("/fleet", responses=FAILURES)
-async def get_fleet(platform: Running) -> Fleet:
+async def get_fleet(platform: Running) -> FleetSchema:
     """Nodes, devices, replicas and models, and what waits."""
-    return convert(platform.fleet(), Fleet, from_attributes=True)
+    return convert(platform.fleet(), FleetSchema, from_attributes=True)
 
 
 @get("/fleet/why", responses=FAILURES)
@@ -126,7 +126,10 @@ async def get_fleet_why(platform: Running) -> Why:
 
 @post("/fleet/drain", status_code=200, responses=FAILURES)
 async def drain_fleet(platform: Running, data: JSONBody[DrainBody]) -> Drained:
-    """Take a node or a device out: nothing new starts there; what runs there goes on elsewhere, or ends in order."""
+    """Take a node or a device out: nothing new starts there.
+
+    What runs there goes on elsewhere, or ends in order.
+    """
     name = check_text("name", data.name, longest=160)
     await platform.drain(name, check_text("why", data.why, longest=512, empty=True))
     return Drained(name, True)

@@ -29,16 +29,20 @@ class InvoicePeriod(Answer):
     end: Instant
 
 
-class InvoiceLine(Answer):
-    """One kind of token of one model at one price version: the exact sum of that component of its records."""
+class InvoiceLineSchema(Answer, kw_only=True, omit_defaults=True):
+    """One component of one model at one price version: the exact sum of that component of its records."""
 
     model: str
     price_id: str
     price_from: Instant
     tier: Annotated[Literal["standard", "batch"], Meta(description="`batch`: the lines of batches.")]
-    kind: Literal["input", "cached_input", "output"]
-    tokens: int
-    price_per_million: Amount
+    kind: Annotated[str, Meta(description="The component.", examples=["input", "cached_input", "output", "search"])]
+    tokens: Annotated[int | None, Meta(description="Of a component that is counted in tokens.")] = None
+    price_per_million: Annotated[str | None, Meta(description="The price of a million of these tokens.")] = None
+    quantity: Annotated[int | None, Meta(description="Of any other component.")] = None
+    unit: Annotated[str | None, Meta(description="What that counts.", examples=["searches", "documents"])] = None
+    price: Annotated[str | None, Meta(description="The price of `price_per` of these.")] = None
+    price_per: int | None = None
     requests: int
     amount: Amount
 
@@ -74,7 +78,7 @@ class InvoiceCredit(Answer):
     memo: str
 
 
-class Invoice(Answer):
+class InvoiceSchema(Answer):
     """A tenant's bill for a month. The lines add up to `subtotal` exactly, and so do the usage records."""
 
     number: str
@@ -88,7 +92,7 @@ class Invoice(Answer):
     period: InvoicePeriod
     as_of: Instant
     requests: int
-    lines: list[InvoiceLine]
+    lines: list[InvoiceLineSchema]
     device_lines: list[InvoiceDeviceLine]
     subtotal: Amount
     rounding: Annotated[str, Meta(description="What rounding to the currency's minor unit has added.")]
@@ -105,7 +109,7 @@ MonthParam = Annotated[str | None, QueryParameter(description="A billing month s
 
 
 @get("/invoices", responses=FAILURES)
-async def get_invoice(platform: Running, tenant: TenantParam, month: MonthParam = None) -> Invoice:
+async def get_invoice(platform: Running, tenant: TenantParam, month: MonthParam = None) -> InvoiceSchema:
     """A tenant's invoice of a month; a draft while the month is not over."""
     now = datetime.now(UTC)
     found = await read_drained(
@@ -114,7 +118,7 @@ async def get_invoice(platform: Running, tenant: TenantParam, month: MonthParam 
             connection, tenant, month, zone=platform.zone, issuer=platform.issuer, now=now
         ),
     )
-    return convert(found, Invoice)
+    return convert(found, InvoiceSchema)
 
 
 @get("/invoices/text", media_type=MediaType.TEXT, responses=FAILURES)

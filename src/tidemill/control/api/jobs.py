@@ -14,12 +14,13 @@ from msgspec import Meta, convert, field
 from tidemill.control import jobs
 from tidemill.control.api.access import Running, change, read
 from tidemill.control.api.schemas import CONFLICT, FAILURES, Amount, Answer, Body, Currency, Instant, TenantRef
+from tidemill.control.pages import MAX_PAGE, PAGE
 from tidemill.store.jobs import list_attempts
 
-READ_BYTES = 256 * 1024
+_READ_BYTES = 256 * 1024
 
 
-class Job(Answer):
+class JobSchema(Answer):
     """A job: a command that wants devices, or has them."""
 
     id: str
@@ -75,7 +76,7 @@ class JobAttempt(Answer):
     charge: Amount
 
 
-class WholeJob(Job):
+class WholeJob(JobSchema):
     """A job with its attempts, and what it has cost until now."""
 
     env: Annotated[list[str], Meta(description="Names of the variables that it was given.")]
@@ -89,11 +90,11 @@ class WholeJob(Job):
 class Jobs(Answer):
     """A page of jobs, newest first."""
 
-    jobs: list[Job]
+    jobs: list[JobSchema]
     next: Annotated[str | None, Meta(description="`after` of the next page; null at the end.")]
 
 
-class JobRequest(Body):
+class JobRequestSchema(Body):
     """A job to be run."""
 
     tenant: TenantRef
@@ -135,7 +136,7 @@ class JobLog(Answer):
     ended: Annotated[bool, Meta(description="The attempt is over: when `text` is empty, there will be no more.")]
 
 
-class Artifact(Answer):
+class ArtifactSchema(Answer):
     """A file that a job has made for its owner."""
 
     path: str
@@ -147,7 +148,7 @@ class Artifacts(Answer):
     """The artefacts of a job."""
 
     job: str
-    artifacts: list[Artifact]
+    artifacts: list[ArtifactSchema]
 
 
 JobParam = Annotated[str, QueryParameter(description="A job's id, or the newest of that name.")]
@@ -160,7 +161,7 @@ async def list_jobs(
     status: Annotated[str | None, QueryParameter(description="Only in this state.")] = None,
     unfinished: Annotated[bool, QueryParameter(description="Only those that are not over.")] = False,
     after: Annotated[str | None, QueryParameter(description="`next` of the page before.")] = None,
-    limit: Annotated[int, QueryParameter(description=f"Jobs in a page, 1 to {jobs.MAX_PAGE}.")] = jobs.PAGE,
+    limit: Annotated[int, QueryParameter(description=f"Jobs in a page, 1 to {MAX_PAGE}.")] = PAGE,
 ) -> Jobs:
     """List the jobs of all tenants, or with `tenant` (a name or an id) of one, newest first."""
     found = await read(
@@ -178,7 +179,7 @@ async def list_jobs(
 
 
 @post("/jobs", status_code=200, responses=FAILURES)
-async def submit_job(platform: Running, data: JSONBody[JobRequest]) -> Job:
+async def submit_job(platform: Running, data: JSONBody[JobRequestSchema]) -> JobSchema:
     """Have a command run on devices, as soon as there is room for it."""
     now, limits = datetime.now(UTC), platform.job_limits
     request = convert(data, jobs.JobRequest, from_attributes=True)
@@ -186,7 +187,7 @@ async def submit_job(platform: Running, data: JSONBody[JobRequest]) -> Job:
         platform, lambda connection: jobs.submit_job(connection, request, limits, zone=platform.zone, now=now)
     )
     platform.wake_jobs()
-    return convert(made, Job)
+    return convert(made, JobSchema)
 
 
 @get("/jobs/show", responses=FAILURES)
@@ -196,12 +197,12 @@ async def show_job(platform: Running, job: JobParam) -> WholeJob:
 
 
 @post("/jobs/cancel", status_code=200, responses=CONFLICT)
-async def cancel_job(platform: Running, data: JSONBody[JobRef]) -> Job:
+async def cancel_job(platform: Running, data: JSONBody[JobRef]) -> JobSchema:
     """Have a job cancelled. One that runs gets its signal and its grace."""
     now = datetime.now(UTC)
     asked = await change(platform, lambda connection: jobs.cancel_job(connection, data.job, now=now))
     platform.wake_jobs()
-    return convert(asked, Job)
+    return convert(asked, JobSchema)
 
 
 @get("/jobs/logs", responses=FAILURES)
@@ -236,7 +237,7 @@ async def job_artifacts(platform: Running, job: JobParam) -> Artifacts:
     return Artifacts(
         job=found.job_id,
         artifacts=[
-            Artifact(each.path, each.bytes, datetime.fromtimestamp(each.modified_at, UTC).isoformat())
+            ArtifactSchema(each.path, each.bytes, datetime.fromtimestamp(each.modified_at, UTC).isoformat())
             for each in listed
         ],
     )
@@ -257,7 +258,7 @@ async def job_artifact(
 
 async def _chunks(fd: int) -> AsyncIterator[bytes]:
     try:
-        while data := await asyncio.to_thread(os.read, fd, READ_BYTES):
+        while data := await asyncio.to_thread(os.read, fd, _READ_BYTES):
             yield data
     finally:
         os.close(fd)

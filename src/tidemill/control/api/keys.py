@@ -12,7 +12,7 @@ from tidemill.control.api.access import Running, change, read
 from tidemill.control.api.schemas import CONFLICT, FAILURES, Answer, Body, Instant, TenantRef
 
 
-class Key(Answer):
+class KeySchema(Answer):
     """An API key, as far as it can be known once it was handed out."""
 
     id: str
@@ -30,7 +30,7 @@ class Key(Answer):
 class Keys(Answer):
     """Keys, oldest first, revoked ones included."""
 
-    keys: list[Key]
+    keys: list[KeySchema]
 
 
 class KeyRequest(Body):
@@ -50,7 +50,7 @@ class KeyRequest(Body):
     ] = field(default_factory=list)
 
 
-class NewKey(Key):
+class NewKey(KeySchema):
     """A key that was made."""
 
     key: Annotated[str, Meta(description="The key itself. Only its digest is stored: it will not be shown again.")]
@@ -66,7 +66,7 @@ class RotateRequest(Body):
 class RotatedKey(NewKey):
     """A key that was made in the place of another."""
 
-    replaces: Annotated[Key, Meta(description="The other, with the time at which it expires.")]
+    replaces: Annotated[KeySchema, Meta(description="The other, with the time at which it expires.")]
 
 
 class RevokeRequest(Body):
@@ -97,7 +97,10 @@ async def create_key(platform: Running, data: JSONBody[KeyRequest]) -> NewKey:
 
 @post("/keys/rotate", responses=CONFLICT)
 async def rotate_key(platform: Running, data: JSONBody[RotateRequest]) -> RotatedKey:
-    """Make a successor of a key, with its name, policies and limits; the key itself expires after the overlap."""
+    """Make a successor of a key, with its name, policies and limits.
+
+    The key itself expires after the overlap.
+    """
     now = datetime.now(UTC)
     made = await change(
         platform, lambda connection: changes.rotate_key(connection, key=data.key, overlap=data.overlap, now=now)
@@ -106,8 +109,11 @@ async def rotate_key(platform: Running, data: JSONBody[RotateRequest]) -> Rotate
 
 
 @post("/keys/revoke", status_code=200, responses=FAILURES)
-async def revoke_key(platform: Running, data: JSONBody[RevokeRequest]) -> Key:
-    """Revoke an API key: once this is answered, no gateway takes it any more. Doing it again changes nothing."""
+async def revoke_key(platform: Running, data: JSONBody[RevokeRequest]) -> KeySchema:
+    """Revoke an API key: once this is answered, no gateway takes it any more.
+
+    Doing it again changes nothing.
+    """
     now = datetime.now(UTC)
     revoked = await change(platform, lambda connection: changes.revoke_key(connection, key=data.key, now=now))
-    return convert(revoked, Key)
+    return convert(revoked, KeySchema)

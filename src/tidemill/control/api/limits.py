@@ -12,7 +12,7 @@ from tidemill.control.api.access import Running, change, read_drained
 from tidemill.control.api.schemas import FAILURES, Answer, Body, TenantRef
 
 
-class Limit(Answer):
+class LimitSchema(Answer):
     """A limit that is in force, and what is used of it now."""
 
     id: str
@@ -40,7 +40,7 @@ class Limit(Answer):
 class Limits(Answer):
     """Limits."""
 
-    limits: list[Limit]
+    limits: list[LimitSchema]
 
 
 class LimitRequest(Body):
@@ -79,20 +79,20 @@ async def list_limits(platform: Running, tenant: FromQuery[str | None] = None) -
 async def set_limits(platform: Running, data: JSONBody[LimitRequest]) -> Limits:
     """Put limits in force. Once this is answered, every gateway keeps to them."""
     now, models = datetime.now(UTC), [model.name for model in platform.models()]
-    wish = convert(data, limits.LimitWish, from_attributes=True)
+    spec = convert(data, limits.LimitSpec, from_attributes=True)
     await platform.drain_usage()  # a budget begins with what was spent of it already
     made = await change(
         platform,
-        lambda connection: limits.set_limits(connection, wish, models=models, zone=platform.zone, now=now),
+        lambda connection: limits.set_limits(connection, spec, models=models, zone=platform.zone, now=now),
     )
     return convert(made, Limits)
 
 
 @post("/limits/remove", status_code=200, responses=FAILURES)
-async def remove_limit(platform: Running, data: JSONBody[LimitRef]) -> Limit:
+async def remove_limit(platform: Running, data: JSONBody[LimitRef]) -> LimitSchema:
     """Take a limit out of force; answers with it as it was."""
     now = datetime.now(UTC)
     removed = await change(
         platform, lambda connection: limits.remove_limit(connection, data.limit, zone=platform.zone, now=now)
     )
-    return convert(removed, Limit)
+    return convert(removed, LimitSchema)

@@ -14,7 +14,10 @@ from tidemill.control.margin import margin
 
 
 class MarginSums(Answer):
-    """Revenue and cost. `cost` is `busy_cost` + `idle_cost`, what the replicas cost in the time, + `upstream_cost`."""
+    """Revenue and cost.
+
+    `cost` is `busy_cost` + `idle_cost`, what the replicas cost in the time, + `upstream_cost`.
+    """
 
     revenue: Amount
     cost: Amount

@@ -12,12 +12,20 @@ from tidemill.control.api.access import Running, read
 from tidemill.control.api.schemas import FAILURES, Amount, Answer, Currency, Instant
 
 
-class Rates(Answer):
-    """Amounts per million tokens."""
+class Rates(Answer, kw_only=True, omit_defaults=True):
+    """Amounts by component. Those for tokens are per million; those that are missing are not priced apart."""
 
     input: Amount
     cached_input: Annotated[str, Meta(description="For prompt tokens that the engine found in its cache.")]
+    cache_write: Annotated[str | None, Meta(description="For prompt tokens that were written to a cache.")] = None
     output: Amount
+    reasoning_output: Annotated[str | None, Meta(description="For the tokens of a model's reasoning.")] = None
+    request: Annotated[str | None, Meta(description="Per thousand requests.")] = None
+    search: Annotated[str | None, Meta(description="Per thousand searches of rankings.")] = None
+    document: Annotated[str | None, Meta(description="Per thousand documents.")] = None
+    image: Annotated[str | None, Meta(description="Per image.")] = None
+    audio_second: Annotated[str | None, Meta(description="Per minute: sixty of them.")] = None
+    character: Annotated[str | None, Meta(description="Per million characters.")] = None
 
 
 class Model(Answer):
@@ -38,8 +46,11 @@ class Models(Answer):
     models: list[Model]
 
 
-class Price(Rates):
-    """A price version: in force from `valid_from` until the next of its model and currency, and never edited."""
+class PriceSchema(Rates, kw_only=True, omit_defaults=True):
+    """A price version, which is never edited.
+
+    It is in force from `valid_from` until the next of its model and currency.
+    """
 
     id: str
     model: str
@@ -51,7 +62,7 @@ class Price(Rates):
 class Prices(Answer):
     """Price versions."""
 
-    prices: list[Price]
+    prices: list[PriceSchema]
 
 
 @get("/models", responses=FAILURES)

@@ -1,4 +1,7 @@
-"""/api/v1/status and /api/v1/meter/reconcile: how the platform does, and whether its meter is right."""
+"""/api/v1/status, /api/v1/meter/reconcile, /api/v1/ledger/check.
+
+How the platform does, and whether it counts right.
+"""
 
 from typing import Annotated, Any
 
@@ -6,8 +9,9 @@ from litestar import get
 from litestar.enums import MediaType
 from msgspec import Meta
 
-from tidemill.control.api.access import Running, read
+from tidemill.control.api.access import Running, read, read_drained
 from tidemill.control.api.schemas import FAILURES, Answer, Currency, Instant
+from tidemill.control.ledger import check_ledger
 from tidemill.store.revision import current_revision
 
 
@@ -52,3 +56,30 @@ async def reconcile(platform: Running) -> dict[str, Any]:
 async def reconcile_text(platform: Running) -> str:
     """The same for a terminal."""
     return (await platform.reconcile()).to_text()
+
+
+class LedgerChecked(Answer):
+    """How many of each were compared."""
+
+    accounts: int
+    transactions: int
+    budgets: Annotated[int, Meta(description="Periods of budgets.")]
+    meters: Annotated[int, Meta(description="Meters of devices, of jobs and reservations.")]
+
+
+class LedgerCheck(Answer):
+    """Whether each kept sum is what it is the sum of."""
+
+    equal: bool
+    checked: LedgerChecked
+    differences: Annotated[list[str], Meta(description="What differs, and by how much; empty if all is well.")]
+
+
+@get("/ledger/check", responses=FAILURES)
+async def check(platform: Running) -> LedgerCheck:
+    """Compare balances with entries, budgets with usage records, and meters with charges.
+
+    A big store takes minutes.
+    """
+    found = await read_drained(platform, lambda connection: check_ledger(connection, zone=platform.zone))
+    return LedgerCheck(found["equal"], LedgerChecked(**found["checked"]), found["differences"])

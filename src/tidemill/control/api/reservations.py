@@ -12,7 +12,7 @@ from tidemill.control.api.access import Running, change, read
 from tidemill.control.api.schemas import CONFLICT, FAILURES, Amount, Answer, Body, Currency, Instant, TenantRef
 
 
-class Queue(Answer):
+class QueueSchema(Answer):
     """A queue of jobs."""
 
     name: str
@@ -26,7 +26,7 @@ class Queue(Answer):
 class Queues(Answer):
     """Queues, by name."""
 
-    queues: list[Queue]
+    queues: list[QueueSchema]
 
 
 class QueueRequest(Body):
@@ -45,7 +45,7 @@ class QueueRef(Body):
     queue: str
 
 
-class Reservation(Answer):
+class ReservationSchema(Answer):
     """Devices that are kept for a tenant."""
 
     id: str
@@ -65,7 +65,7 @@ class Reservation(Answer):
 class Reservations(Answer):
     """Reservations, by their beginning."""
 
-    reservations: list[Reservation]
+    reservations: list[ReservationSchema]
 
 
 class ReservationRequest(Body):
@@ -96,7 +96,7 @@ async def list_queues(platform: Running) -> Queues:
 
 
 @post("/queues", status_code=200, responses=CONFLICT)
-async def set_queue(platform: Running, data: JSONBody[QueueRequest]) -> Queue:
+async def set_queue(platform: Running, data: JSONBody[QueueRequest]) -> QueueSchema:
     """Make a queue, or change it."""
     now = datetime.now(UTC)
     made = await change(
@@ -112,15 +112,15 @@ async def set_queue(platform: Running, data: JSONBody[QueueRequest]) -> Queue:
         ),
     )
     platform.wake_jobs()
-    return convert(made, Queue)
+    return convert(made, QueueSchema)
 
 
 @post("/queues/remove", status_code=200, responses=CONFLICT)
-async def remove_queue(platform: Running, data: JSONBody[QueueRef]) -> Queue:
+async def remove_queue(platform: Running, data: JSONBody[QueueRef]) -> QueueSchema:
     """Remove a queue that has no unfinished jobs; answers with it as it was."""
     removed = await change(platform, lambda connection: reservations.remove_queue(connection, data.queue))
     platform.wake_jobs()
-    return convert(removed, Queue)
+    return convert(removed, QueueSchema)
 
 
 @get("/reservations", responses=FAILURES)
@@ -135,7 +135,7 @@ async def list_reservations(
 
 
 @post("/reservations", status_code=200, responses=FAILURES)
-async def create_reservation(platform: Running, data: JSONBody[ReservationRequest]) -> Reservation:
+async def create_reservation(platform: Running, data: JSONBody[ReservationRequest]) -> ReservationSchema:
     """Keep devices for a tenant from one instant to another. It pays for them, used or not."""
     now = datetime.now(UTC)
     made = await change(
@@ -155,15 +155,15 @@ async def create_reservation(platform: Running, data: JSONBody[ReservationReques
         ),
     )
     platform.wake_jobs()
-    return convert(made, Reservation)
+    return convert(made, ReservationSchema)
 
 
 @post("/reservations/cancel", status_code=200, responses=CONFLICT)
-async def cancel_reservation(platform: Running, data: JSONBody[ReservationRef]) -> Reservation:
+async def cancel_reservation(platform: Running, data: JSONBody[ReservationRef]) -> ReservationSchema:
     """Give a reservation up. It is billed until now."""
     now = datetime.now(UTC)
     cancelled = await change(
         platform, lambda connection: reservations.cancel_reservation(connection, data.reservation, now=now)
     )
     platform.wake_jobs()
-    return convert(cancelled, Reservation)
+    return convert(cancelled, ReservationSchema)

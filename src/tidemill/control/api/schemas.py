@@ -1,6 +1,9 @@
-"""What the requests and answers of the admin API have in common. Amounts are decimal strings, never JSON numbers."""
+"""What the requests and answers of the admin API have in common.
 
-from typing import Annotated
+Amounts are decimal strings, never JSON numbers.
+"""
+
+from typing import Annotated, Any
 
 from litestar.openapi.datastructures import ResponseSpec
 from msgspec import Meta, Struct
@@ -11,11 +14,20 @@ Currency = Annotated[str, Meta(description="ISO 4217 code.", examples=["USD", "C
 TenantRef = Annotated[str, Meta(description="A tenant's name, or its id.", examples=["acme"])]
 
 
-class Body(Struct, forbid_unknown_fields=True, kw_only=True):
-    """A request's body. Unknown fields are refused, so that a typing error is not taken for a wish that was met."""
+class NamedStruct(Struct):
+    """A struct of the admin API. The OpenAPI document calls a `TenantSchema` plainly `Tenant`."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # Litestar takes the key of a component from the one, its title from the other.
+        cls.__qualname__ = cls.__schema_name__ = cls.__name__.removesuffix("Schema")  # type: ignore[attr-defined]
 
 
-class Answer(Struct):
+class Body(NamedStruct, forbid_unknown_fields=True, kw_only=True):
+    """A request's body. Unknown fields are refused, so that a typing error is not ignored."""
+
+
+class Answer(NamedStruct):
     """A part of an answer."""
 
 

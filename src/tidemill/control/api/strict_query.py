@@ -1,12 +1,12 @@
 """Query parameters are known and given once: a misspelt `month` must not quietly answer for all time."""
 
-import difflib
 from typing import Any
 
 from litestar.connection import ASGIConnection
 from litestar.handlers import BaseRouteHandler
 
 from tidemill.errors import BadInput
+from tidemill.suggestions import nearest
 
 _NOT_OF_THE_QUERY = {"platform", "data"}
 
@@ -17,8 +17,8 @@ def strict_query(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRo
     seen: set[str] = set()
     for name, _ in connection.query_params.multi_items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"Did you mean {near[0]}?" if near else "See /api/openapi.json."
+            near = nearest(name, known)
+            hint = f"Did you mean {near}?" if near else "See /api/openapi.json."
             raise BadInput(f"{name} is not a query parameter of {connection.url.path}.", hint=hint, param=name)
         if name in seen:
             raise BadInput(f"{name} is given twice.", param=name)

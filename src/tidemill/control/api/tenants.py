@@ -21,7 +21,7 @@ from tidemill.control.api.schemas import (
 )
 
 
-class Tenant(Answer):
+class TenantSchema(Answer):
     """A customer with a balance and keys of their own."""
 
     id: str
@@ -35,7 +35,7 @@ class Tenant(Answer):
 class Tenants(Answer):
     """Tenants, oldest first."""
 
-    tenants: list[Tenant]
+    tenants: list[TenantSchema]
 
 
 class TenantRequest(Body):
@@ -52,7 +52,7 @@ class WeightRequest(Body):
     weight: Annotated[int, Meta(description="From 1 to 1000; every tenant begins with 1.")]
 
 
-class NewTenant(Tenant):
+class NewTenant(TenantSchema):
     """A tenant that was made."""
 
     warning: Annotated[str | None, Meta(description="Why it cannot be served yet, if so.")]
@@ -77,10 +77,10 @@ async def create_tenant(platform: Running, data: JSONBody[TenantRequest]) -> New
 
 
 @post("/tenants/weight", status_code=200, responses=FAILURES)
-async def set_weight(platform: Running, data: JSONBody[WeightRequest]) -> Tenant:
+async def set_weight(platform: Running, data: JSONBody[WeightRequest]) -> TenantSchema:
     """Give a tenant another share of models that are full."""
     await platform.drain_usage()  # for the balance in the answer
     changed = await change(
         platform, lambda connection: changes.set_weight(connection, tenant=data.tenant, weight=data.weight)
     )
-    return convert(changed, Tenant)
+    return convert(changed, TenantSchema)

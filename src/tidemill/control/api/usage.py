@@ -12,7 +12,16 @@ from tidemill.control.api.schemas import FAILURES, Amount, Answer, Currency, Ins
 from tidemill.control.queries import MAX_PAGE_RECORDS, PAGE_RECORDS
 
 
-class UsageSums(Answer):
+class ComponentUse(Answer, omit_defaults=True):
+    """A component beyond the tokens of prompts and answers, such as `reasoning_output` or `search`."""
+
+    quantity: int
+    charge: Annotated[
+        str | None, Meta(description="Missing on a record that is not billed for it apart.", examples=["0.002"])
+    ] = None
+
+
+class UsageSums(Answer, kw_only=True, omit_defaults=True):
     """Sums of usage records. `prompt_tokens` includes `cached_tokens`."""
 
     requests: int
@@ -20,9 +29,12 @@ class UsageSums(Answer):
     cached_tokens: int
     completion_tokens: int
     charge: Amount
+    components: Annotated[
+        dict[str, ComponentUse] | None, Meta(description="Further components, where there are any.")
+    ] = None
 
 
-class UsageRecord(Answer):
+class UsageRecordSchema(Answer, kw_only=True, omit_defaults=True):
     """One accepted request: what it used, what it cost, and how it ended."""
 
     request_id: str
@@ -47,9 +59,12 @@ class UsageRecord(Answer):
     first_token_at: Annotated[str | None, Meta(description="ISO 8601, UTC; null when no token came.")]
     finished_at: Instant
     device_ns: Annotated[int, Meta(description="Its fair share of its replica's busy time, nanoseconds.")]
+    components: Annotated[
+        dict[str, ComponentUse] | None, Meta(description="Further components, where there are any.")
+    ] = None
 
 
-class DeviceUse(Answer):
+class DeviceUseSchema(Answer):
     """Device time of jobs and reservations by kind of device, tier and price version."""
 
     kind: Annotated[str, Meta(examples=["h800-sxm", "cpu"])]
@@ -80,7 +95,7 @@ class DeviceRecord(Answer):
     currency: Currency
 
 
-class UsageStatement(UsageSums, omit_defaults=True):
+class UsageStatementSchema(UsageSums, kw_only=True, omit_defaults=True):
     """A tenant's usage in a month or in all, and its balance of now."""
 
     tenant: Annotated[str, Meta(description="The tenant's name.")]
@@ -90,11 +105,11 @@ class UsageStatement(UsageSums, omit_defaults=True):
     zone: Annotated[str, Meta(description="The time zone whose midnights bound the month.")]
     balance: Amount
     models: Annotated[dict[str, UsageSums], Meta(description="The same sums by model, without device time.")]
-    devices: Annotated[list[DeviceUse], Meta(description="Device time; its charges are in `charge`, too.")]
+    devices: Annotated[list[DeviceUseSchema], Meta(description="Device time; its charges are in `charge`, too.")]
     device_records: Annotated[
         list[DeviceRecord] | None, Meta(description="With the first page of records: the rentals behind `devices`.")
     ] = None
-    records: Annotated[list[UsageRecord] | None, Meta(description="When asked for: oldest first.")] = None
+    records: Annotated[list[UsageRecordSchema] | None, Meta(description="When asked for: oldest first.")] = None
     next: Annotated[str | None, Meta(description="`after` of the next page of records; missing at the end.")] = None
 
 
@@ -108,12 +123,15 @@ async def get_usage(
     records: Annotated[bool, QueryParameter(description="Add the usage records.")] = False,
     after: Annotated[str | None, QueryParameter(description="`next` of the page of records before.")] = None,
     limit: Annotated[int, QueryParameter(description=f"Records in a page, 1 to {MAX_PAGE_RECORDS}.")] = PAGE_RECORDS,
-) -> UsageStatement:
-    """What a tenant has used: sums by model and in all, exactly those of the usage records settled until now."""
+) -> UsageStatementSchema:
+    """What a tenant has used, by model and in all.
+
+    The sums are exactly those of the usage records settled until now.
+    """
     found = await read_drained(
         platform,
         lambda connection: queries.usage(
             connection, tenant, zone=platform.zone, month=month, records=records, after=after, limit=limit
         ),
     )
-    return convert(found, UsageStatement)
+    return convert(found, UsageStatementSchema)

@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 import msgspec
 
 from tidemill.engines.catalogue.gpus import GpuSpec
-from tidemill.engines.catalogue.models import ModelSpec
+from tidemill.engines.catalogue.models import CatalogueModel
 from tidemill.errors import NotFound
+from tidemill.suggestions import nearest
 
-__all__ = ["GpuSpec", "ModelSpec", "gpu_named", "gpus", "model_named", "models"]
+__all__ = ["CatalogueModel", "GpuSpec", "gpu_named", "gpus", "model_named", "models"]
 
 T = TypeVar("T")
 
@@ -43,14 +44,14 @@ _SHORT = {
 
 
 @cache
-def models() -> Mapping[str, ModelSpec]:
+def models() -> Mapping[str, CatalogueModel]:
     """All models, by name."""
-    found: dict[str, ModelSpec] = {}
+    found: dict[str, CatalogueModel] = {}
     folder = files(__name__) / "models"
     for file in sorted(folder.iterdir(), key=lambda each: each.name):
         if file.name.endswith(".toml"):
             for name, table in _read(file).items():
-                found[name] = msgspec.convert({"name": name, **table}, ModelSpec)
+                found[name] = msgspec.convert({"name": name, **table}, CatalogueModel)
     return found
 
 
@@ -61,9 +62,9 @@ def gpus() -> Mapping[str, GpuSpec]:
     return {kind: msgspec.convert({"kind": kind, **table}, GpuSpec) for kind, table in tables.items()}
 
 
-def model_named(name: str) -> ModelSpec:
+def model_named(name: str) -> CatalogueModel:
     """A model by its name, an alias or its hub id, whatever the case. Raises NotFound with the nearest right name."""
-    known: dict[str, ModelSpec] = {}
+    known: dict[str, CatalogueModel] = {}
     for spec in models().values():
         known |= dict.fromkeys((spec.name, spec.hub_id.lower(), spec.hub_id.lower().rpartition("/")[2]), spec)
         known |= dict.fromkeys(spec.aliases, spec)
@@ -80,10 +81,8 @@ def _found(name: str, known: Mapping[str, T], named: Callable[[T], str], what: s
     wanted = name.strip().lower().replace("_", "-").replace(" ", "-")
     if wanted in known:
         return known[wanted]
-    import difflib  # slow to import, and only errors need it
-
-    near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
-    hint = f"Did you mean {named(known[near[0]])}? " if near else ""
+    near = nearest(wanted, known, cutoff=0.5)
+    hint = f"Did you mean {named(known[near])}? " if near else ""
     raise NotFound(f"There is no {what} {name!r} in the catalogue.", hint=f"{hint}`{lists}` names all.")
 
 

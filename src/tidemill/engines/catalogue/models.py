@@ -64,7 +64,7 @@ class Moe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One value per expert that only decides the choice (DeepSeek-V3's balancing without a loss)."""
 
 
-class Part(msgspec.Struct, frozen=True):
+class ParameterCount(msgspec.Struct, frozen=True):
     """Parameters of a part of the model: those in matrices that quantisation shrinks, and the rest."""
 
     matrices: int = 0
@@ -74,17 +74,17 @@ class Part(msgspec.Struct, frozen=True):
     def total(self) -> int:
         return self.matrices + self.plain
 
-    def __add__(self, other: "Part") -> "Part":
-        return Part(self.matrices + other.matrices, self.plain + other.plain)
+    def __add__(self, other: "ParameterCount") -> "ParameterCount":
+        return ParameterCount(self.matrices + other.matrices, self.plain + other.plain)
 
-    def times(self, count: int) -> "Part":
-        return Part(self.matrices * count, self.plain * count)
+    def times(self, count: int) -> "ParameterCount":
+        return ParameterCount(self.matrices * count, self.plain * count)
 
     def bytes_at(self, precision: WeightPrecision) -> float:
         return self.matrices * BYTES_PER_WEIGHT[precision] + self.plain * BYTES_PER_PLAIN
 
 
-class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class CatalogueModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One model of the catalogue. Names follow config.json: `hidden` is its hidden_size, and so on."""
 
     name: str
@@ -128,62 +128,62 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         return self.layers - self.moe.dense_layers if self.moe is not None else 0
 
     @property
-    def tables(self) -> Part:
+    def tables(self) -> ParameterCount:
         """The embedding, and the head where it has one of its own."""
-        return Part(plain=self.vocabulary * self.hidden * (1 if self.tied else 2))
+        return ParameterCount(plain=self.vocabulary * self.hidden * (1 if self.tied else 2))
 
     @property
-    def attention_split(self) -> Part:
+    def attention_split(self) -> ParameterCount:
         """A layer's attention matrices that tensor parallelism cuts by query heads."""
         if self.mla is not None:
             mla = self.mla
             q = mla.q_lora_rank * self.heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
             kv = mla.kv_lora_rank * self.heads * (mla.qk_nope_head_dim + mla.v_head_dim)
-            return Part(q + kv + self.heads * mla.v_head_dim * self.hidden)
+            return ParameterCount(q + kv + self.heads * mla.v_head_dim * self.hidden)
         width = self.heads * self.head_dim
         bias = width * self.qkv_bias + self.hidden * self.output_bias + self.heads * self.attention_sinks
-        return Part(2 * self.hidden * width, bias)
+        return ParameterCount(2 * self.hidden * width, bias)
 
     @property
-    def attention_kv(self) -> Part:
+    def attention_kv(self) -> ParameterCount:
         """Its key and value projections: cut by KV heads, of which every device has at least one."""
         if self.mla is not None:
-            return Part()
+            return ParameterCount()
         width = 2 * self.kv_heads * self.head_dim
-        return Part(self.hidden * width, width * self.qkv_bias)
+        return ParameterCount(self.hidden * width, width * self.qkv_bias)
 
     @property
-    def attention_whole(self) -> Part:
+    def attention_whole(self) -> ParameterCount:
         """What every device has whole: norms, and the down-projections of MLA."""
         norms = self.layer_norms * self.hidden + 2 * self.head_dim * self.qk_norm
         if self.mla is None:
-            return Part(plain=norms)
+            return ParameterCount(plain=norms)
         mla = self.mla
         down = self.hidden * (mla.q_lora_rank + mla.cached)
-        return Part(down, norms + mla.q_lora_rank + mla.kv_lora_rank)
+        return ParameterCount(down, norms + mla.q_lora_rank + mla.kv_lora_rank)
 
     @property
-    def dense_mlp(self) -> Part:
+    def dense_mlp(self) -> ParameterCount:
         """A dense layer's MLP: gate, up and down."""
-        return Part(3 * self.hidden * self.intermediate)
+        return ParameterCount(3 * self.hidden * self.intermediate)
 
     @property
-    def expert(self) -> Part:
+    def expert(self) -> ParameterCount:
         """One expert."""
         if self.moe is None:
-            return Part()
+            return ParameterCount()
         bias = (2 * self.moe.intermediate + self.hidden) * self.moe.expert_bias
-        return Part(3 * self.hidden * self.moe.intermediate, bias)
+        return ParameterCount(3 * self.hidden * self.moe.intermediate, bias)
 
     @property
-    def router(self) -> Part:
+    def router(self) -> ParameterCount:
         """The router of a layer with experts."""
         if self.moe is None:
-            return Part()
-        return Part(plain=self.moe.experts * (self.hidden + self.moe.router_bias + self.moe.selection_bias))
+            return ParameterCount()
+        return ParameterCount(plain=self.moe.experts * (self.hidden + self.moe.router_bias + self.moe.selection_bias))
 
     @property
-    def attention(self) -> Part:
+    def attention(self) -> ParameterCount:
         """A layer without its MLP."""
         return self.attention_split + self.attention_kv + self.attention_whole
 
@@ -200,11 +200,11 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         embedding = 0 if self.tied else self.vocabulary * self.hidden
         return self._through(experts).total - embedding
 
-    def _through(self, experts: int) -> Part:
+    def _through(self, experts: int) -> ParameterCount:
         every = self.attention.times(self.layers) + self.dense_mlp.times(self.layers - self.moe_layers)
         if self.moe is not None:
             every += (self.expert.times(experts + self.moe.shared) + self.router).times(self.moe_layers)
-        return every + self.tables + Part(plain=self.hidden)
+        return every + self.tables + ParameterCount(plain=self.hidden)
 
     def attention_precision(self, precision: WeightPrecision) -> WeightPrecision:
         """What the matrices outside the experts are kept in: mxfp4 is for experts only (gpt-oss)."""

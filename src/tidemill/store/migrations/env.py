@@ -1,8 +1,11 @@
-"""Alembic's entry: migrations run on the connection that `store.migrate` hands over, in its transaction."""
+"""Alembic's entry.
+
+Migrations run on the connection that `store.migrate` hands over, in its transaction.
+"""
 
 from alembic import context
 
-from tidemill.store.schema import metadata
+from tidemill.store.tables import metadata
 
 context.configure(
     connection=context.config.attributes["connection"],

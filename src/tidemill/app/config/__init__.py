@@ -1,0 +1,1 @@
+"""The configuration: one TOML file, decoded into frozen structs."""

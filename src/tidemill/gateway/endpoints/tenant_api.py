@@ -1,0 +1,47 @@
+"""What endpoints that read and write the store for a tenant have in common: who asks, work in threads, JSON answers."""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import TypeVar
+
+import msgspec
+
+from tidemill.gateway.auth.authenticator import Authenticator
+from tidemill.gateway.auth.snapshot import Principal
+from tidemill.gateway.proxy.slow_path import JSON
+from tidemill.http.server import Exchange, Handler
+from tidemill.store.engine import Store
+
+T = TypeVar("T")
+
+_encode = msgspec.json.Encoder().encode
+
+Routes = dict[tuple[bytes, bytes], Handler]
+"""Handlers by method and path; `{id}` in a path stands for any name."""
+
+
+class TenantApi:
+    """Base of the Files, Batches and Jobs APIs of one gateway process. What blocks runs in `executor`."""
+
+    def __init__(self, authenticator: Authenticator, store: Store, executor: Executor) -> None:
+        self._authenticator = authenticator
+        self._store = store
+        self._executor = executor
+
+    @property
+    def routes(self) -> Routes:
+        """The endpoints of this API."""
+        raise NotImplementedError
+
+    async def authenticate(self, exchange: Exchange) -> Principal:
+        """Who is asking. Raises InvalidKey, NotAllowed, Unavailable."""
+        return await self._authenticator.authenticate(exchange)
+
+    async def in_thread(self, call: Callable[[], T]) -> T:
+        """What `call` gives, which may block on the store or the disk."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+
+    def answer(self, exchange: Exchange, body: object) -> None:
+        """Answer with a JSON object, status 200."""
+        exchange.respond(200, _encode(body), JSON)

@@ -1,0 +1,1 @@
+"""Anthropic's Messages API, translated to an OpenAI chat and back."""

@@ -1,0 +1,58 @@
+"""Replies: how an operation writes what an engine answers. The engine always speaks OpenAI's language."""
+
+from typing import Protocol
+
+from tidemill.engines.protocol import TokenCounts
+from tidemill.engines.sse import DONE_EVENT
+from tidemill.errors import TidemillError
+from tidemill.gateway.protocols.openai_errors import error_body, error_event
+from tidemill.gateway.protocols.request import ModelRequest
+
+
+class Reply(Protocol):
+    """Writes one answer in the form of its endpoint."""
+
+    def events(self, events: bytes, counts: TokenCounts) -> bytes:
+        """Whole events of the engine's stream, as the client shall get them.
+
+        `counts` is what it counted so far.
+        """
+        ...
+
+    def end(self, counts: TokenCounts) -> bytes:
+        """What ends a stream that is complete."""
+        ...
+
+    def stopped(self, error: TidemillError) -> bytes:
+        """What ends a stream that an error has stopped."""
+        ...
+
+    def whole(self, answer: bytes, counts: TokenCounts) -> bytes:
+        """An answer that was not streamed, and what is billed for it."""
+        ...
+
+    def error(self, error: TidemillError) -> bytes:
+        """The body of an error answer."""
+        ...
+
+
+class OpenAIReply:
+    """OpenAI's own form: everything passes as it is."""
+
+    def __init__(self, request: ModelRequest, request_id: str) -> None:
+        pass
+
+    def events(self, events: bytes, counts: TokenCounts) -> bytes:
+        return events
+
+    def end(self, counts: TokenCounts) -> bytes:
+        return DONE_EVENT
+
+    def stopped(self, error: TidemillError) -> bytes:
+        return error_event(error) + DONE_EVENT
+
+    def whole(self, answer: bytes, counts: TokenCounts) -> bytes:
+        return answer
+
+    def error(self, error: TidemillError) -> bytes:
+        return error_body(error)

@@ -1,0 +1,106 @@
+"""A request body that its handler takes piece by piece.
+
+An upload is never held in memory, and what somebody sends who has no key is not taken at all.
+"""
+
+import asyncio
+from typing import Protocol
+
+BUFFER_BYTES = 256 * 1024
+"""Bytes kept for a handler that takes them more slowly than the client sends; then the client has to wait."""
+
+
+class BrokenBody(Exception):
+    """The body will not become whole: the client has left, or does not speak HTTP."""
+
+
+class BodySource(Protocol):
+    """The connection that a body comes by."""
+
+    def hold_body(self) -> None:
+        """Take nothing more for now."""
+        ...
+
+    def take_body(self) -> None:
+        """Go on."""
+        ...
+
+    def invite_body(self) -> None:
+        """Tell the client that its body is wanted (`Expect: 100-continue`)."""
+        ...
+
+
+class RequestBodyTooLong(Exception):
+    """The body is longer than it may be."""
+
+
+class RequestBody:
+    """The body of one request, as it arrives."""
+
+    def __init__(self, flow: BodySource, *, waits: bool = False, limit: int | None = None) -> None:
+        """`waits`: the client sends it only when it is told to, or after a while."""
+        self._waits = waits
+        self.limit = limit
+        """Bytes that it may have, if it is to be taken as a whole; None: piece by piece, as the handler likes."""
+        self.complete = False
+        """All of it has arrived."""
+        self._flow = flow
+        self._buffer = bytearray()
+        self._held = False
+        self._failure: BrokenBody | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def next(self) -> bytes:
+        """What has arrived since the last call, or b"" when that was all of it. Raises BrokenBody."""
+        while not self._buffer:
+            if self._failure is not None:
+                raise self._failure
+            if self.complete:
+                return b""
+            if self._waits:
+                self._waits = False
+                self._flow.invite_body()
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        data = bytes(self._buffer)
+        self._buffer.clear()
+        if self._held:
+            self._held = False
+            self._flow.take_body()
+        return data
+
+    async def whole(self) -> bytes:
+        """All of it. Raises BrokenBody, and TooLong beyond the limit."""
+        body = bytearray()
+        while data := await self.next():
+            body += data
+            if self.limit is not None and len(body) > self.limit:
+                raise RequestBodyTooLong
+        return bytes(body)
+
+    # The connection's side
+
+    def feed(self, data: bytes) -> None:
+        self._waits = False
+        self._buffer += data
+        if len(self._buffer) > BUFFER_BYTES and not self._held:
+            self._held = True
+            self._flow.hold_body()
+        self._wake()
+
+    def end(self) -> None:
+        self.complete = True
+        self._wake()
+
+    def fail(self, reason: str) -> None:
+        """Nothing more will come. What came before that is still handed over."""
+        if self._failure is None and not self.complete:
+            self._failure = BrokenBody(reason)
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

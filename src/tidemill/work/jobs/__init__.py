@@ -1,0 +1,1 @@
+"""Jobs and reservations: commands on whole devices, scheduled, billed by the device-second, recovered."""

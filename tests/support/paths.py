@@ -1,0 +1,7 @@
+"""Where things lie in this repository."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+GATEWAY_CONTRACTS = ROOT / "tests/gateway/contracts"
+"""Streams of real engines and APIs, recorded."""
