@@ -3,7 +3,6 @@ fails its test, and nobody adds one."""
 
 LONG_FILES = {
     "fleet/shim.py": "it runs alone and must not import anything of the product",
-    "ledger/invoice.py": "lines of tokens and of devices are to be separated",
 }
 
 LONG_FUNCTIONS = {
@@ -26,5 +25,5 @@ PARTICIPLES = {
 }
 """Files that end in -ing or -ed and are nouns all the same."""
 
-LONG_FIRST_LINES = 102
+LONG_FIRST_LINES = 75
 """Docstrings whose first line is longer than 100 characters."""

@@ -99,7 +99,9 @@ class BalanceLeases:
         return True
 
     async def hold(self, purse_id: PurseId, amount: int) -> bool:
-        """Hold `amount`, asking the store for more as long as it gives. False when the balance does not cover it.
+        """Hold `amount`, asking the store for more as long as it gives.
+
+        False when the balance does not cover it.
 
         Raises Unavailable when the wallet is empty and the store does not answer in time.
         """

@@ -1,4 +1,7 @@
-"""A histogram for hot paths: counts in a list, found by bisection; a thousandth of a millisecond an observation."""
+"""A histogram for hot paths: counts in a list, found by bisection.
+
+A thousandth of a millisecond an observation.
+"""
 
 from bisect import bisect_left
 
@@ -6,8 +9,10 @@ import msgspec
 
 
 class Histogram(msgspec.Struct):
-    """How often a time fell into each bucket. `bounds` are the upper ends in microseconds, ascending and inclusive;
-    `counts` has one more, for what is longer than all of them.
+    """How often a time fell into each bucket.
+
+    `bounds` are the upper ends in microseconds, ascending and inclusive; `counts` has one more, for what is longer than
+    all of them.
     """
 
     bounds: tuple[int, ...]

@@ -1,4 +1,6 @@
-"""Requests in flight, in a memory-mapped file: what survives `kill -9` to the token, without a system call.
+"""Requests in flight, in a memory-mapped file.
+
+What survives `kill -9` to the token, without a system call.
 
 A request takes a slot when it is admitted and leaves it when its record is on disk. Its running token counts are
 stored into the slot as they pass. The pages belong to the kernel, so the death of the process does not lose them;

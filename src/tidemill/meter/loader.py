@@ -1,4 +1,6 @@
-"""Draining usage logs into the store: what a gateway process has settled becomes records, charges and balances.
+"""Draining usage logs into the store.
+
+What a gateway process has settled becomes records, charges and balances.
 
 Exactly once, by two means in one transaction: the position in the log moves with the records, and a request id is
 stored at most once. So it may be killed anywhere and started anew from anywhere.
@@ -180,7 +182,9 @@ class Loader:
 
 
 def finish_record(left: Unfinished) -> UsageRecord:
-    """The record of a request that was open when its gateway died: billed is what had passed, and not more.
+    """The record of a request that was open when its gateway died.
+
+    Billed is what had passed, and not more.
 
     Counts that no engine report confirms (no token had passed) are zero: the tenant got nothing.
     """
@@ -210,7 +214,10 @@ def _move_position(connection: Connection, worker_id: str, position: Position) -
 
 @contextlib.contextmanager
 def _owned(directory: Path) -> Iterator[bool]:
-    """True when no process holds the directory's lock: its gateway is gone. The lock is then ours meanwhile."""
+    """True when no process holds the directory's lock: its gateway is gone.
+
+    The lock is then ours meanwhile.
+    """
     fd = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         try:
@@ -224,7 +231,9 @@ def _owned(directory: Path) -> Iterator[bool]:
 
 
 def claim_directory(meter_dir: Path, worker_id: str) -> tuple[Path, int]:
-    """Make a gateway process's directory and hold its lock for the life of the process; gives (path, lock's fd).
+    """Make a gateway process's directory and hold its lock for the life of the process.
+
+    Gives (path, lock's fd).
 
     The directory appears under its name only once it is locked, so the loader never takes it for a dead one's.
     """

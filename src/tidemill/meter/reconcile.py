@@ -107,8 +107,9 @@ class ReconcileReport(msgspec.Struct, frozen=True):
 def note_counters(
     connection: Connection, *, replica: str, life: str | None, prompt: int, completion: int, now: datetime
 ) -> None:
-    """Store a sample. `life` names a start of an engine of our own; None lets the counters tell: a total that falls
-    is a new life.
+    """Store a sample.
+
+    `life` names a start of an engine of our own; None lets the counters tell: a total that falls is a new life.
     """
     columns = engine_counters.c
     query = select(engine_counters).where(columns.replica == replica)

@@ -1,4 +1,7 @@
-"""What a request is billed for beside tokens: what is known of it at admission, and what engines report."""
+"""What a request is billed for beside tokens.
+
+What is known of it at admission, and what engines report.
+"""
 
 from collections.abc import Mapping
 
@@ -9,8 +12,9 @@ from tidemill.ledger.usage import TokenUsage
 
 
 def counted(ask: Ask, price: Price) -> dict[Component, int]:
-    """What is counted before work starts. A ranking's documents and searches are recorded whatever is billed; the
-    request itself only where it has a price.
+    """What is counted before work starts.
+
+    A ranking's documents and searches are recorded whatever is billed; the request itself only where it has a price.
     """
     if not ask.documents and Component.REQUEST not in price.rates:
         return {}

@@ -65,8 +65,9 @@ def read_rerank(body: bytes) -> ModelRequest:
 
 
 def read_rerank_v2(body: bytes) -> ModelRequest:
-    """Take the body of POST /v2/rerank apart, where documents are sent back only if that is asked for. Raises
-    BadRequest.
+    """Take the body of POST /v2/rerank apart, where documents are sent back only if that is asked for.
+
+    Raises BadRequest.
     """
     return read_object(body, _reader(len(body), "2"))
 
@@ -174,7 +175,10 @@ class RerankReply(OpenAIReply):
         self._request_id = request_id
 
     def whole(self, answer: bytes, counts: TokenCounts) -> bytes:
-        """The best first, as many as were asked for. Raises BrokenStream for what is no ranking of these documents."""
+        """The best first, as many as were asked for.
+
+        Raises BrokenStream for what is no ranking of these documents.
+        """
         request = self._request
         try:
             results = _decode_ranking(answer).results
