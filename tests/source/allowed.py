@@ -10,9 +10,7 @@ LONG_FUNCTIONS = {
     ("cli/job.py", "submit"): "a parameter for each flag",
 }
 
-TWICE: dict[str, str] = {
-    "READ_BYTES": "files.py and jobs.py of gateway/endpoints",
-}
+TWICE: dict[str, str] = {}
 """Constants that are defined in several files."""
 
 PARTICIPLES = {

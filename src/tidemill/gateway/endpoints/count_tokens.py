@@ -10,9 +10,10 @@ import msgspec
 from tidemill.engines.sse import BYTES_PER_TOKEN
 from tidemill.gateway.admission.admission import Admission
 from tidemill.gateway.auth.authenticator import Authenticator
-from tidemill.gateway.endpoints.model_endpoint import JSON, count_prompt, refuse_what_is_ignored
+from tidemill.gateway.endpoints.model_endpoint import count_prompt, refuse_what_is_ignored
 from tidemill.gateway.protocols.request import ModelRequest
 from tidemill.gateway.routing.models import ModelRoutes
+from tidemill.http.head_lines import JSON
 from tidemill.http.server import Exchange
 
 _encode = msgspec.json.Encoder().encode
