@@ -327,9 +327,10 @@ async def test_a_slow_disk_makes_the_client_wait(
     sending = asyncio.create_task(line.send(whole))
     await asyncio.sleep(0.2)
     (connection,) = plane.server.connections
-    assert connection._receiving is not None and connection._receiving.incoming is not None
-    held = len(connection._receiving.incoming._buffer)
-    assert connection._receiving.incoming._held and held < 600_000
+    receiving = connection._parser.receiving
+    assert receiving is not None and receiving.incoming is not None
+    held = len(receiving.incoming._buffer)
+    assert receiving.incoming._held and held < 600_000
     released.set()
     await sending
     assert (await line.answer()).json["bytes"] == 1_000_000
