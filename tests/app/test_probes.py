@@ -1,11 +1,13 @@
 """The look at upstreams."""
 
 import asyncio
+from collections.abc import Mapping
 
 import pytest
 
 from tidemill.app import probes
 from tidemill.app.probes import UpstreamProbe
+from tidemill.engines.registry import engine_of
 
 Status = int | None
 
@@ -17,16 +19,23 @@ class Pages:
         self.pages = pages
         self.asked: list[tuple[str, str]] = []
 
-    async def __call__(self, base_url: str, path: bytes, timeout_s: float, api_key: str | None) -> Status:
+    async def __call__(self, base_url: str, path: bytes, timeout_s: float, headers: Mapping[str, str]) -> Status:
         self.asked.append((base_url, path.decode()))
-        assert api_key == "key"
+        assert headers == {"Authorization": "Bearer key"}
         return self.pages.get(path.decode().strip("/"))
 
 
 def probe(pages: Pages, every_s: float = 10.0) -> tuple[UpstreamProbe, list[bool]]:
     seen: list[bool] = []
+    engine = engine_of("openai")
     made = UpstreamProbe(
-        "x/0", "http://x/v1", "key", every_s=every_s, changed=lambda: seen.append(made.ready), get=pages
+        "x/0",
+        "http://x/v1",
+        engine.auth_headers("key"),
+        engine.probes,
+        every_s=every_s,
+        changed=lambda: seen.append(made.ready),
+        get=pages,
     )
     return made, seen
 

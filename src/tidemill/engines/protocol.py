@@ -1,5 +1,6 @@
 """What the gateway needs to know of an engine: how to ask it, and how to read its counts out of its answers."""
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import msgspec
@@ -55,6 +56,27 @@ class Ask(msgspec.Struct):
     """It can wait: an engine that orders its requests by priority takes people's before it."""
 
 
+class Refusal(msgspec.Struct, frozen=True):
+    """A parameter that will not be honoured, and what to do."""
+
+    parameter: str
+    hint: str
+
+
+Harmless = tuple[object, ...]
+"""The values of a parameter that ask for nothing special. Null and an empty list always do."""
+Ignored = Mapping[str, tuple[Harmless, str]]
+"""Parameters that an engine leaves out without a word: what of each is harmless, and what to do instead."""
+
+
+class Probe(msgspec.Struct, frozen=True):
+    """A page that says whether a server is well: it is with status 200, and not without an answer or from 500 on."""
+
+    path: bytes
+    at_root: bool = False
+    """Below the server's address; else below its base URL, which ends in `/v1`."""
+
+
 class Tap(Protocol):
     """Reads a stream on its way through. It looks at each chunk only as far as metering needs."""
 
@@ -104,8 +126,23 @@ class Engine(Protocol):
     collects: bool
     """True: also an answer that the client wants whole is asked for as a stream and put together by the gateway,
     so that its tokens are counted while they are produced."""
-    count_path: bytes | None
-    """Where the engine counts a chat's prompt exactly, if it can."""
+    ignores: Ignored
+    """What it would leave out in silence (see `engines.capabilities`)."""
+    probes: tuple[Probe, ...]
+    """Asked in this order when somebody else runs it: any other status means that it has no such page, but of the
+    last one, where a refusal is an answer too."""
+
+    def auth_headers(self, key: str | None) -> Mapping[str, str]:
+        """The headers of every request: how it is told the operator's key, if there is one."""
+        ...
+
+    def path(self, ask: Ask) -> bytes:
+        """Where the engine takes `ask`, below its base URL."""
+        ...
+
+    def refuses(self, ask: Ask) -> Refusal | None:
+        """A parameter that it cannot honour, beyond what it `ignores`."""
+        ...
 
     def body(self, ask: Ask, *, model: str, output_cap: int) -> bytes:
         """The request body for the engine; each choice is limited to `output_cap` tokens."""
@@ -113,6 +150,14 @@ class Engine(Protocol):
 
     def tap(self, ask: Ask) -> Tap:
         """A reader for the stream that answers `ask`."""
+        ...
+
+    def usage(self, body: bytes) -> TokenCounts | None:
+        """What a whole answer says that it used; None when it doesn't. Raises BrokenStream when it is not JSON."""
+        ...
+
+    def count(self, ask: Ask, *, model: str) -> tuple[bytes, bytes] | None:
+        """The path and the body of a request that counts the prompt exactly; None where the engine can't."""
         ...
 
     def counters(self, metrics: str) -> Counters | None:

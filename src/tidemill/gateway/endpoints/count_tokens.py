@@ -1,6 +1,6 @@
 """POST /v1/messages/count_tokens: how long a prompt is, without an answer. Nothing is billed.
 
-Exact where the engine can count a chat (`Engine.count_path`), else an estimate; a header says which.
+Exact where the engine can count a chat (`Engine.count`), else an estimate; a header says which.
 """
 
 from collections.abc import Callable

@@ -62,7 +62,7 @@ async def _connect(inflight: InFlightRequest, guard: Guard) -> None:
 
 def _send(inflight: InFlightRequest, connection: EngineConnection, guard: Guard) -> None:
     ask = inflight.request.ask
-    inflight.replica.pool.send(connection, ask.path, engine_body(inflight), inflight.time_left())
+    inflight.replica.pool.send(connection, inflight.route.engine.path(ask), engine_body(inflight), inflight.time_left())
     inflight.connection = connection
     connection.sink = _Stream(inflight, connection, guard) if ask.stream else _Whole(inflight, connection, guard)
     inflight.exchange.work.underway += 1

@@ -114,7 +114,8 @@ async def _first_word(
     inflight: InFlightRequest, replica: RoutedReplica, owner: AnswerOwner, body: bytes
 ) -> EngineConnection:
     """Ask a replica, and wait until its answer has begun."""
-    connection = await replica.pool.request(inflight.request.ask.path, body, inflight.time_left(), owner=owner)
+    path = inflight.route.engine.path(inflight.request.ask)
+    connection = await replica.pool.request(path, body, inflight.time_left(), owner=owner)
     try:
         if connection.status == 200 and (data := await connection.next()):
             connection.give_back(data)

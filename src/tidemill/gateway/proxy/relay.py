@@ -9,7 +9,7 @@ from enum import StrEnum
 import msgspec
 
 from tidemill.engines.protocol import Engine, Tap, TokenCounts
-from tidemill.engines.sse import BYTES_PER_TOKEN, usage_of
+from tidemill.engines.sse import BYTES_PER_TOKEN
 from tidemill.errors import TidemillError, Unavailable
 from tidemill.gateway.admission.holds import Hold, mid_stream_stop
 from tidemill.gateway.protocols.reply import Reply
@@ -200,7 +200,7 @@ class Relay:
 
     def _whole_counts(self, body: bytes) -> tuple[TokenCounts, bool]:
         """What a whole answer has used, and whether that is an estimate. Raises BrokenStream."""
-        ask, counts = self._request.ask, usage_of(body)
+        ask, counts = self._request.ask, self._engine.usage(body)
         if counts is not None and (counts.prompt or not ask.documents):
             return counts, False
         prompt = self._request.body_bytes // BYTES_PER_TOKEN

@@ -116,7 +116,7 @@ async def _connection(inflight: InFlightRequest, begun: EngineConnection | None)
             raise
     if begun is None and hedges(inflight):
         return await first_to_speak(inflight, engine_body(inflight))
-    path, pool = inflight.request.ask.path, inflight.replica.pool
+    path, pool = inflight.route.engine.path(inflight.request.ask), inflight.replica.pool
     return await pool.request(
         path, engine_body(inflight), inflight.time_left(), owner=inflight, fresh=begun is not None
     )

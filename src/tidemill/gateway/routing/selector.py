@@ -139,7 +139,7 @@ class RouteSelector:
         spec = route.spec
         if spec.context is not None and self._prompt + (self._context.request.ask.max_tokens or 0) >= spec.context:
             return False
-        return refusal(spec.engine, spec.lacks, self._context.request.ask) is None
+        return refusal(route.engine, spec.lacks, self._context.request.ask) is None
 
     def _choose_replica(self, route: ModelRoute, worst: ReplicaHealth, now: float) -> ReplicaAttempt | None:
         slots = route.spec.slots
