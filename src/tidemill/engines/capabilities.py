@@ -10,14 +10,14 @@ from typing import Any
 
 import msgspec
 
-from tidemill.engines.protocol import Ask, Engine, Harmless, Ignored, Refusal
+from tidemill.engines.protocol import Ask, Engine, Harmless, Refusal, Unsupported
 
 _decode = msgspec.json.Decoder().decode
 
 LONGEST_HARMLESS = 64
 """A longer value, in bytes of JSON, always asks for something."""
 
-IGNORED_BY_OWN: Ignored = {
+UNSUPPORTED_BY_OWN: Unsupported = {
     "audio": ((), "It gives no sound."),
     "modalities": ((["text"],), "It gives text only."),
     "web_search_options": ((), "It does not search the web."),
@@ -27,7 +27,7 @@ IGNORED_BY_OWN: Ignored = {
     "verbosity": (("medium",), "Say in the prompt how long the answer shall be."),
 }
 
-"""What engines of our own leave out, as the `ignores` of an engine."""
+"""What engines of our own leave out, as the `unsupported` of an engine."""
 
 _NEEDS = {"tools": "tools", "reasoning_effort": "reasoning_effort"}
 """Parameters that a model's chat template must know what to do with, and what `lacks` calls that."""
@@ -38,9 +38,9 @@ def refusal(engine: Engine, lacks: tuple[str, ...], ask: Ask) -> Refusal | None:
 
     `lacks` is what the model's chat template has no place for (`template_lacks`).
     """
-    fields, ignored = ask.fields, engine.ignores
-    for name in fields.keys() & ignored.keys():
-        harmless, hint = ignored[name]
+    fields, unsupported = ask.fields, engine.unsupported
+    for name in fields.keys() & unsupported.keys():
+        harmless, hint = unsupported[name]
         if asks_for_something(fields[name], harmless):
             return Refusal(name, hint)
     refused = engine.refuses(ask)

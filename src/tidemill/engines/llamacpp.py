@@ -8,12 +8,12 @@ from collections.abc import Collection
 
 import msgspec
 
-from tidemill.engines.capabilities import IGNORED_BY_OWN
+from tidemill.engines.capabilities import UNSUPPORTED_BY_OWN
 from tidemill.engines.kind import EngineKind
 from tidemill.engines.launch import EngineControl
 from tidemill.engines.openai import LIMIT_ALIASES, OpenAIEngine, encode, stream_options
 from tidemill.engines.prometheus import counter_sum
-from tidemill.engines.protocol import Ask, Counters, Ignored, Refusal, TokenCounts
+from tidemill.engines.protocol import Ask, Counters, Refusal, TokenCounts, Unsupported
 from tidemill.engines.running_usage import sum_of_choices
 from tidemill.engines.sse import SseTap, data_of, usage_object, usage_of
 
@@ -27,8 +27,8 @@ _decode_any = msgspec.json.Decoder().decode
 _decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
-_IGNORED: Ignored = {
-    **IGNORED_BY_OWN,
+_UNSUPPORTED: Unsupported = {
+    **UNSUPPORTED_BY_OWN,
     "echo": ((False,), "Put the prompt before the answer yourself."),
     "suffix": (("",), "Use a chat."),
     "max_tokens_per_doc": ((), "Shorten the documents yourself."),
@@ -56,7 +56,7 @@ class LlamaCppEngine(OpenAIEngine):
 
     kind = "llamacpp"
     collects = True
-    ignores = _IGNORED
+    unsupported = _UNSUPPORTED
 
     def __init__(self) -> None:
         super().__init__(owned=True)

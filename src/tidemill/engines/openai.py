@@ -6,7 +6,7 @@ import msgspec
 
 from tidemill.engines.kind import EngineKind
 from tidemill.engines.prometheus import counter_sum
-from tidemill.engines.protocol import Ask, Counters, Ignored, Probe, Refusal, TokenCounts
+from tidemill.engines.protocol import Ask, Counters, Probe, Refusal, TokenCounts, Unsupported
 from tidemill.engines.sse import SseTap, usage_of
 
 encode = msgspec.json.Encoder().encode
@@ -28,7 +28,7 @@ LIMIT_ALIASES = ("max_tokens", "max_completion_tokens", "n_predict", "n_cmpl")
 llama.cpp takes its own `n_predict` before `max_tokens`, and `n_cmpl` before `n`."""
 
 
-NOTHING: Ignored = {}
+NOTHING: Unsupported = {}
 """It answers for itself: what it does not like, it refuses by name."""
 
 
@@ -37,7 +37,8 @@ class OpenAIEngine:
 
     kind = "openai"
     collects = False
-    ignores: Ignored = NOTHING
+    unsupported: Unsupported = NOTHING
+    native: frozenset[bytes] = frozenset()
     probes: tuple[Probe, ...] = (Probe(b"/health", at_root=True), Probe(b"/models"))
 
     def __init__(self, *, owned: bool = False) -> None:
@@ -48,6 +49,9 @@ class OpenAIEngine:
 
     def path(self, ask: Ask) -> bytes:
         return ask.path
+
+    def headers(self, ask: Ask) -> bytes:
+        return b""
 
     def refuses(self, ask: Ask) -> Refusal | None:
         return None
@@ -69,6 +73,9 @@ class OpenAIEngine:
 
     def usage(self, body: bytes) -> TokenCounts | None:
         return usage_of(body)
+
+    def answer(self, ask: Ask, body: bytes) -> bytes:
+        return body
 
     def count(self, ask: Ask, *, model: str) -> tuple[bytes, bytes] | None:
         return None

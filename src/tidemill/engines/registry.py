@@ -1,11 +1,14 @@
 """The engines by their kind: the one table. A new engine is a file of its own and a row here (decision 0022)."""
 
 from tidemill.engines import llamacpp, openai, sglang, vllm
+from tidemill.engines.anthropic import engine as anthropic
 from tidemill.engines.kind import EngineKind, EngineOptions
 from tidemill.engines.launch import Launcher
 from tidemill.engines.protocol import Engine
 
-ENGINES: dict[str, EngineKind] = {each.name: each for each in (llamacpp.KIND, vllm.KIND, sglang.KIND, openai.KIND)}
+ENGINES: dict[str, EngineKind] = {
+    each.name: each for each in (llamacpp.KIND, vllm.KIND, sglang.KIND, openai.KIND, anthropic.KIND)
+}
 """In the order in which the configuration's errors list them."""
 
 LAUNCHERS: dict[str, Launcher] = {name: each.launcher for name, each in ENGINES.items() if each.launcher is not None}

@@ -135,12 +135,14 @@ class ConnectionPool:
                 connection.abort()
                 raise
 
-    def send(self, connection: EngineConnection, path: bytes, body: bytes, timeout_s: float) -> None:
+    def send(
+        self, connection: EngineConnection, path: bytes, body: bytes, timeout_s: float, headers: bytes = b""
+    ) -> None:
         """Send a POST on a connection of one's own. A kept one may turn out to be closed by the engine
         (`EngineConnection.reused_and_silent`).
         """
         connection.expire_in(timeout_s)
-        connection.send(self._head(path, body, b"POST", b""), body)
+        connection.send(self._head(path, body, b"POST", headers), body)
 
     def _head(self, path: bytes, body: bytes, method: bytes, headers: bytes) -> bytes:
         address = self.address

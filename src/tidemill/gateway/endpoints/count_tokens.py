@@ -43,6 +43,7 @@ class CountTokens:
         request = self._read(exchange.body)
         route = self._routes.find(request.model)
         self._authenticator.price(route.spec.name, principal)  # a model that may not be asked is not counted for either
+        request.prepare_for(route.engine, exchange.headers)
         refuse_what_is_ignored(request, route)
         request.model = route.spec.name  # whichever of its names was used
         await self._admission.admit_count(exchange, request, principal)

@@ -90,6 +90,7 @@ class ModelEndpoint:
         request.model = route.spec.name  # from here on, whichever of its names was used
         if principal.tier is PriceTier.BATCH:
             request.ask.filler = True
+        request.prepare_for(route.engine, exchange.headers)
         refuse_what_is_ignored(request, route)
         return RequestContext(exchange, request, principal, route, self._authenticator.price(request.model, principal))
 
@@ -163,11 +164,12 @@ def refuse_what_is_ignored(request: ModelRequest, route: ModelRoute) -> None:
 
 async def count_prompt(request: ModelRequest, route: ModelRoute, replica: RoutedReplica) -> int | None:
     """Have the engine count a prompt exactly; None when it cannot or does not answer."""
-    counting = route.engine.count(request.ask, model=route.spec.upstream_model)
+    ask, engine = request.ask_for(route.engine), route.engine
+    counting = engine.count(ask, model=route.spec.upstream_model)
     if counting is None:
         return None
     try:
-        connection = await replica.pool.request(*counting, COUNT_TIMEOUT_S)
+        connection = await replica.pool.request(*counting, COUNT_TIMEOUT_S, headers=engine.headers(ask))
         try:
             answer = await connection.body(MAX_ERROR_BYTES)
         finally:
