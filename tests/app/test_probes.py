@@ -21,13 +21,13 @@ class Pages:
 
     async def __call__(self, base_url: str, path: bytes, timeout_s: float, headers: Mapping[str, str]) -> Status:
         self.asked.append((base_url, path.decode()))
-        assert headers == {"Authorization": "Bearer key"}
+        assert headers in ({"Authorization": "Bearer key"}, {"x-api-key": "key", "anthropic-version": "2023-06-01"})
         return self.pages.get(path.decode().strip("/"))
 
 
-def probe(pages: Pages, every_s: float = 10.0) -> tuple[UpstreamProbe, list[bool]]:
+def probe(pages: Pages, every_s: float = 10.0, kind: str = "openai") -> tuple[UpstreamProbe, list[bool]]:
     seen: list[bool] = []
-    engine = engine_of("openai")
+    engine = engine_of(kind)
     made = UpstreamProbe(
         "x/0",
         "http://x/v1",
@@ -65,6 +65,14 @@ async def test_a_page_that_is_not_there_is_not_asked_for_again() -> None:
     for _ in range(3):
         await asked.ask()
     assert pages.asked == [("http://x", "/health"), *[("http://x/v1", "/models")] * 3]
+
+
+@pytest.mark.parametrize(("status", "well"), [(200, True), (401, True), (429, True), (529, False), (None, False)])
+async def test_anthropics_api_is_asked_for_its_models(status: Status, well: bool) -> None:
+    pages = Pages(**{"models?limit=1": status})
+    asked, _ = probe(pages, kind="anthropic")
+    assert await asked.ask() is well
+    assert pages.asked == [("http://x/v1", "/models?limit=1")]
 
 
 async def test_two_failures_in_a_row_take_it_out_and_one_answer_brings_it_back(monkeypatch: pytest.MonkeyPatch) -> None:

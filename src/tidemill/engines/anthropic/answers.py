@@ -177,7 +177,7 @@ class MessagesTap:
         rest = self._rest
         events = self.feed(b"\n\n") if rest.strip() else b""
         if self.begun and not (self.done or self._stopped):
-            raise BrokenStream("it ends without message_stop")
+            raise BrokenStream("it ends before its message does")
         return events
 
     @property

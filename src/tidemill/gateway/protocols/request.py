@@ -49,6 +49,11 @@ class ModelRequest(msgspec.Struct):
         """The request as another engine takes it. Raises BadRequest where that cannot be."""
         return self.ask
 
+    def session(self) -> msgspec.Raw | None:
+        """What the client says that belongs together, undecoded. Raises BadRequest."""
+        fields = self.ask.fields
+        return fields.get("prompt_cache_key") or fields.get("user")
+
     def own_name(self, parameter: str) -> str:
         """What a chat parameter is called in the API that the client speaks."""
         return parameter

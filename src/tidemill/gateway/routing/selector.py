@@ -191,8 +191,7 @@ class RouteSelector:
         """
         given = self._context.exchange.headers.get(b"x-session-id")
         if given is None:
-            fields = self._context.request.ask.fields
-            raw = fields.get("prompt_cache_key") or fields.get("user")
+            raw = self._context.request.session()
             given = None if raw is None else bytes(raw)
         if not given or given == b"null" or len(given) > MAX_SESSION_BYTES:
             return None

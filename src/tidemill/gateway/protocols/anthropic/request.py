@@ -104,6 +104,11 @@ class MessagesRequest(ModelRequest, kw_only=True):
         _manners(fields, chat)
         return chat
 
+    def session(self) -> msgspec.Raw | None:
+        if self.ask is self.native:
+            return object_of(self.native.fields, "metadata").get("user_id")
+        return super().session()
+
     def own_name(self, parameter: str) -> str:
         return OWN_NAMES.get(parameter, parameter)
 
