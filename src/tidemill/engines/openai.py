@@ -53,6 +53,9 @@ class OpenAIEngine:
     def headers(self, ask: Ask) -> bytes:
         return b""
 
+    def unseen_tokens(self, ask: Ask) -> int:
+        return 0
+
     def refuses(self, ask: Ask) -> Refusal | None:
         return None
 

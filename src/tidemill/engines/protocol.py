@@ -153,6 +153,10 @@ class Engine(Protocol):
         """Further header lines of this request, each with its CRLF."""
         ...
 
+    def unseen_tokens(self, ask: Ask) -> int:
+        """Tokens that the prompt may have beyond one for each byte of its JSON; a hold has to cover them."""
+        ...
+
     def refuses(self, ask: Ask) -> Refusal | None:
         """A parameter that it cannot honour, beyond what it `unsupported`."""
         ...

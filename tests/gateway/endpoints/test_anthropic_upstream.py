@@ -24,6 +24,7 @@ from tests.support.upstream import (
     Asked,
     Caller,
     completion,
+    event,
     finish,
     role,
     usage,
@@ -185,6 +186,25 @@ async def test_a_small_balance_limits_the_answer(start: Start) -> None:
     assert 85 <= cap <= 90  # 20 tokens at 1000 nanos, the others at 2000
     record = await plane.record()
     assert (record.status, record.completion, record.uncollected) == ("balance_exhausted", cap, 0)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+async def test_the_pages_of_a_document_are_counted_before_a_balance_pays_for_them(start: Start, chat: bool) -> None:
+    """A page of few bytes may have thousands of tokens: its bytes are no bound."""
+
+    async def script(asked: Asked, caller: Caller) -> None:
+        assert b"/count_tokens " in asked.head, "the balance does not cover it"
+        await caller.whole({"input_tokens": 200_000})
+
+    plane, _ = await start(script, engine="anthropic", credit="0.1")  # 100,000 prompt tokens
+    if chat:
+        part: Any = {"type": "file", "file": {"file_data": "data:application/pdf;base64,aWE="}}
+        answer = await plane.ask(messages=[{"role": "user", "content": [part]}])
+    else:
+        part = {"type": "document", "source": {"type": "url", "url": "https://x/y.pdf"}}
+        answer = await raw(plane, messages=[{"role": "user", "content": [part]}])
+    assert answer.status == 402 and "200000 prompt" in answer.json["error"]["message"]
+    assert await plane.settled() == []
 
 
 async def test_a_client_that_leaves_is_billed_by_what_the_upstream_reports(start: Start) -> None:
@@ -381,11 +401,11 @@ async def test_openais_own_client_asks_for_a_response(start: Start) -> None:
     whole = await client.responses.create(model="mock", input="hi", instructions="be brief")
     assert whole.output_text == "Hi! My name is Claude."
     texts = ""
-    async for event in await client.responses.create(model="mock", input="hi", stream=True):
-        if event.type == "response.output_text.delta":
-            texts += event.delta
+    async for each in await client.responses.create(model="mock", input="hi", stream=True):
+        if each.type == "response.output_text.delta":
+            texts += each.delta
     assert texts == EXPECTED["text.sse"]["text"]
-    assert {each.status for each in await plane.settled()} == {"ok"}
+    assert {record.status for record in await plane.settled()} == {"ok"}
 
 
 async def test_an_error_in_the_middle_of_a_chat(start: Start) -> None:
@@ -439,3 +459,37 @@ async def test_what_it_does_not_have_at_all(start: Start) -> None:
     ]
     vectors = await plane.send(post("/v1/embeddings", {"model": "mock", "input": "hi"}, plane.key))
     assert vectors.status == 400 and upstream.asked == []
+
+
+# Another platform of this kind as the upstream
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_platform_before_a_platform_counts_the_same(fleet: Fleet, stream: bool) -> None:
+    call = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": "{}"}}
+
+    async def engine(asked: Asked, caller: Caller) -> None:
+        assert asked.json["tools"][0]["function"]["name"] == "get_weather"
+        if asked.json.get("stream"):
+            delta = {"choices": [{"index": 0, "delta": {"tool_calls": [call]}}]}
+            await caller.stream(role(), word("so"), event(delta), finish("tool_calls"), usage(30, 5, 12), DONE)
+        else:
+            answer = completion("so", usage_object(30, 5, 12))
+            answer["choices"][0]["message"]["tool_calls"] = [call]
+            answer["choices"][0]["finish_reason"] = "tool_calls"
+            await caller.whole(answer)
+
+    (own,) = await fleet.engines(engine)
+    behind = await fleet.plane(model(own.port, "theirs"))
+    front = await fleet.plane(
+        model(behind.port, engine="anthropic", upstream_model="theirs", api_key=behind.key, context=100_000)
+    )
+    chat = await front.ask(stream=stream, tools=[TOOL])
+    chunks = [json.loads(each) for each in chat.events if each.startswith("{")] if stream else [chat.json]
+    choices = [each for chunk in chunks for each in chunk["choices"]]
+    assert choices[-1]["finish_reason"] == "tool_calls" and b'"get_weather"' in chat.body
+    messages = await raw(front, stream=stream, tools=[{"name": "get_weather", "input_schema": {"type": "object"}}])
+    assert b'"name":"get_weather"' in messages.body and b'"model":"mock"' in messages.body
+    told = [(each.prompt, each.cached, each.completion, each.status) for each in await front.settled()]
+    assert told == [(each.prompt, each.cached, each.completion, each.status) for each in await behind.settled()]
+    assert told == [(30, 12, 5, "ok")] * 2

@@ -19,6 +19,8 @@ from tidemill.engines.anthropic.terms import (
     CLIENT_TOOLS,
     COUNT_TOKENS,
     COUNTED,
+    DOCUMENT_TOKENS,
+    IMAGE_TOKENS,
     MESSAGES,
     VERSION,
 )
@@ -62,6 +64,12 @@ class AnthropicEngine:
         asked = (each.strip() for each in ask.betas.decode("latin-1").split(","))
         betas = [each for each in asked if each.startswith(BETAS) and each.isascii() and each.isprintable()]
         return f"anthropic-beta: {','.join(betas)}\r\n".encode("ascii") if betas else b""
+
+    def unseen_tokens(self, ask: Ask) -> int:
+        """Images and documents, which may be small as data, or be addresses. A word in a text costs a higher hold."""
+        text = bytes(ask.fields.get("messages", b""))
+        documents = DOCUMENT_TOKENS if b'"document"' in text or b'"file"' in text else 0
+        return documents + IMAGE_TOKENS * (text.count(b'"image"') + text.count(b'"image_url"'))
 
     def refuses(self, ask: Ask) -> Refusal | None:
         if ask.path == MESSAGES:

@@ -79,5 +79,10 @@ BETAS = (
 """How a value of a client's `anthropic-beta` header begins that is passed on: it changes the form of an answer, and
 neither its price nor what of the operator's account it reaches."""
 
+IMAGE_TOKENS = 5_000
+DOCUMENT_TOKENS = 300_000
+"""The most that an image, or all documents of a request, may have, whatever the size of their data: 100 pages of at
+most 3,000 tokens, as each is read as text and seen as an image."""
+
 COUNTED = frozenset("messages system tools tool_choice thinking output_config cache_control".split())
 """Members of a request that a counting request may have."""
