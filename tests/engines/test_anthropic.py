@@ -138,6 +138,20 @@ def test_what_is_no_json_is_broken() -> None:
         ENGINE.tap(chat()).feed(b"event: content_block_delta\ndata: {oops\n\n")
 
 
+@given(st.data())
+def test_what_comes_before_a_broken_event_passes_wherever_it_is_cut(data: Any) -> None:
+    stream, broken = contract("text.sse"), b"event: content_block_stop\ndata: {oops\n\n"
+    at = stream.index(b"event: content_block_stop")
+    for ask in (native(), chat()):
+        tap, out = ENGINE.tap(ask), b""
+        whole = feed(ENGINE.tap(ask), [stream])
+        with pytest.raises(BrokenStream):
+            for piece in data.draw(cut(stream[:at] + broken + stream[at:])):
+                out += tap.feed(piece)
+            tap.end()
+        assert whole.startswith(out) and "🌊".encode() in out and not tap.done
+
+
 def test_a_server_that_names_no_events_is_understood_too() -> None:
     stream = b"".join(line + b"\n\n" for line in contract("text.sse").split(b"\n") if line.startswith(b"data:"))
     tap = ENGINE.tap(native())

@@ -157,8 +157,13 @@ class MessagesTap:
             if self.done:
                 return b"".join(out)
             event = data[at : end.end()]
+            try:
+                passed = self._event(event)
+            except BrokenStream:
+                if not out:
+                    raise
+                break  # the client gets what came before, wherever the network cuts; the next call raises again
             at = end.end()
-            passed = self._event(event)
             if not self.begun:
                 self._early += passed
             elif passed:

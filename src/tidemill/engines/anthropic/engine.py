@@ -75,7 +75,8 @@ class AnthropicEngine:
         if ask.path == MESSAGES:
             return _refused_tool(ask)
         if ask.path != CHAT:
-            return Refusal("prompt", "Its API has chats only: POST /v1/chat/completions or /v1/messages.")
+            parameter = "prompt" if "prompt" in ask.fields else "model"
+            return Refusal(parameter, "Its API has chats only: POST /v1/chat/completions or /v1/messages.")
         try:
             _messages_of(ask)
         except Untranslatable as error:
