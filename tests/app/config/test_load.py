@@ -65,6 +65,12 @@ def test_the_example_of_the_issue(tmp_path: Path) -> None:
     assert config.prices["mock"]["USD"].price() == token_price(4_000_000_000, 1_000_000_000, 16_000_000_000)
 
 
+def test_an_upstream_with_anthropics_api(tmp_path: Path) -> None:
+    claude = '[models.claude]\nengine = "anthropic"\nbase_url = "https://api.anthropic.com/v1"\n'
+    model = read(tmp_path, claude + 'upstream_model = "claude-sonnet-4-5"\n').models["claude"]
+    assert not model.kind.runs_here and not model.kind.embeds and model.slots is None
+
+
 def test_prices_of_several_currencies(tmp_path: Path) -> None:
     """`[prices.M]` is in the installation's currency; `[prices.M.CNY]` in the one that it names."""
     eur = '[prices.mock.EUR]\ninput = "0.000000001"\noutput = "2"\n'
@@ -161,7 +167,7 @@ def test_names_with_dots_and_slashes(tmp_path: Path) -> None:
         ('[models.m]\nbase_url = "http://x"', "models.m: missing key `engine`."),
         (
             '[models.m]\nengine = "tgi"',
-            "models.m.engine: invalid choice 'tgi'. Choose one of: llamacpp, openai, sglang, vllm.",
+            "models.m.engine: invalid choice 'tgi'. Choose one of: anthropic, llamacpp, openai, sglang, vllm.",
         ),
         ('[models.m]\nengine = "openai"', 'base_url = "http://HOST:PORT/v1"'),
         (

@@ -1,6 +1,6 @@
 """POST /v1/messages/count_tokens: how long a prompt is, without an answer. Nothing is billed.
 
-Exact where the engine can count a chat (`Engine.count_path`), else an estimate; a header says which.
+Exact where the engine can count a chat (`Engine.count`), else an estimate; a header says which.
 """
 
 from collections.abc import Callable
@@ -44,6 +44,7 @@ class CountTokens:
         request = self._read(exchange.body)
         route = self._routes.find(request.model)
         self._authenticator.price(route.spec.name, principal)  # a model that may not be asked is not counted for either
+        request.prepare_for(route.engine, exchange.headers)
         refuse_what_is_ignored(request, route)
         request.model = route.spec.name  # whichever of its names was used
         await self._admission.admit_count(exchange, request, principal)

@@ -90,6 +90,7 @@ class ModelEndpoint:
         request.model = route.spec.name  # from here on, whichever of its names was used
         if principal.tier is PriceTier.BATCH:
             request.ask.filler = True
+        request.prepare_for(route.engine, exchange.headers)
         refuse_what_is_ignored(request, route)
         return RequestContext(exchange, request, principal, route, self._authenticator.price(request.model, principal))
 
@@ -154,7 +155,7 @@ def refuse_what_is_ignored(request: ModelRequest, route: ModelRoute) -> None:
             hint="Ask another model, or your operator to switch them on for it.",
             param="model",
         )
-    refused = refusal(route.spec.engine, route.spec.lacks, request.ask)
+    refused = refusal(route.engine, route.spec.lacks, request.ask)
     if refused is not None:
         name = request.own_name(refused.parameter)
         message = f"{request.model!r} cannot honour '{name}'."
@@ -163,12 +164,12 @@ def refuse_what_is_ignored(request: ModelRequest, route: ModelRoute) -> None:
 
 async def count_prompt(request: ModelRequest, route: ModelRoute, replica: RoutedReplica) -> int | None:
     """Have the engine count a prompt exactly; None when it cannot or does not answer."""
-    path = route.engine.count_path
-    if path is None or request.ask.path != b"/chat/completions":
+    ask, engine = request.ask_for(route.engine), route.engine
+    counting = engine.count(ask, model=route.spec.upstream_model)
+    if counting is None:
         return None
-    body = route.engine.body(request.ask, model=route.spec.upstream_model, output_cap=1)
     try:
-        connection = await replica.pool.request(path, body, COUNT_TIMEOUT_S)
+        connection = await replica.pool.request(*counting, COUNT_TIMEOUT_S, headers=engine.headers(ask))
         try:
             answer = await connection.body(MAX_ERROR_BYTES)
         finally:

@@ -38,7 +38,11 @@ def parse_object(body: bytes) -> Fields:
 
 def read_object(body: bytes, read: Callable[[Fields], T]) -> T:
     """Have `read` take a body apart. What it finds to be no proper text is a BadRequest, too."""
-    fields = parse_object(body)
+    return read_fields(parse_object(body), read)
+
+
+def read_fields(fields: Fields, read: Callable[[Fields], T]) -> T:
+    """The same with a body whose top-level members are known."""
     try:
         return read(fields)
     except (msgspec.DecodeError, UnicodeError) as error:

@@ -1,4 +1,4 @@
-"""Replies: how an operation writes what an engine answers. The engine always speaks OpenAI's language."""
+"""Replies: how an operation writes what an engine answers: OpenAI's chunks, or what the client speaks itself."""
 
 from typing import Protocol
 
@@ -11,6 +11,10 @@ from tidemill.gateway.protocols.request import ModelRequest
 
 class Reply(Protocol):
     """Writes one answer in the form of its endpoint."""
+
+    def form(self, *, native: bool) -> "Reply":
+        """What writes the answer of an engine; `native`: it speaks the client's own API."""
+        ...
 
     def events(self, events: bytes, counts: TokenCounts) -> bytes:
         """Whole events of the engine's stream, as the client shall get them.
@@ -41,6 +45,9 @@ class OpenAIReply:
 
     def __init__(self, request: ModelRequest, request_id: str) -> None:
         pass
+
+    def form(self, *, native: bool) -> "OpenAIReply":
+        return self
 
     def events(self, events: bytes, counts: TokenCounts) -> bytes:
         return events

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 
 from tests.gateway.chunks import COUNTS, busy_machine, collected, draw_stream, event, events_of, split, translated
 from tests.support.paths import GATEWAY_CONTRACTS
+from tidemill.engines.openai import OpenAIEngine
 from tidemill.engines.sse import BrokenStream
 from tidemill.errors import Unavailable
 from tidemill.gateway.protocols.anthropic.reply import AnthropicReply
@@ -22,7 +23,9 @@ _EVENT = TypeAdapter(RawMessageStreamEvent)
 
 def reply(**more: Any) -> AnthropicReply:
     body = {"model": "m", "max_tokens": 10, "messages": [{"role": "user", "content": "hi"}], **more}
-    return AnthropicReply(read_messages(json.dumps(body).encode()), "req_1")
+    request = read_messages(json.dumps(body).encode())
+    request.prepare_for(OpenAIEngine(), {})
+    return AnthropicReply(request, "req_1")
 
 
 def message_of(body: bytes) -> dict[str, Any]:
