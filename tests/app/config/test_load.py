@@ -5,10 +5,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tests.support.examples import examples
 from tests.support.prices import token_price
 from tidemill.app.config.load import load_config
 from tidemill.app.config.schema.models import ModelConfig
@@ -75,7 +77,8 @@ def test_prices_of_several_currencies(tmp_path: Path) -> None:
     """`[prices.M]` is in the installation's currency; `[prices.M.CNY]` in the one that it names."""
     eur = '[prices.mock.EUR]\ninput = "0.000000001"\noutput = "2"\n'
     config = read(tmp_path, 'currency = "CNY"\n' + MOCK + PRICE + eur)
-    assert {code: price.input for code, price in config.prices["mock"].items()} == {"CNY": "4.00", "EUR": "0.000000001"}
+    prices = {code: msgspec.structs.asdict(price) for code, price in config.prices["mock"].items()}
+    assert {code: price["input"] for code, price in prices.items()} == {"CNY": "4.00", "EUR": "0.000000001"}
     assert config.prices["mock"]["EUR"].price() == token_price(1, 1, 2_000_000_000)  # cached: the price of input
     only = read(tmp_path, 'currency = "CNY"\n' + MOCK + eur)
     assert list(only.prices["mock"]) == ["EUR"]
@@ -304,7 +307,7 @@ def taken_or_refused(text: str | bytes) -> None:
             assert str(refused).startswith(directory)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(3)
 @given(documents)
 @example({"currency": ["USD"], "prices": {"mock": {"input": "1", "output": "1"}}})
 @example({"models": {"mock": {"engine": "openai", "base_url": "http://x", "split": {"mock": math.nan}}}})
@@ -312,7 +315,6 @@ def test_a_document_is_taken_or_refused_and_never_anything_else(document: dict[s
     taken_or_refused("\n".join(f"{toml(key)} = {toml(value)}" for key, value in document.items()))
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
 def test_so_is_rubbish(rubbish: bytes) -> None:
     taken_or_refused(rubbish)

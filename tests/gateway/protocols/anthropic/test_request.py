@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.gateway.chunks import busy_machine
+from tests.gateway.chunks import on_streams
 from tidemill.engines.openai import OpenAIEngine
 from tidemill.gateway.errors import BadRequest, UnsupportedParameter
 from tidemill.gateway.protocols.anthropic.request import MessagesRequest, read_count, read_messages
@@ -332,7 +332,7 @@ messages = st.lists(
 )
 
 
-@busy_machine
+@on_streams
 @given(st.dictionaries(st.sampled_from(NAMES), json_values), messages)
 def test_no_body_breaks_the_reader(fields: Any, messages: Any) -> None:
     body = {"model": "m", "max_tokens": 5, "messages": messages, **fields}
