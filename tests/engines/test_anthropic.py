@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from tests.engines.streams import cut, feed, payloads
 from tests.support.paths import ANTHROPIC_CONTRACTS
-from tidemill.engines.anthropic.answers import ChatTap, MessagesTap
+from tidemill.engines.anthropic.chat_answer import ChatTap
+from tidemill.engines.anthropic.stream import MessagesTap
 from tidemill.engines.capabilities import refusal
 from tidemill.engines.collect import Collector
 from tidemill.engines.protocol import Ask, Tap, TokenCounts
@@ -169,6 +170,8 @@ def test_a_whole_answer_passes_and_is_counted(name: str) -> None:
     [
         ({"input_tokens": -5, "output_tokens": -1}, TokenCounts()),
         ({"input_tokens": None, "output_tokens": 3}, TokenCounts(completion=3)),
+        ({"output_tokens": 3, "output_tokens_details": {"thinking_tokens": 2}}, TokenCounts(completion=3, reasoning=2)),
+        ({"output_tokens": 3, "output_tokens_details": "none"}, TokenCounts(completion=3)),
         ({"input_tokens": 10**30, "output_tokens": 1}, TokenCounts(2**28, 0, 1)),
         ({"input_tokens": 1, "cache_read_input_tokens": 5, "cache_creation_input_tokens": -2}, TokenCounts(6, 5)),
     ],

@@ -80,7 +80,10 @@ class UpstreamProbe:
                 self._changed()
 
     async def ask(self) -> bool:
-        """Whether it answers, as its engine's `probes` find out. A page that it refuses is not asked for again."""
+        """Whether it answers, as its engine's `probes` find out.
+
+        A page that it refuses is not asked for again.
+        """
         while True:
             probe, further = self._probes[0], self._probes[1:]
             base_url = root_of(self.base_url) if probe.at_root else self.base_url

@@ -1,4 +1,4 @@
-"""What engines cannot do: the parameters of a request that they would ignore in silence, so that it is refused.
+"""What engines cannot do: parameters that they would ignore in silence, and that are refused.
 
 llama.cpp takes a chat and leaves out what it does not know, without a word (its tools/server/README.md names what it
 takes; the rest was tried on build 11549). So do vLLM and SGLang (the fields of the request classes of vLLM 0.33.0 and

@@ -36,7 +36,10 @@ def with_members(body: bytes, members: Mapping[str, msgspec.Raw], changes: Mappi
 
 
 def with_member(body: bytes, path: tuple[str, ...], value: bytes) -> bytes:
-    """`body` with the JSON value at a path of names replaced, where it is there. Raises msgspec.DecodeError."""
+    """`body` with the JSON value at a path of names replaced, where it is there.
+
+    Raises msgspec.DecodeError.
+    """
     members = _decode(body)
     name, *below = path
     if name not in members:

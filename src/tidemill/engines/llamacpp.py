@@ -1,4 +1,6 @@
-"""llama.cpp: the embedded engine. Its stream carries exact running counts (`timings_per_token`), taken out again.
+"""llama.cpp, the embedded engine.
+
+Its stream carries exact running counts (`timings_per_token`), which are taken out again.
 
 Source: llama.cpp tools/server/README.md: `timings_per_token`, `/v1/chat/completions/input_tokens`, `/metrics`.
 """
@@ -98,7 +100,7 @@ class LlamaCppEngine(OpenAIEngine):
 
 
 def _choose_tool(fields: dict[str, msgspec.Raw]) -> None:
-    """llama.cpp ignores the choice of one tool: to offer that one alone, and demand a call, is the same wish."""
+    """Offer the chosen tool alone, and demand a call: llama.cpp ignores the choice of one tool."""
     choice = fields.get("tool_choice")
     if choice is None or memoryview(choice)[0] != ord("{"):
         return

@@ -1,4 +1,7 @@
-"""What the gateway needs to know of an engine: how to ask it, and how to read its counts out of its answers."""
+"""What the gateway needs to know of an engine.
+
+How it is asked, and how its counts are read out of its answers.
+"""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -7,7 +10,10 @@ import msgspec
 
 
 class TokenCounts(msgspec.Struct, frozen=True, gc=False):
-    """Counts as an engine reports them. `prompt` includes `cached` and `cache_write`, `completion` `reasoning`."""
+    """Counts as an engine reports them.
+
+    `prompt` includes `cached` and `cache_write`, `completion` includes `reasoning`.
+    """
 
     prompt: int = 0
     cached: int = 0
@@ -28,7 +34,10 @@ class Counters(msgspec.Struct, frozen=True):
 
 
 class Ask(msgspec.Struct):
-    """A request on its way to an engine: a JSON object in the form of its path's API, its values still undecoded."""
+    """A request on its way to an engine: a JSON object in the form of its path's API.
+
+    Its values are still undecoded.
+    """
 
     path: bytes
     """The endpoint for it, below `/v1`: `/chat/completions`, `/completions`, `/embeddings` of OpenAI's API, whose form
@@ -77,7 +86,10 @@ Unsupported = Mapping[str, tuple[Harmless, str]]
 
 
 class Probe(msgspec.Struct, frozen=True):
-    """A page that says whether a server is well: it is with status 200, and not without an answer or from 500 on."""
+    """A page that says whether a server is well.
+
+    It is with status 200, and is not without an answer or with a status from 500 on.
+    """
 
     path: bytes
     at_root: bool = False
@@ -170,7 +182,10 @@ class Engine(Protocol):
         ...
 
     def usage(self, body: bytes) -> TokenCounts | None:
-        """What a whole answer says that it used; None when it doesn't. Raises BrokenStream when it is not JSON."""
+        """What a whole answer says that it used; None when it doesn't.
+
+        Raises BrokenStream when it is not JSON.
+        """
         ...
 
     def answer(self, ask: Ask, body: bytes) -> bytes:

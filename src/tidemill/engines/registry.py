@@ -1,4 +1,7 @@
-"""The engines by their kind: the one table. A new engine is a file of its own and a row here (decision 0022)."""
+"""The engines by their kind: the one table.
+
+A new engine is a file of its own and a row here (docs/decisions/0022-engines-own-their-dialect.md).
+"""
 
 from tidemill.engines import llamacpp, openai, sglang, vllm
 from tidemill.engines.anthropic import engine as anthropic

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from tests.support.upstream import (
     word,
 )
 from tests.support.wire import Answer, post
+from tidemill.ledger.pricing import Price
+from tidemill.store.prices import set_price
 
 THEIRS = "claude-sonnet-4-5-20250929"
 ASK: dict[str, Any] = {"model": "mock", "max_tokens": 200, "messages": [{"role": "user", "content": "one two three"}]}
@@ -493,3 +496,15 @@ async def test_a_platform_before_a_platform_counts_the_same(fleet: Fleet, stream
     told = [(each.prompt, each.cached, each.completion, each.status) for each in await front.settled()]
     assert told == [(each.prompt, each.cached, each.completion, each.status) for each in await behind.settled()]
     assert told == [(30, 12, 5, "ok")] * 2
+
+
+async def test_what_is_written_to_a_cache_and_read_from_it_has_prices_of_its_own(start: Start) -> None:
+    plane, _ = await start(upstream_of(), engine="anthropic")
+    rates = {"input": 1_000_000_000, "cached_input": 100_000_000, "cache_write": 1_250_000_000, "output": 5_000_000_000}
+    with plane.store.write() as connection:
+        set_price(connection, model="mock", currency="USD", price=Price.of(**rates), now=datetime.now(UTC))
+    await plane.authenticator.renew()
+    assert (await raw(plane, stream=True)).status == 200
+    record = await plane.record()
+    # 25 tokens as they are, 2000 from the cache, 120 into it, 15 of the answer; nanos a token.
+    assert record.charge == 25 * 1000 + 2000 * 100 + 120 * 1250 + 15 * 5000

@@ -11,8 +11,9 @@ from typing import Any
 import msgspec
 
 from tidemill.clock import now_us
-from tidemill.engines.anthropic.answers import ChatTap, MessagesTap, completion_of, usage_of
-from tidemill.engines.anthropic.chat import UNSUPPORTED, Untranslatable, messages_request
+from tidemill.engines.anthropic.chat_answer import ChatTap, completion_of
+from tidemill.engines.anthropic.chat_request import UNSUPPORTED, Untranslatable, messages_request
+from tidemill.engines.anthropic.stream import MessagesTap
 from tidemill.engines.anthropic.terms import (
     BETAS,
     BILLED_APART,
@@ -24,6 +25,7 @@ from tidemill.engines.anthropic.terms import (
     MESSAGES,
     VERSION,
 )
+from tidemill.engines.anthropic.usage import usage_of
 from tidemill.engines.json_members import with_members
 from tidemill.engines.kind import EngineKind
 from tidemill.engines.protocol import Ask, Counters, Probe, Refusal, TokenCounts, Unsupported
@@ -66,7 +68,10 @@ class AnthropicEngine:
         return f"anthropic-beta: {','.join(betas)}\r\n".encode("ascii") if betas else b""
 
     def unseen_tokens(self, ask: Ask) -> int:
-        """Images and documents, which may be small as data, or be addresses. A word in a text costs a higher hold."""
+        """The most tokens of images and documents, which may be small as data, or be addresses.
+
+        It is told by the names of their types: where a text has these words, the hold is higher, too.
+        """
         text = bytes(ask.fields.get("messages", b""))
         documents = DOCUMENT_TOKENS if b'"document"' in text or b'"file"' in text else 0
         return documents + IMAGE_TOKENS * (text.count(b'"image"') + text.count(b'"image_url"'))

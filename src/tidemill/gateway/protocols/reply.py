@@ -1,4 +1,7 @@
-"""Replies: how an operation writes what an engine answers: OpenAI's chunks, or what the client speaks itself."""
+"""Replies: how an operation writes what an engine answers.
+
+Engines answer in OpenAI's form, or in the one that the client speaks itself.
+"""
 
 from typing import Protocol
 

@@ -41,7 +41,7 @@ _DELTAS = {
 
 
 def usage_object(counts: TokenCounts) -> dict[str, object]:
-    """Anthropic's usage: its `input_tokens` leave out what was read from the cache, and what was written to it."""
+    """Anthropic's usage: `input_tokens` leave out what was read from the cache or written to it."""
     return {
         "input_tokens": counts.prompt - counts.cached - counts.cache_write,
         "cache_creation_input_tokens": counts.cache_write,
@@ -165,9 +165,9 @@ class AnthropicReply:
 
 
 class PassedReply:
-    """What an upstream that speaks Messages itself has said, byte for byte, but for the model's name. See `Reply`.
+    """What an upstream that speaks Messages has said, byte for byte, but for the model's name.
 
-    A stream's last event is kept until the end is told, when its record is written.
+    See `Reply`. A stream's last event is kept until the end is told, when its record is written.
     """
 
     def __init__(self, request: MessagesRequest, request_id: str) -> None:

@@ -1,4 +1,6 @@
-"""An OpenAI chat as a request of Anthropic's Messages API. What has no place there is refused by its name.
+"""An OpenAI chat as a request of Anthropic's Messages API.
+
+What has no place there is refused by its name.
 
 Sources: OpenAI API reference, "Create chat completion"; Anthropic API reference, "Messages", and its page on the
 OpenAI SDK, whose choices are followed: system messages are hoisted, a `user` becomes `metadata.user_id`.
@@ -53,7 +55,10 @@ class Untranslatable(Exception):
 
 
 def messages_request(ask: Ask) -> dict[str, Any]:
-    """The members of the Messages request, but for `model`, `max_tokens` and `stream`. Raises Untranslatable."""
+    """The members of the Messages request, but for `model`, `max_tokens` and `stream`.
+
+    Raises Untranslatable.
+    """
     chat = _members(ask.fields)
     request: dict[str, Any] = {name: chat[name] for name in _AS_THEY_ARE if name in chat}
     system, messages = _conversation(chat.get("messages"))
@@ -179,7 +184,7 @@ def _tool_result(message: Block, path: str) -> Block:
 
 
 def _assistant(message: Block, path: str) -> list[Block]:
-    """What the model has said. Its thinking is left out, as the signature that it needs has no place in a chat."""
+    """What the model has said, but its thinking: the signature that it needs has no place in a chat."""
     blocks = _content(message.get("content"), path)
     for at, call in enumerate(message.get("tool_calls") or ()):
         match call:
