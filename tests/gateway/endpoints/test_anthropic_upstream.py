@@ -364,7 +364,8 @@ async def test_openais_own_client_streams_a_chat(start: Start, size: int) -> Non
     stream = await openai_client(plane).chat.completions.create(
         **CHAT, stream=True, stream_options={"include_usage": True}, tools=[TOOL], max_completion_tokens=77
     )
-    text, thinking, calls, reason, used = "", "", {}, None, None
+    calls: dict[int, Any] = {}
+    text, thinking, reason, used = "", "", None, None
     async for chunk in stream:
         assert chunk.model == "mock" and chunk.object == "chat.completion.chunk" and chunk.created > 1_700_000_000
         used = chunk.usage or used
