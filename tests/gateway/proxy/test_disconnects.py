@@ -18,7 +18,7 @@ from tests.support.upstream import (
     usage_object,
     word,
 )
-from tests.support.waiting import until
+from tests.support.waiting import at_rest, until
 from tidemill.http.client_connection import EngineConnection
 
 LEAVE = pytest.mark.parametrize("how", ["close", "reset"])
@@ -242,12 +242,11 @@ async def test_a_client_that_never_reads(start: Start, owned: bool) -> None:
     plane, _ = await start(script, owned=owned, write_timeout_s=600.0, max_output_tokens=50_000, drain_seconds=60.0)
     line = await plane.line(receive_buffer=4096)
     await line.send(plane.request(stream=True))
-    await until(lambda: waits and plane.holds_back)
-    before = sent
-    assert all(connection.blocked for connection in plane.server.connections)
-    for _ in range(100):
-        await asyncio.sleep(0)
-    assert sent == before < 20_000, "the engine goes on although nobody reads"
+    await until(lambda: plane.server.connections)
+    (client,) = plane.server.connections
+    await until(lambda: waits and client.blocked and plane.holds_back)
+    assert await at_rest(lambda: sent) < 20_000, "the engine goes on although nobody reads"
+    assert waits and client.blocked and plane.holds_back
     plane.server._write_timeout_s = 0.0  # it is over
     record = await plane.record()
     line.close()
