@@ -10,15 +10,15 @@ def test_limits_are_set_listed_and_removed(run: Run, up: Up) -> None:
     done = run("limit", "set", "--tenant", "acme", "--rpm", "100", "--budget", "100", "--soft", "80", "--data", up.data)
     assert done.code == 0, done.err
     first, second = done.out.splitlines()
-    assert first.startswith("acme has 100 requests a minute (lim_")
-    assert second.startswith("acme has a budget of 100.00 USD a month, with a warning at 80% (lim_")
+    assert first.startswith("acme has 100 requests per minute (lim_")
+    assert second.startswith("acme has a budget of 100.00 USD per month, with a warning at 80% (lim_")
     run("limit", "set", "--tenant", "acme", "--model", "big", "--concurrency", "4", "--data", up.data)
     table = run("limit", "list", "--data", up.data).out
-    assert "4 requests at a time" in table and "big" in table and "Next period (UTC)" in table
+    assert "4 concurrent requests" in table and "big" in table and "Next period (UTC)" in table
     found = run("limit", "list", "--tenant", "acme", "--data", up.data, "--json").json["limits"]
     assert [each["kind"] for each in found] == ["budget", "rpm", "concurrency"]
     removed = run("limit", "remove", found[2]["id"], "--data", up.data)
-    assert removed.out == "acme for big no longer has 4 requests at a time.\n"
+    assert removed.out == "acme for big no longer has 4 concurrent requests.\n"
     assert run("limit", "remove", found[2]["id"], "--data", up.data).complaint.startswith("There is no limit 'lim_")
 
 

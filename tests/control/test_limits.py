@@ -25,10 +25,10 @@ def test_limits_are_set_listed_and_removed(api: Api, acme: Any, platform: FakePl
     )
     assert platform.announced == platform.revision()
     assert [each["text"] for each in made["limits"]] == [
-        "100 requests a minute",
-        "20,000 tokens a minute",
-        "4 requests at a time",
-        "a budget of 12.50 USD a day",
+        "100 requests per minute",
+        "20,000 tokens per minute",
+        "4 concurrent requests",
+        "a budget of 12.50 USD per day",
     ]
     narrow = api.post("/limits", tenant="acme", key=acme["key"], model="big", rpm=7)["limits"][0]
     assert (narrow["key"], narrow["model"], narrow["amount"], narrow["used"]) == (acme["id"], "big", 7, 0)

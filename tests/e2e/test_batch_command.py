@@ -91,7 +91,7 @@ def test_a_wrong_file_and_a_wrong_key_say_what_is_wrong(platform: Platform, tmp_
     refused = command(platform, "submit", file, "--key", "sk-tm-wrong")
     assert refused.returncode == 1 and "This API key does not exist or was revoked." in refused.stderr
     endpoint = command(platform, "submit", file, "--key", key, "--endpoint", "/v1/audio")
-    assert "is not offered for batches" in endpoint.stderr
+    assert "is not supported for batches" in endpoint.stderr
 
 
 def test_a_second_signal_ends_the_lines_in_flight_and_the_next_start_runs_them_again(

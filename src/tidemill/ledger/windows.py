@@ -1,4 +1,4 @@
-"""Requests or tokens a minute, shared by many processes without asking for each: a strict sliding window.
+"""Requests or tokens per minute, shared by many processes without asking for each: a strict sliding window.
 
 A process is granted permits ahead of need, and may spend each of them until the grant's last second. What it reports
 to the store is the whole of what it has: how much it spent in each of the last seconds, and what it holds. The store
