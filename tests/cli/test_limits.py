@@ -25,7 +25,7 @@ def test_limits_are_set_listed_and_removed(run: Run, up: Up) -> None:
 def test_errors_say_what_was_meant(run: Run, up: Up) -> None:
     run("tenant", "create", "acme", "--data", up.data)
     assert run("limit", "set", "--tenant", "acme", "--data", up.data).complaint == (
-        "There is nothing to limit. Give rpm, tpm, concurrency or budget."
+        "No limit was given. Give rpm, tpm, concurrency or budget."
     )
     assert (
         "Did you mean 'big'?"
@@ -70,4 +70,4 @@ def test_keys_that_are_bound_and_rotated(run: Run, up: Up) -> None:
 def test_a_weight(run: Run, up: Up) -> None:
     run("tenant", "create", "acme", "--data", up.data)
     assert run("tenant", "weight", "acme", "3", "--data", up.data).out == "Tenant acme has weight 3.\n"
-    assert "weight is from 1 to 1000" in run("tenant", "weight", "acme", "0", "--data", up.data).complaint
+    assert "weight must be from 1 to 1000" in run("tenant", "weight", "acme", "0", "--data", up.data).complaint

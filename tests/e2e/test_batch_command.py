@@ -76,7 +76,7 @@ def test_an_operator_cancels_a_tenants_batch(platform: Platform, tmp_path: Path)
     made = platform.cli("batch", "submit", str(file), "--key", key)
     assert made["status"] == "validating"
     early = command(platform, "results", made["id"], "--key", key)
-    assert early.returncode == 1 and "its results are there when it has ended" in early.stderr
+    assert early.returncode == 1 and "its results are available when it has ended" in early.stderr
     assert platform.cli("batch", "cancel", made["id"])["status"] == "cancelling"
     wait_until(lambda: platform.cli("batch", "show", made["id"])["status"] == "cancelled", 20)
     assert [each["id"] for each in platform.cli("batch", "list", "--open")["batches"]] == []

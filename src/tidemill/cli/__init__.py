@@ -85,7 +85,7 @@ def _wording(error: CycloptsError) -> str:
     # Its own wording imports all commands to look for hidden ones.
     name, known = error.unused_tokens[0], [each for each in error.app if not each.startswith("-")]
     near = nearest(name, known)
-    advice = f"Did you mean {near}?" if near else f"There are: {', '.join(sorted(known))}."
+    advice = f"Did you mean {near}?" if near else f"Known: {', '.join(sorted(known))}."
     return f"There is no command {name!r}. {advice}"
 
 

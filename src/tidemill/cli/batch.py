@@ -84,7 +84,7 @@ def results(batch: str, /, *, key: Key, errors: bool = False, url: Url = None, t
     if file_id is None:
         what = "no line failed" if errors else "no line has a result"
         if found["status"] not in ENDED:
-            raise NotFound(f"The batch is {found['status']}; its results are there when it has ended.")
+            raise NotFound(f"The batch is {found['status']}; its results are available when it has ended.")
         raise NotFound(f"The batch is {found['status']}, and {what}.", hint="" if errors else "Look at --errors.")
     if target.json:
         lines = b"".join(client.content(file_id)).splitlines()

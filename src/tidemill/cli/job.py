@@ -209,7 +209,7 @@ def logs(
         Which of its processes; they count from 0.
     """
     if target.json and follow:
-        raise BadInput("--json prints one document; it does not go with --follow.")
+        raise BadInput("--json and --follow cannot be used together.")
     client = running(target)
     text, cursor, number = "", "", attempt
     while True:
@@ -271,7 +271,7 @@ def cancel(job: str, /, *, target: Target = HERE) -> None:
     elif asked["state"] == "cancelled":
         print_text(f"{asked['id']} is cancelled.")
     else:
-        print_text(f"{asked['id']} is asked to go; it has {asked['grace_seconds']:g} s.")
+        print_text(f"{asked['id']} is being stopped; it has {asked['grace_seconds']:g} s.")
 
 
 @app.command
@@ -302,7 +302,7 @@ def artifacts(job: str, path: str | None = None, /, *, to: Path | None = None, t
     if file.is_dir():
         file /= Path(path).name
     if file.exists():
-        raise Conflict(f"{file} exists already.", hint="Choose another name with --to.")
+        raise Conflict(f"{file} already exists.", hint="Choose another name with --to.")
     size = client.download_artifact(job, path, file)
     if target.json:
         print_json({"path": str(file), "bytes": size})

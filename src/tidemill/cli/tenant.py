@@ -24,7 +24,7 @@ def create(name: str, /, *, currency: str | None = None, target: Target = HERE) 
     if target.json:
         print_json(made)
         return
-    print_text(f"Tenant {made['name']} is made ({made['id']}, {made['currency']}).")
+    print_text(f"Created tenant {made['name']} ({made['id']}, {made['currency']}).")
     if made["warning"]:
         complain(made["warning"], kind="note")
 
