@@ -80,7 +80,10 @@ def test_a_bug_is_one_line_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
         raise RuntimeError("two\nlines")
 
     monkeypatch.setattr("tidemill.cli.tenant.source", broken)
-    assert run("tenant", "list").complaint == "unexpected RuntimeError: two lines TIDEMILL_DEBUG=1 shows where."
+    assert (
+        run("tenant", "list").complaint
+        == "unexpected RuntimeError: two lines Set TIDEMILL_DEBUG=1 to see the traceback."
+    )
     monkeypatch.setenv("TIDEMILL_DEBUG", "1")
     with pytest.raises(RuntimeError):
         main(["tenant", "list"])
