@@ -50,7 +50,7 @@ class Child:
             try:
                 report = decode(line)
             except msgspec.DecodeError:
-                log.warning("a child process says what is no report", child=self.name, line=line[:200])
+                log.warning("a child process has sent an invalid report", child=self.name, line=line[:200])
             else:
                 yield report
 

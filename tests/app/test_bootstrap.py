@@ -83,7 +83,7 @@ def test_a_new_price_in_the_file_is_a_new_version(store: Store) -> None:
 
 def test_the_currency_of_an_installation_stays(store: Store) -> None:
     prepare_store(store, default_config(), lambda key: None)
-    with pytest.raises(ConfigError, match="this installation was begun in USD; it cannot become CNY"):
+    with pytest.raises(ConfigError, match="this installation uses USD; it cannot be changed to CNY"):
         prepare_store(store, Config(currency="CNY"), lambda key: None)
 
 
@@ -107,6 +107,8 @@ def test_the_time_zone_may_change_while_no_booking_changes_its_month(store: Stor
 def test_the_time_zone_stays_when_another_would_change_invoices(store: Store, at: datetime) -> None:
     prepare_store(store, Config(first_tenant=FirstTenantConfig(credit="0")), lambda key: None)
     _book(store, at)
-    with pytest.raises(ConfigError, match=f"booked at {at:%Y-%m-%d %H:%M} UTC would be on another month's invoice"):
+    with pytest.raises(
+        ConfigError, match=f"already booked at {at:%Y-%m-%d %H:%M} UTC would move to another month's invoice"
+    ):
         prepare_store(store, Config(timezone="Asia/Shanghai"), lambda key: None)
     prepare_store(store, Config(), lambda key: None)

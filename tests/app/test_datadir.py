@@ -35,7 +35,7 @@ def test_it_makes_what_is_missing(tmp_path: Path) -> None:
 def test_a_second_platform_is_told_where_the_first_one_is(tmp_path: Path) -> None:
     first, second = DataDir(tmp_path), DataDir(tmp_path)
     first.open()
-    with pytest.raises(Conflict, match=f"already runs on the data directory {tmp_path}\\.") as refused:
+    with pytest.raises(Conflict, match=f"is already running on the data directory {tmp_path}\\.") as refused:
         second.open()
     assert "another --data" in refused.value.hint
     first.announce(Runtime(pid=123, url="http://127.0.0.1:8080/v1", control_url="http://127.0.0.1:8081"))

@@ -164,7 +164,7 @@ async def test_one_that_never_listens_is_given_up(stage: Stage) -> None:
     stage.plans = [lambda: Actor([], lasts=False)]
     gateways = stage.gateways()
     async with asyncio.timeout(5):
-        with pytest.raises(Unavailable, match="The gateway does not start") as refused:
+        with pytest.raises(Unavailable, match="The gateway did not start") as refused:
             await gateways.start()
     assert "gateway-0.log" in refused.value.hint
     assert len(stage.actors) == FIRST_STARTS
@@ -175,7 +175,7 @@ async def test_one_that_never_listens_is_given_up(stage: Stage) -> None:
 async def test_a_port_that_is_taken_is_said(stage: Stage) -> None:
     stage.plans = [lambda: Actor([GatewayReport(say="failed", message="Address already in use")], lasts=False)]
     gateways = stage.gateways()
-    with pytest.raises(Conflict, match="Port 8080 cannot be listened on: Address already in use"):
+    with pytest.raises(Conflict, match="Cannot listen on port 8080: Address already in use"):
         await gateways.start()
     async with asyncio.timeout(2):
         await gateways.stop(0.0)

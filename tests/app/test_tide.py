@@ -244,5 +244,5 @@ async def test_what_was_taken_out_stays_so_over_a_restart(world: World) -> None:
     assert world.tide.drained() == {}
     with pytest.raises(NotFound, match="not drained"):
         await world.tide.undrain("local/1")
-    with pytest.raises(NotFound, match="There are: local, local/0, local/1"):
+    with pytest.raises(NotFound, match="Known: local, local/0, local/1"):
         await world.tide.drain("elsewhere", "")

@@ -96,7 +96,7 @@ def test_the_first_start_makes_secrets_that_only_their_owner_reads(platform: Pla
 def test_a_second_one_on_the_same_data_says_so_and_stops(platform: Platform, tmp_path: Path) -> None:
     done = up("--data", str(platform.data), *ports(), cwd=tmp_path)
     assert done.returncode == 1
-    assert f"already runs on the data directory {platform.data}" in done.stderr
+    assert f"is already running on the data directory {platform.data}" in done.stderr
     assert f"process {platform.pids('supervisor')[0]}, {platform.url}" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     assert httpx.post(**request(platform)).status_code == 200
@@ -112,7 +112,7 @@ def test_a_port_that_is_taken_is_named_and_nothing_is_left_running(tmp_path: Pat
         words = [word for pair in chosen.items() for word in pair]
         done = up("--config", "c.toml", "--data", "d", *words, cwd=tmp_path)
     assert done.returncode == 1
-    assert f"Port {chosen[plane]} cannot be listened on" in done.stderr and plane in done.stderr
+    assert f"Cannot listen on port {chosen[plane]}" in done.stderr and plane in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     assert not (tmp_path / "d" / "runtime.json").exists()
 
@@ -133,7 +133,7 @@ def test_a_bad_configuration_is_one_line_and_makes_nothing(tmp_path: Path) -> No
             '[models.m]\nengine = "openai"\nbase_url = "http://x"\napi_key_env = "NO_SUCH_KEY"',
             "the environment variable NO_SUCH_KEY is not set",
         ),
-        ('[store]\nurl = "mysql://h/n"', "SQLite or PostgreSQL, not in mysql"),
+        ('[store]\nurl = "mysql://h/n"', "SQLite or PostgreSQL, not mysql"),
     ],
 )
 def test_what_a_start_finds_out_is_one_line_too(tmp_path: Path, config: str, says: str) -> None:

@@ -110,7 +110,7 @@ def test_an_empty_directory(run: Run, tmp_path: Path, arguments: list[str]) -> N
     outcome = run(*arguments, "--data", tmp_path)
     assert outcome.code == 1 and outcome.err.splitlines()[-1].startswith("error: There is no database at ")
     (tmp_path / "tidemill.db").touch()
-    assert "is empty. Start the platform once." in run(*arguments, "--data", tmp_path).err
+    assert "is empty. Start the platform once with `tidemill up`." in run(*arguments, "--data", tmp_path).err
     (tmp_path / "tidemill.db").write_bytes(b"not a database" * 1000)
     outcome = run(*arguments, "--data", tmp_path)
     assert outcome.code == 1 and "not a database" in outcome.err

@@ -25,7 +25,7 @@ def test_a_running_platform(run: Run, stopped: FakePlatform, up: Up) -> None:
     outcome = run("ledger", "check", *at)
     assert outcome.code == 1
     *lines, last = outcome.out.splitlines()
-    assert last.startswith("differs: ") and all("is kept as its balance" in line for line in lines)
+    assert last.startswith("differs: ") and all("its stored balance is" in line for line in lines)
     found = run("ledger", "check", "--json", *at)
     assert found.code == 1 and json.loads(found.out)["differences"] == lines
 

@@ -10,22 +10,22 @@ def test_limits_are_set_listed_and_removed(run: Run, up: Up) -> None:
     done = run("limit", "set", "--tenant", "acme", "--rpm", "100", "--budget", "100", "--soft", "80", "--data", up.data)
     assert done.code == 0, done.err
     first, second = done.out.splitlines()
-    assert first.startswith("acme has 100 requests a minute (lim_")
-    assert second.startswith("acme has a budget of 100.00 USD a month, with a warning at 80% (lim_")
+    assert first.startswith("acme has 100 requests per minute (lim_")
+    assert second.startswith("acme has a budget of 100.00 USD per month, with a warning at 80% (lim_")
     run("limit", "set", "--tenant", "acme", "--model", "big", "--concurrency", "4", "--data", up.data)
     table = run("limit", "list", "--data", up.data).out
-    assert "4 requests at a time" in table and "big" in table and "Next period (UTC)" in table
+    assert "4 concurrent requests" in table and "big" in table and "Next period (UTC)" in table
     found = run("limit", "list", "--tenant", "acme", "--data", up.data, "--json").json["limits"]
     assert [each["kind"] for each in found] == ["budget", "rpm", "concurrency"]
     removed = run("limit", "remove", found[2]["id"], "--data", up.data)
-    assert removed.out == "acme for big no longer has 4 requests at a time.\n"
+    assert removed.out == "acme for big no longer has 4 concurrent requests.\n"
     assert run("limit", "remove", found[2]["id"], "--data", up.data).complaint.startswith("There is no limit 'lim_")
 
 
 def test_errors_say_what_was_meant(run: Run, up: Up) -> None:
     run("tenant", "create", "acme", "--data", up.data)
     assert run("limit", "set", "--tenant", "acme", "--data", up.data).complaint == (
-        "There is nothing to limit. Give rpm, tpm, concurrency or budget."
+        "No limit was given. Give rpm, tpm, concurrency or budget."
     )
     assert (
         "Did you mean 'big'?"
@@ -70,4 +70,4 @@ def test_keys_that_are_bound_and_rotated(run: Run, up: Up) -> None:
 def test_a_weight(run: Run, up: Up) -> None:
     run("tenant", "create", "acme", "--data", up.data)
     assert run("tenant", "weight", "acme", "3", "--data", up.data).out == "Tenant acme has weight 3.\n"
-    assert "weight is from 1 to 1000" in run("tenant", "weight", "acme", "0", "--data", up.data).complaint
+    assert "weight must be from 1 to 1000" in run("tenant", "weight", "acme", "0", "--data", up.data).complaint

@@ -46,7 +46,7 @@ def test_a_balance_that_is_not_the_sum_of_its_entries(api: Api, platform: FakePl
         assert changed.rowcount == 1
     said = api.get("/ledger/check")["differences"]
     assert any(text.startswith(f"account {account} in USD: ") and "its entries add up to" in text for text in said)
-    assert any(text.startswith("account all:accounts in USD: 0.000000001 is kept") for text in said)
+    assert any(text.startswith("account all:accounts in USD: its stored balance is 0.000000001") for text in said)
 
 
 def test_a_transaction_that_does_not_add_up_to_zero(api: Api, platform: FakePlatform, busy: str) -> None:
@@ -66,7 +66,7 @@ def test_a_budget_that_is_not_the_sum_of_its_records(api: Api, platform: FakePla
         connection.execute(insert(budgets).values(limit_id=limit_id, period="2026-10", spent=1_000_000_000))
         connection.execute(insert(budgets).values(limit_id=limit_id, period="2026-09", spent=0))
         assert differences(connection) == [
-            f"budget {limit_id} in 2026-10: 1.00 are kept as spent, its usage records add up to 0.00"
+            f"budget {limit_id} in 2026-10: 1.00 are stored as spent, but its usage records add up to 0.00"
         ]
 
 
@@ -75,4 +75,4 @@ def test_a_meter_that_has_ended_and_still_holds_money(api: Api, platform: FakePl
     counts = {"price_id": "p", "hour": 0, "devices": 1, "started_at": 0, "billed_until": 0, "ended_at": 0}
     with platform.store.write() as connection:
         connection.execute(insert(device_meters).values(**values, **counts, hold=5_000_000_000, uncollected=0))
-        assert differences(connection) == ["meter mtr_1 has ended, and still holds 5.00"]
+        assert differences(connection) == ["meter mtr_1 has ended, but still holds 5.00"]

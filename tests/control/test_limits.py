@@ -25,10 +25,10 @@ def test_limits_are_set_listed_and_removed(api: Api, acme: Any, platform: FakePl
     )
     assert platform.announced == platform.revision()
     assert [each["text"] for each in made["limits"]] == [
-        "100 requests a minute",
-        "20,000 tokens a minute",
-        "4 requests at a time",
-        "a budget of 12.50 USD a day",
+        "100 requests per minute",
+        "20,000 tokens per minute",
+        "4 concurrent requests",
+        "a budget of 12.50 USD per day",
     ]
     narrow = api.post("/limits", tenant="acme", key=acme["key"], model="big", rpm=7)["limits"][0]
     assert (narrow["key"], narrow["model"], narrow["amount"], narrow["used"]) == (acme["id"], "big", 7, 0)
@@ -56,20 +56,20 @@ def test_a_budget_begins_with_what_was_spent(api: Api, acme: Any, platform: Fake
 @pytest.mark.parametrize(
     ("wish", "status", "param", "says"),
     [
-        ({}, 400, None, "There is nothing to limit."),
-        ({"rpm": 0}, 400, "rpm", "rpm is from 1 to 1,000,000,000,000, got 0."),
-        ({"tpm": 10**13}, 400, "tpm", "tpm is from 1 to"),
-        ({"concurrency": -1}, 400, "concurrency", "concurrency is from 1 to"),
-        ({"budget": "0"}, 400, "budget", "budget: is more than zero."),
+        ({}, 400, None, "No limit was given."),
+        ({"rpm": 0}, 400, "rpm", "rpm must be from 1 to 1,000,000,000,000, not 0."),
+        ({"tpm": 10**13}, 400, "tpm", "tpm must be from 1 to"),
+        ({"concurrency": -1}, 400, "concurrency", "concurrency must be from 1 to"),
+        ({"budget": "0"}, 400, "budget", "budget must be more than zero."),
         ({"budget": "ten"}, 400, "budget", "budget: 'ten' is not an amount"),
-        ({"budget": "1", "per": "mouth"}, 400, "per", "per: 'mouth' is not a period."),
-        ({"budget": "1", "soft_percent": 101}, 400, "soft_percent", "soft_percent is from 1 to 100, got 101."),
-        ({"rpm": 1, "per": "day"}, 400, "per", "per belongs to a budget"),
-        ({"rpm": 1, "soft_percent": 5}, 400, "soft_percent", "soft_percent belongs to a budget"),
+        ({"budget": "1", "per": "mouth"}, 400, "per", "per: 'mouth' is not a budget period."),
+        ({"budget": "1", "soft_percent": 101}, 400, "soft_percent", "soft_percent must be from 1 to 100, not 101."),
+        ({"rpm": 1, "per": "day"}, 400, "per", "per is only allowed with budget"),
+        ({"rpm": 1, "soft_percent": 5}, 400, "soft_percent", "soft_percent is only allowed with budget"),
         ({"rpm": 1, "model": "bigg"}, 400, "model", "There is no model 'bigg'."),
         ({"rpm": 1, "key": "key_nope"}, 404, "key", "acme has no such key."),
         ({"rpm": 1, "tenant": "acne"}, 404, "tenant", "There is no tenant 'acne'."),
-        ({"rpn": 1}, 400, "rpn", "rpn is not a field"),
+        ({"rpn": 1}, 400, "rpn", "rpn is not a known field"),
     ],
 )
 def test_what_cannot_be_a_limit(
@@ -87,7 +87,7 @@ def test_errors_name_the_nearest_right_name(api: Api, acme: Any) -> None:
         )
 
     assert hint(status=400, model="bigg") == "Did you mean 'big'?"
-    assert hint(status=400, model="zzzz") == "There are: big, mock."
+    assert hint(status=400, model="zzzz") == "Known models: big, mock."
     assert hint(status=404, tenant="acne") == "Did you mean 'acme'?"
     assert hint(status=404, key=acme["id"][:-1]) == f"Did you mean '{acme['id']}'?"
     assert hint(status=400, budget="1", per="mont") == "Did you mean 'month'?"
@@ -99,7 +99,7 @@ def test_errors_name_the_nearest_right_name(api: Api, acme: Any) -> None:
 def test_another_tenants_key_is_not_bound(api: Api, acme: Any) -> None:
     api.post("/tenants", name="other")
     error = api.refused(404, "POST", "/limits", json={"tenant": "other", "key": acme["id"], "rpm": 1})
-    assert error["hint"] == "It is another tenant's."
+    assert error["hint"] == "The key belongs to another tenant."
     secret = api.refused(404, "POST", "/limits", json={"tenant": "acme", "key": "sk-tm-secret", "rpm": 1})
     assert "secret" not in secret["message"] + secret["hint"]
 
@@ -114,11 +114,11 @@ def test_a_key_is_bound_when_it_is_made(api: Api, acme: Any) -> None:
     listed = {each["id"]: each for each in api.get("/keys")["keys"]}
     assert listed[made["id"]]["ips"] == made["ips"] and listed[acme["id"]]["models"] == []
     for body, param, says in (
-        ({"expires": "soon"}, "expires", "expires: 'soon' is neither a time nor a day."),
-        ({"expires": "2020-01-01"}, "expires", "expires: 2020-01-01 is over already."),
+        ({"expires": "soon"}, "expires", "expires: 'soon' is neither a duration nor a date."),
+        ({"expires": "2020-01-01"}, "expires", "expires: 2020-01-01 is in the past."),
         ({"models": ["bik"]}, "model", "There is no model 'bik'."),
-        ({"ips": ["10.1.2.3/16"]}, "ips", "ips: '10.1.2.3/16' is not a network."),
-        ({"ips": ["10.1"] * 61}, "ips", "ips has more than 60 entries."),
+        ({"ips": ["10.1.2.3/16"]}, "ips", "ips: '10.1.2.3/16' is not a valid network."),
+        ({"ips": ["10.1"] * 61}, "ips", "ips: at most 60 entries are allowed."),
     ):
         error = api.refused(400, "POST", "/keys", json={"tenant": "acme", **body})
         assert (error["message"], error["param"]) == (says, param)

@@ -61,7 +61,7 @@ class FakeReport:
         return {"replicas": [], "unchecked": ["mock/0"]}
 
     def to_text(self) -> str:
-        return "mock/0: has no token counters to compare with"
+        return "mock/0: has no token counters to compare"
 
 
 class FakePlatform:

@@ -76,7 +76,7 @@ def test_an_operator_cancels_a_tenants_batch(platform: Platform, tmp_path: Path)
     made = platform.cli("batch", "submit", str(file), "--key", key)
     assert made["status"] == "validating"
     early = command(platform, "results", made["id"], "--key", key)
-    assert early.returncode == 1 and "its results are there when it has ended" in early.stderr
+    assert early.returncode == 1 and "its results are available when it has ended" in early.stderr
     assert platform.cli("batch", "cancel", made["id"])["status"] == "cancelling"
     wait_until(lambda: platform.cli("batch", "show", made["id"])["status"] == "cancelled", 20)
     assert [each["id"] for each in platform.cli("batch", "list", "--open")["batches"]] == []
@@ -91,7 +91,7 @@ def test_a_wrong_file_and_a_wrong_key_say_what_is_wrong(platform: Platform, tmp_
     refused = command(platform, "submit", file, "--key", "sk-tm-wrong")
     assert refused.returncode == 1 and "This API key does not exist or was revoked." in refused.stderr
     endpoint = command(platform, "submit", file, "--key", key, "--endpoint", "/v1/audio")
-    assert "is not offered for batches" in endpoint.stderr
+    assert "is not supported for batches" in endpoint.stderr
 
 
 def test_a_second_signal_ends_the_lines_in_flight_and_the_next_start_runs_them_again(

@@ -78,7 +78,7 @@ def test_a_model_without_says_so_in_our_words(platform: Platform) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         client_of(platform, "plain").embeddings.create(model="plain", input="hello")
     assert refused.value.code == "model_gives_no_embeddings" and refused.value.param == "model"
-    assert "The model 'plain' gives no embeddings." in refused.value.message
+    assert "The model 'plain' does not support embeddings." in refused.value.message
     assert platform.usage("plain")["records"] == [], "no engine was asked"
 
 

@@ -65,7 +65,7 @@ def test_of_200_fast_requests_exactly_100_pass_two_processes(platform: Platform)
     platform.cli("limit", "set", "--tenant", "hundred", "--rpm", "100")
     assert flood(platform, key, 200) == {200: 100, 429: 100}
     (limit,) = platform.cli("limit", "list", "--tenant", "hundred")["limits"]
-    assert (limit["text"], limit["used"]) == ("100 requests a minute", 100)
+    assert (limit["text"], limit["used"]) == ("100 requests per minute", 100)
     with pytest.raises(openai.RateLimitError) as refused:
         client(platform, key).chat.completions.create(model="mock", messages=[{"role": "user", "content": "x"}])
     headers = refused.value.response.headers
@@ -152,7 +152,7 @@ def test_the_soft_limit_warns_in_a_header(platform: Platform) -> None:
         return raw.headers.get("x-tidemill-budget-warning")
 
     # Each gateway process learns of it within a second.
-    text = "1% of a budget of 0.10 USD a month for your account is used"
+    text = "1% of a budget of 0.10 USD per month for your account is used"
     wait_until(lambda: warning() == text, 10)
     assert "a budget's soft limit is reached" in platform.output.read_text() + platform.logs()
 

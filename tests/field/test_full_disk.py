@@ -62,7 +62,7 @@ async def test_what_cannot_be_metered_is_not_accepted_and_it_goes_on_once_there_
         assert served >= SEGMENT // RECORD_RESERVE, "the room at hand was used"
         assert (answer.status, answer.error["code"]) == (503, "metering_unavailable")
         assert answer.error["message"].startswith(
-            "The disk of the gateway is full, and what cannot be metered is not accepted."
+            "The gateway's disk is full, so requests cannot be metered and are refused."
         )
         assert int(answer.headers["retry-after"]) >= 1
         page = await plane.send(get("/readyz"))

@@ -109,7 +109,7 @@ async def test_devices_that_somebody_else_on_the_cluster_holds(
     async with joined(cluster, tmp_path / "a") as one, joined(cluster, tmp_path / "b") as other:
         order = launch(tmp_path, shell("sleep 600"), devices=on("east", 0, 1))
         (holder,) = await one.start([order])
-        with pytest.raises(CannotStart, match="somebody else holds the devices there"):
+        with pytest.raises(CannotStart, match="the devices there are in use"):
             await other.start([order])
         await holder.stop(1.0)
         (process,) = await other.start([order])

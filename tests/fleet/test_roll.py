@@ -87,7 +87,7 @@ async def test_nobody_notices(tmp_path: Path, replicas: int, devices: int) -> No
         assert [each.version for each in found.of("m")] == [new] * replicas
         assert kept == {"m": new} and found.version("m") == new
         assert found.start("m", ["local/0"]) and found.of("m")[-1].version == new
-        with pytest.raises(Conflict, match="runs this version already"):
+        with pytest.raises(Conflict, match="already runs this version"):
             rolls.begin("m", new)
 
 

@@ -100,7 +100,7 @@ def test_a_hold_covers_its_time_wherever_it_begins(hour: int, devices: int, befo
 
 def test_prices_have_bounds() -> None:
     for hour in (-1, MAX_HOUR + 1):
-        with pytest.raises(LedgerError, match="an hour is no price"):
+        with pytest.raises(LedgerError, match="per hour is not a valid price"):
             DevicePrice("prc_1", "cpu", "USD", DeviceTier.STANDARD, Nanos(hour), datetime(2026, 1, 1, tzinfo=UTC))
 
 

@@ -221,7 +221,7 @@ def test_what_does_not_belong_is_refused() -> None:
         bill([msgspec.structs.replace(record(), price_id="prc_x")])
     with pytest.raises(LedgerError, match="not in 2026-11"):
         bill([], credits=(grant("1", at=NOVEMBER.end),))
-    with pytest.raises(LedgerError, match="no credit to tenant acme"):
+    with pytest.raises(LedgerError, match="not a credit to tenant acme"):
         bill([], credits=(grant("1", tenant="other"),))
     with pytest.raises(LedgerError, match="from the balance"):
         bill([], used=Nanos(1))

@@ -33,11 +33,11 @@ def test_a_limit_binds_what_it_is_narrowed_to(narrowed: dict[str, str], binds: s
 
 
 def test_limits_in_words() -> None:
-    assert title_of(limit(amount=1), "USD") == "1 request a minute"
-    assert title_of(limit(kind=LimitKind.TPM, amount=20_000), "USD") == "20,000 tokens a minute"
-    assert title_of(limit(kind=LimitKind.CONCURRENCY, amount=4), "USD") == "4 requests at a time"
+    assert title_of(limit(amount=1), "USD") == "1 request per minute"
+    assert title_of(limit(kind=LimitKind.TPM, amount=20_000), "USD") == "20,000 tokens per minute"
+    assert title_of(limit(kind=LimitKind.CONCURRENCY, amount=4), "USD") == "4 concurrent requests"
     budget = limit(kind=LimitKind.BUDGET, amount=1_500_000_000_000, per=Per.DAY)
-    assert title_of(budget, "CNY") == "a budget of 1,500.00 CNY a day"
+    assert title_of(budget, "CNY") == "a budget of 1,500.00 CNY per day"
     assert scope_of(limit()) == "your account"
     assert scope_of(limit(key_id="k1", model="big")) == "this key, for the model 'big'"
 

@@ -246,11 +246,11 @@ def test_half_a_price_is_half_of_each_rate(price: Price) -> None:
 
 
 def test_bad_prices_are_refused() -> None:
-    with pytest.raises(LedgerError, match="price of output is negative"):
+    with pytest.raises(LedgerError, match="price of output must be zero or more"):
         token_price(1, 1, -1)
-    with pytest.raises(LedgerError, match=r"price of input is .* the highest is 10000000\.00"):
+    with pytest.raises(LedgerError, match=r"price of input is .* the maximum is 10000000\.00"):
         token_price(MAX_PRICE + 1, 1, 1)
-    with pytest.raises(LedgerError, match=r"price of image is .* per image; the highest is 10000\.00"):
+    with pytest.raises(LedgerError, match=r"price of image is .* per image; the maximum is 10000\.00"):
         Price.of(image=10**13 + 1)
     with pytest.raises(LedgerError, match="no time zone"):
         PriceVersion("p", "m", "CNY", token_price(1, 1, 1), datetime(2026, 1, 1))

@@ -116,7 +116,7 @@ def test_a_segment_longer_than_one_reading(tmp_path: Path) -> None:
 
 def test_a_frame_has_a_size() -> None:
     for payload in (b"", bytes(MAX_PAYLOAD + 1)):
-        with pytest.raises(ValueError, match="has 1 to 4096 bytes"):
+        with pytest.raises(ValueError, match="must have 1 to 4096 bytes"):
             frame(payload)
     assert len(frame(bytes(MAX_PAYLOAD))) == MAX_PAYLOAD + HEADER.size
 

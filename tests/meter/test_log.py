@@ -208,7 +208,7 @@ async def test_a_caller_that_gives_up_waiting_changes_nothing(tmp_path: Path, di
 async def test_room_is_promised_once(tmp_path: Path) -> None:
     async with a_log(tmp_path) as log:
         promised = 0
-        with pytest.raises(LogFull, match="what cannot be metered is not accepted"):
+        with pytest.raises(LogFull, match="requests cannot be metered and are refused"):
             while True:
                 log.reserve()
                 promised += 1
@@ -323,7 +323,7 @@ async def test_a_failed_commit_is_told_to_all_that_wait_and_ends_the_log(tmp_pat
         disk.error = None
         # The disk seems well again, but what became of the failed bytes cannot be known: a loader may have read
         # them. Their place is never written a second time.
-        with pytest.raises(LogFull, match=r"cannot be written \(Input/output error\)"):
+        with pytest.raises(LogFull, match=r"cannot write its usage log \(Input/output error\)"):
             log.reserve()
         with pytest.raises(OSError, match="Input/output error"):
             await log.append(b"late")

@@ -58,13 +58,13 @@ def test_nothing_has_happened(store: Store) -> None:
     with store.read() as connection:
         empty = reconcile(connection, replicas=[])
     assert empty == ReconcileReport((), ())
-    assert empty.to_text() == "No engine has counted anything yet."
+    assert empty.to_text() == "No engine has reported a count yet."
 
 
 def test_a_replica_without_counters_is_said_to_be_unchecked(store: Store) -> None:
     found = report(store, "m/0", "other/0")
     assert found.unchecked == ("m/0", "other/0")
-    assert "other/0: has no token counters to compare with" in found.to_text()
+    assert "other/0: has no token counters to compare" in found.to_text()
 
 
 def test_an_engine_of_our_own_agrees_with_its_records(store: Store, acme: Tenant) -> None:
@@ -97,9 +97,13 @@ def test_each_life_of_an_engine_is_a_line_of_its_own(store: Store, acme: Tenant)
     ("engine", "status", "verdict"),
     [
         ((100, 20), RequestStatus.OK, "equal"),
-        ((100, 23), RequestStatus.CLIENT_CLOSED, "engine exceeds the records: 1 requests were given up in the middle"),
-        ((130, 20), RequestStatus.GATEWAY_LOST, "engine exceeds the records: 1 requests were given up in the middle"),
-        ((130, 20), RequestStatus.OK, "engine exceeds the records: it served requests that did not come through here"),
+        ((100, 23), RequestStatus.CLIENT_CLOSED, "engine exceeds the records: 1 requests were cut off"),
+        ((130, 20), RequestStatus.GATEWAY_LOST, "engine exceeds the records: 1 requests were cut off"),
+        (
+            (130, 20),
+            RequestStatus.OK,
+            "engine exceeds the records: it served requests that did not come through the gateway",
+        ),
         (
             (100, 19),
             RequestStatus.OK,

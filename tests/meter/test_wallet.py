@@ -41,7 +41,7 @@ def test_a_charge_lies_within_its_hold(charge: int) -> None:
 
 
 def test_a_hold_is_not_negative() -> None:
-    with pytest.raises(ValueError, match="not negative"):
+    with pytest.raises(ValueError, match="must not be negative"):
         LeasedBalance().hold(-1)
 
 

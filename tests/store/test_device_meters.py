@@ -92,7 +92,9 @@ def test_what_a_meter_holds_no_gateway_can_lease(store: Store, acme: Tenant) -> 
     begin(store, acme, wish)
     with store.write() as connection:
         assert extend_lease(connection, worker_id="w", tenant_id=acme.tenant_id, need=10**12, slices=8) == 7
-    with pytest.raises(InsufficientBalance, match="Insufficient balance: .* must be free to begin, and 0.00 is"):
+    with pytest.raises(
+        InsufficientBalance, match="Insufficient balance: .* must be available to start, but only 0.00 is"
+    ):
         begin(store, acme, wish)
 
 

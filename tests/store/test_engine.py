@@ -21,10 +21,10 @@ def test_the_store_is_an_sqlite_file_unless_said_otherwise(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("text_", "says"),
     [
-        ("mysql://h/n", "SQLite or PostgreSQL, not in mysql"),
-        ("nonsense", "is not a database URL"),
-        ("", "is not a database URL"),
-        ("postgresql://h:port/n", "is not a database URL"),
+        ("mysql://h/n", "SQLite or PostgreSQL, not mysql"),
+        ("nonsense", "is not a valid database URL"),
+        ("", "is not a valid database URL"),
+        ("postgresql://h:port/n", "is not a valid database URL"),
     ],
 )
 def test_another_url_is_refused(tmp_path: Path, text_: str, says: str) -> None:

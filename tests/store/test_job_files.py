@@ -45,7 +45,7 @@ def test_a_log_in_parts_and_as_it_is_rotated(files: JobFiles) -> None:
 @pytest.mark.parametrize("cursor", ["x", "-1", "new:3", "old:", "1" * 30, "old:x"])
 def test_a_cursor_is_one_that_was_given(files: JobFiles, cursor: str) -> None:
     files.log(JOB, 1, 0).write_bytes(b"a")
-    with pytest.raises(BadInput, match="is not the `next` of an answer"):
+    with pytest.raises(BadInput, match="is not a `next` of an earlier part"):
         files.read_log(JOB, 1, 0, cursor)
     with pytest.raises(NotFound):
         files.read_log(JOB, 2, 0)

@@ -71,7 +71,7 @@ def _settle_currency(connection: Connection, config: Config) -> None:
     known = get_setting(connection, "currency")
     if known is not None and known != config.currency:
         raise ConfigError(
-            f"currency: this installation was begun in {known}; it cannot become {config.currency}.",
+            f"currency: this installation uses {known}; it cannot be changed to {config.currency}.",
             hint=f'Write currency = "{known}", and give tenants their own with `tidemill tenant create --currency`.',
         )
     set_setting(connection, "currency", config.currency)
@@ -87,8 +87,8 @@ def _settle_zone(connection: Connection, zone: str, now: datetime) -> None:
         moved = _first_moved(connection, known, zone, now)
         if moved is not None:
             raise ConfigError(
-                f"timezone: this installation's months are those of {known}; in {zone} what was booked at"
-                f" {moved:%Y-%m-%d %H:%M} UTC would be on another month's invoice.",
+                f"timezone: this installation bills months of {known}; in {zone}, usage already booked at"
+                f" {moved:%Y-%m-%d %H:%M} UTC would move to another month's invoice.",
                 hint=f'Write timezone = "{known}".',
             )
     set_setting(connection, "zone", zone)

@@ -30,8 +30,8 @@ class ControlServer:
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise Conflict(
-                f"Port {self._port} cannot be listened on: {reason}.",
-                hint="Another program uses it; choose another with --control-port.",
+                f"Cannot listen on port {self._port}: {reason}.",
+                hint="Stop the program that uses it, or choose another port with --control-port.",
             ) from error
         self._task = asyncio.create_task(self._server.serve())
 

@@ -64,8 +64,8 @@ class DataDir:
         except BlockingIOError as error:
             where = self._running_at()
             raise Conflict(
-                f"Tidemill already runs on the data directory {self.path}{where}.",
-                hint="Stop it first, or give this one another --data.",
+                f"Tidemill is already running on the data directory {self.path}{where}.",
+                hint="Stop it first, or use another --data.",
             ) from error
         for unborn in self.path.glob(".gw*.new"):  # gateway processes that were killed in their first moment
             shutil.rmtree(unborn, ignore_errors=True)

@@ -66,7 +66,7 @@ class GatewayProcess:
         if error is not None and not self.first_start.done():
             self.first_start.set_exception(error)
         elif error is not None:
-            log.error("a gateway process is kept alive no more", worker=self.index, exc_info=error)
+            log.error("a gateway process no longer answers", worker=self.index, exc_info=error)
 
     async def refresh(self, ticket: int) -> None:
         """Have it take over the store's state; returns when it has."""
@@ -125,7 +125,7 @@ class GatewayProcess:
                 logs = self._owner.data.path / "logs"
                 self.first_start.set_exception(
                     Unavailable(
-                        f"The gateway does not start (code {code}).", hint=f"See {logs}/gateway-{self.index}.log."
+                        f"The gateway did not start (exit code {code}).", hint=f"See {logs}/gateway-{self.index}.log."
                     )
                 )
                 return
@@ -159,8 +159,8 @@ class GatewayProcess:
                 if not self.first_start.done():
                     self.first_start.set_exception(
                         Conflict(
-                            f"Port {self._owner.port} cannot be listened on: {report.message}.",
-                            hint="Another program uses it; choose another with --port.",
+                            f"Cannot listen on port {self._owner.port}: {report.message}.",
+                            hint="Stop the program that uses it, or choose another port with --port.",
                         )
                     )
             case "refreshed":

@@ -37,7 +37,7 @@ def _check_user(name: str) -> None:
         raise ConfigError(f"jobs.user: there is no user {name!r} on this machine.") from error
     if os.geteuid() not in (0, entry.pw_uid):
         raise ConfigError(
-            f"jobs.user: only root can run jobs as {name!r}.", hint="Start Tidemill as root, or leave it out."
+            f"jobs.user: only root can run jobs as {name!r}.", hint="Start Tidemill as root, or remove the key."
         )
 
 

@@ -68,16 +68,16 @@ class PlatformMetrics(msgspec.Struct, frozen=True, kw_only=True):
 
 def families(now: PlatformMetrics) -> Iterator[Metric]:
     """The page, family by family."""
-    info = GaugeMetricFamily("tidemill_info", "The program that runs.", labels=["version"])
+    info = GaugeMetricFamily("tidemill_info", "The running version of Tidemill.", labels=["version"])
     info.add_metric([__version__], 1)
     yield info
-    yield _gauge("tidemill_start_time_seconds", "When the platform was started, since 1970 UTC.", now.started_at)
+    yield _gauge("tidemill_start_time_seconds", "Start time of the platform in seconds since 1970 UTC.", now.started_at)
     yield from _requests(now.figures)
     yield from _fleet(now)
     yield from _hedges(now.figures)
     yield from _meter(now)
     if now.backlog is not None:
-        backlog = GaugeMetricFamily("tidemill_batches_open", "Batches that are not finished.", labels=["status"])
+        backlog = GaugeMetricFamily("tidemill_batches_open", "Unfinished batches by status.", labels=["status"])
         for status in sorted(UNFINISHED):
             backlog.add_metric([status], now.backlog.open.get(status, 0))
         yield backlog
@@ -88,23 +88,27 @@ def families(now: PlatformMetrics) -> Iterator[Metric]:
 
 def _requests(figures: MetricsSnapshot) -> Iterator[Metric]:
     requests = CounterMetricFamily(
-        "tidemill_requests", "Metered requests, by how they ended.", labels=[*OF_MODEL, "status"]
+        "tidemill_requests", "Metered requests by final status.", labels=[*OF_MODEL, "status"]
     )
     for model, tier, of_model in _each(figures):
         for status, count in sorted(of_model.requests.items()):
             requests.add_metric([model, tier, status], count)
     yield requests
     refused = CounterMetricFamily(
-        "tidemill_requests_refused", "Requests refused before they were metered, by the error's code.", labels=["code"]
+        "tidemill_requests_refused", "Requests refused before metering, by error code.", labels=["code"]
     )
     for code, count in sorted(figures.refused.items()):
         refused.add_metric([code], count)
     yield refused
     counts: Sequence[tuple[str, str, Callable[[ModelFigures], int]]] = (
-        ("tidemill_prompt_tokens", "Tokens of prompts, cached ones among them.", lambda each: each.prompt),
-        ("tidemill_cached_prompt_tokens", "Prompt tokens that an engine found in its cache.", lambda each: each.cached),
-        ("tidemill_completion_tokens", "Tokens of answers.", lambda each: each.completion),
-        ("tidemill_requests_estimated", "Requests whose tokens had to be estimated.", lambda each: each.estimated),
+        ("tidemill_prompt_tokens", "Prompt tokens, including cached ones.", lambda each: each.prompt),
+        (
+            "tidemill_cached_prompt_tokens",
+            "Prompt tokens served from an engine's prefix cache.",
+            lambda each: each.cached,
+        ),
+        ("tidemill_completion_tokens", "Completion tokens.", lambda each: each.completion),
+        ("tidemill_requests_estimated", "Requests with estimated token counts.", lambda each: each.estimated),
     )
     for name, text, count_of in counts:
         counter = CounterMetricFamily(name, text, labels=OF_MODEL)
@@ -114,12 +118,12 @@ def _requests(figures: MetricsSnapshot) -> Iterator[Metric]:
     times: Sequence[tuple[str, str, Callable[[ModelFigures], Histogram]]] = (
         (
             "tidemill_time_to_first_token_seconds",
-            "From admission to the first token, waiting for a turn included.",
+            "Time from admission to the first token, including time in the queue.",
             lambda each: each.ttft,
         ),
         (
             "tidemill_time_per_output_token_seconds",
-            "A request's mean time between tokens after the first.",
+            "Mean time per output token of a request, after the first.",
             lambda each: each.tpot,
         ),
     )
@@ -139,14 +143,16 @@ def _fleet(now: PlatformMetrics) -> Iterator[Metric]:
         queued.update(gauges.queued)
         broken.update(gauges.broken)
     of_replica = ["model", "replica"]
-    flying = GaugeMetricFamily("tidemill_requests_in_flight", "Requests at a replica.", labels=of_replica)
-    waiting = GaugeMetricFamily("tidemill_requests_queued", "Requests that wait for a full model.", labels=["model"])
-    ready = GaugeMetricFamily("tidemill_replicas_ready", "Replicas that can take requests.", labels=["model"])
-    wanted = GaugeMetricFamily("tidemill_replicas", "Replicas that there are.", labels=["model"])
+    flying = GaugeMetricFamily("tidemill_requests_in_flight", "Requests in flight at a replica.", labels=of_replica)
+    waiting = GaugeMetricFamily("tidemill_requests_queued", "Requests queued for a full model.", labels=["model"])
+    ready = GaugeMetricFamily("tidemill_replicas_ready", "Replicas ready for requests.", labels=["model"])
+    wanted = GaugeMetricFamily("tidemill_replicas", "Replicas in any state.", labels=["model"])
     breakers = GaugeMetricFamily(
-        "tidemill_replica_breaker_open", "Gateway processes whose circuit breaker is open.", labels=of_replica
+        "tidemill_replica_breaker_open",
+        "Gateway processes with an open circuit breaker for the replica.",
+        labels=of_replica,
     )
-    restarts = CounterMetricFamily("tidemill_engine_restarts", "Engines started again.", labels=of_replica)
+    restarts = CounterMetricFamily("tidemill_engine_restarts", "Engine restarts.", labels=of_replica)
     for spec in now.specs:
         waiting.add_metric([spec.name], queued[spec.name])
         ready.add_metric([spec.name], sum(replica.ready for replica in spec.replicas))
@@ -157,13 +163,15 @@ def _fleet(now: PlatformMetrics) -> Iterator[Metric]:
             if replica.name in now.engine_restarts:
                 restarts.add_metric([spec.name, replica.name], now.engine_restarts[replica.name])
     yield from (flying, waiting, ready, wanted, breakers, restarts)
-    yield _gauge("tidemill_gateways_ready", "Gateway processes that take requests.", now.gateways_ready)
-    yield _counter("tidemill_gateway_restarts", "Gateway processes started again.", now.gateway_restarts)
+    yield _gauge("tidemill_gateways_ready", "Gateway processes ready for requests.", now.gateways_ready)
+    yield _counter("tidemill_gateway_restarts", "Gateway process restarts.", now.gateway_restarts)
 
 
 def _hedges(figures: MetricsSnapshot) -> Iterator[Metric]:
-    asked = CounterMetricFamily("tidemill_hedges", "Requests that two replicas were asked for.", labels=["model"])
-    won = CounterMetricFamily("tidemill_hedges_won", "Those that the second one answered.", labels=["model"])
+    asked = CounterMetricFamily("tidemill_hedges", "Requests sent to a second replica as a hedge.", labels=["model"])
+    won = CounterMetricFamily(
+        "tidemill_hedges_won", "Hedged requests that the second replica answered first.", labels=["model"]
+    )
     for model, count in sorted(figures.hedges.items()):
         asked.add_metric([model], count)
         won.add_metric([model], figures.hedges_won.get(model, 0))
@@ -172,16 +180,22 @@ def _hedges(figures: MetricsSnapshot) -> Iterator[Metric]:
 
 def _meter(now: PlatformMetrics) -> Iterator[Metric]:
     figures = now.figures
-    yield _counter("tidemill_lease_shortages", "Holds that had to ask the store for more.", figures.shortages)
+    yield _counter(
+        "tidemill_lease_shortages", "Holds that needed a larger balance lease from the store.", figures.shortages
+    )
     yield _counter("tidemill_log_records", "Records written to the usage logs.", figures.records)
-    commits = HistogramMetricFamily("tidemill_log_commit_seconds", "A usage log's writes to disk, with their sync.")
+    commits = HistogramMetricFamily(
+        "tidemill_log_commit_seconds", "Duration of a usage log's write to disk, including the sync."
+    )
     if figures.commits is not None:
         _add_histogram(commits, [], figures.commits)
     yield commits
-    yield _counter("tidemill_loader_records", "Records stored.", now.stored)
-    yield _counter("tidemill_records_recovered", "Records finished for processes that had died.", now.recovered)
-    yield _gauge("tidemill_loader_records_waiting", "Records in the usage logs that are not stored yet.", now.waiting)
-    yield _gauge("tidemill_loader_lag_seconds", "All that was settled so long ago is stored.", now.lag_s)
+    yield _counter("tidemill_loader_records", "Usage records loaded into the store.", now.stored)
+    yield _counter("tidemill_records_recovered", "Usage records completed for processes that died.", now.recovered)
+    yield _gauge("tidemill_loader_records_waiting", "Usage records in the logs that are not stored yet.", now.waiting)
+    yield _gauge(
+        "tidemill_loader_lag_seconds", "Age of the oldest settled record that is not stored yet, in seconds.", now.lag_s
+    )
 
 
 def _each(figures: MetricsSnapshot) -> Iterator[tuple[str, str, ModelFigures]]:

@@ -66,14 +66,14 @@ class PlatformRolls:
         config = self._config.models.get(model)
         if config is None or model not in self._replicas.recipes:
             raise NotFound(
-                f"There is no model {model!r} with an engine of our own.",
-                hint=f"There are: {', '.join(self._replicas.recipes) or 'none'}.",
+                f"There is no model {model!r} whose engine Tidemill runs.",
+                hint=f"Known models: {', '.join(self._replicas.recipes) or 'none'}.",
                 param="model",
             )
         if not path or len(path) > 4096 or not path.isprintable():
-            raise BadInput("path: a file, a folder or a name on a hub.", param="path")
+            raise BadInput("path must be a file, a folder or a name on a hub.", param="path")
         if version and not _VERSION.fullmatch(version):
-            raise BadInput("version: 1 to 100 characters.", param="version")
+            raise BadInput("version must be 1 to 100 printable characters.", param="version")
         try:
             weights = weights_of(model, config, path, Path("/"))
         except ConfigError as error:

@@ -361,4 +361,4 @@ class Tide:
     def _check(self, name: str) -> None:
         known = [each for node in self.nodes() for each in (node.name, *(device.id for device in node.devices))]
         if name not in known:
-            raise NotFound(f"There is no node or device {name!r}.", hint=f"There are: {', '.join(known[:20])}.")
+            raise NotFound(f"There is no node or device {name!r}.", hint=f"Known: {', '.join(known[:20])}.")

@@ -17,28 +17,28 @@ INTERRUPTED = 130
 
 app = App(
     name="tidemill",
-    help="Turns a fleet of GPUs into a model cloud: serve, meter each token once, bill by contract.",
+    help="Run a model cloud on a fleet of GPUs: serve models, meter each token once, bill by contract.",
     version=__version__,
     suppress_keyboard_interrupt=False,
-    help_epilogue="Every command takes --help. With --json, a command prints exactly one JSON document.",
+    help_epilogue="Every command has --help. With --json, a command prints exactly one JSON document.",
 )
 app.command("tidemill.cli.up:up", name="up", help="Start the platform in the foreground.")
-app.command("tidemill.cli.demo:demo", name="demo", help="The main job told in a minute, on the real model.")
-app.command("tidemill.cli.tenant:app", name="tenant", help="Tenants: who pays.")
-app.command("tidemill.cli.key:app", name="key", help="API keys of tenants.")
-app.command("tidemill.cli.limit:app", name="limit", help="Limits: rates, concurrency, budgets.")
-app.command("tidemill.cli.credit:app", name="credit", help="Credits: prepaid balances.")
-app.command("tidemill.cli.usage:usage", name="usage", help="What a tenant has used, and what it cost.")
-app.command("tidemill.cli.invoice:invoice", name="invoice", help="A tenant's invoice of a month.")
-app.command("tidemill.cli.ledger:app", name="ledger", help="The ledger: does it agree with itself?")
-app.command("tidemill.cli.margin:margin", name="margin", help="What each model earned against what it cost.")
-app.command("tidemill.cli.model:app", name="model", help="Models that are served.")
-app.command("tidemill.cli.fleet:app", name="fleet", help="The fleet: devices, replicas, and why.")
-app.command("tidemill.cli.job:app", name="job", help="Jobs: anything that trains or computes on devices.")
-app.command("tidemill.cli.queue:app", name="queue", help="Queues of jobs: quota, and what they may borrow.")
-app.command("tidemill.cli.reservation:app", name="reservation", help="Devices that are kept for a tenant.")
-app.command("tidemill.cli.batch:app", name="batch", help="Batches of requests that may wait.")
-app.command("tidemill.cli.meter:app", name="meter", help="The meter: is it right?")
+app.command("tidemill.cli.demo:demo", name="demo", help="Show the main features in a minute, with a real model.")
+app.command("tidemill.cli.tenant:app", name="tenant", help="Manage tenants, who are billed for usage.")
+app.command("tidemill.cli.key:app", name="key", help="Manage the API keys of tenants.")
+app.command("tidemill.cli.limit:app", name="limit", help="Manage limits: rates, concurrency and budgets.")
+app.command("tidemill.cli.credit:app", name="credit", help="Grant credit to prepaid balances.")
+app.command("tidemill.cli.usage:usage", name="usage", help="Show what a tenant used and what it cost.")
+app.command("tidemill.cli.invoice:invoice", name="invoice", help="Print a tenant's invoice for a month.")
+app.command("tidemill.cli.ledger:app", name="ledger", help="Check the ledger for consistency.")
+app.command("tidemill.cli.margin:margin", name="margin", help="Show the revenue, cost and margin of each model.")
+app.command("tidemill.cli.model:app", name="model", help="Manage the models served.")
+app.command("tidemill.cli.fleet:app", name="fleet", help="Show devices and replicas, and drain them.")
+app.command("tidemill.cli.job:app", name="job", help="Run jobs, such as training, on devices.")
+app.command("tidemill.cli.queue:app", name="queue", help="Manage job queues: quotas and borrowing.")
+app.command("tidemill.cli.reservation:app", name="reservation", help="Reserve devices for a tenant.")
+app.command("tidemill.cli.batch:app", name="batch", help="Run batches of requests within 24 hours.")
+app.command("tidemill.cli.meter:app", name="meter", help="Compare the meter with the engines' counters.")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("TIDEMILL_DEBUG"):
             raise
-        complain(f"unexpected {type(error).__name__}: {error}", hint="TIDEMILL_DEBUG=1 shows where.")
+        complain(f"unexpected {type(error).__name__}: {error}", hint="Set TIDEMILL_DEBUG=1 to see the traceback.")
         return 1
 
 
@@ -85,7 +85,7 @@ def _wording(error: CycloptsError) -> str:
     # Its own wording imports all commands to look for hidden ones.
     name, known = error.unused_tokens[0], [each for each in error.app if not each.startswith("-")]
     near = nearest(name, known)
-    advice = f"Did you mean {near}?" if near else f"There are: {', '.join(sorted(known))}."
+    advice = f"Did you mean {near}?" if near else f"Known commands: {', '.join(sorted(known))}."
     return f"There is no command {name!r}. {advice}"
 
 

@@ -41,16 +41,16 @@ def submit(
     wait: bool = False,
     target: Target = HERE,
 ) -> None:
-    """Upload a file of requests, one a line, and have them worked on: as a tenant, with its key.
+    """Upload a file of requests, one per line, and run them as a batch. Needs the tenant's API key.
 
     Parameters
     ----------
     file
-        A JSON Lines file, as of OpenAI's Batch API.
+        A JSON Lines file in the format of OpenAI's Batch API.
     endpoint
-        What its lines ask: /v1/chat/completions, /v1/completions, /v1/embeddings or /v1/responses.
+        Endpoint of all lines: /v1/chat/completions, /v1/completions, /v1/embeddings or /v1/responses.
     wait
-        Return when the batch has ended.
+        Wait until the batch has ended.
     """
     client = TenantClient(data_plane_url(target, url), key)
     made = client.create_batch(client.upload(file)["id"], endpoint)
@@ -69,14 +69,14 @@ def submit(
 
 @app.command
 def results(batch: str, /, *, key: Key, errors: bool = False, url: Url = None, target: Target = HERE) -> None:
-    """Print what the lines of a batch gave, a JSON object a line: as a tenant, with its key.
+    """Print the results of a batch, one JSON object per line. Needs the tenant's API key.
 
     Parameters
     ----------
     batch
         Its id.
     errors
-        What the lines gave that failed.
+        Print the errors of failed lines instead.
     """
     client = TenantClient(data_plane_url(target, url), key)
     found = client.batch(batch)
@@ -84,7 +84,7 @@ def results(batch: str, /, *, key: Key, errors: bool = False, url: Url = None, t
     if file_id is None:
         what = "no line failed" if errors else "no line has a result"
         if found["status"] not in ENDED:
-            raise NotFound(f"The batch is {found['status']}; its results are there when it has ended.")
+            raise NotFound(f"The batch is {found['status']}; its results are available when it has ended.")
         raise NotFound(f"The batch is {found['status']}, and {what}.", hint="" if errors else "Look at --errors.")
     if target.json:
         lines = b"".join(client.content(file_id)).splitlines()
@@ -105,9 +105,9 @@ def list_(*, tenant: str | None = None, open: bool = False, limit: int = 100, ta
     tenant
         Only this tenant's.
     open
-        Only those that have not ended.
+        List only batches that have not ended.
     limit
-        How many at the most.
+        Maximum number to list.
     """
     found = source(target).batches(tenant, unfinished=open, limit=limit)
     if target.json:
@@ -146,7 +146,7 @@ def list_(*, tenant: str | None = None, open: bool = False, limit: int = 100, ta
 
 @app.command
 def show(batch: str, /, *, target: Target = HERE) -> None:
-    """Show a batch: how far it has come, what it has cost, and what is wrong with its lines.
+    """Show a batch: its progress, cost and errors.
 
     Parameters
     ----------
@@ -179,9 +179,9 @@ def show(batch: str, /, *, target: Target = HERE) -> None:
 
 @app.command
 def cancel(batch: str, /, *, target: Target = HERE) -> None:
-    """Have a batch cancelled, as its tenant may.
+    """Cancel a batch.
 
-    Lines in flight end and are billed, the others are not begun.
+    Lines in flight finish and are billed; the others are not started.
 
     Parameters
     ----------

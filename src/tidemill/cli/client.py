@@ -33,7 +33,7 @@ class AdminClient:
         parts = urlsplit(url)
         connection_to(url)
         if not token.isascii() or not token.isprintable() or not token:
-            raise BadInput("The admin token is not one: it has letters and digits only.")
+            raise BadInput("The admin token is not valid: it must have only letters and digits.")
         self.url = url.rstrip("/")
         self._parts = parts
         self._token = token
@@ -55,7 +55,7 @@ class AdminClient:
             if found["requests"] == len(found["records"]):
                 return found
             # A request that finished before the end of an earlier page was stored only after it had been read.
-        raise Unavailable("The usage changed faster than it could be read.", hint="Ask for one month, or try again.")
+        raise Unavailable("The usage changed while it was being read.", hint="Ask for one month, or try again.")
 
     def _usage_pages(self, asked: dict[str, str | None]) -> list[Json]:
         pages: list[Json] = []
@@ -203,9 +203,7 @@ class AdminClient:
         except ValueError:
             document = None
         if not isinstance(document, dict):
-            raise Unavailable(
-                f"{self.url} answers, but not as Tidemill's control plane does.", hint="Is the port right?"
-            )
+            raise Unavailable(f"{self.url} answers, but is not Tidemill's control plane.", hint="Is the port right?")
         return document
 
     def _ask(
@@ -239,7 +237,11 @@ class AdminClient:
         except (OSError, http.client.HTTPException) as error:
             hint = "Is it running?"
             if sent:
-                hint = "It may have done it all the same: look before you repeat it." if method == "POST" else ""
+                hint = (
+                    "The change may have been made all the same: check before you repeat it."
+                    if method == "POST"
+                    else ""
+                )
             raise Unavailable(f"The platform at {self.url} does not answer ({reason_of(error)}).", hint=hint) from error
         finally:
             connection.close()
@@ -253,7 +255,7 @@ class AdminClient:
             return RequestRefused(str(error["message"]), hint=str(error["hint"] or ""), param=error["param"])
         except (ValueError, KeyError, TypeError):
             hint = "Is the port right?"
-            return Unavailable(f"{self.url} answers {status}, but not as Tidemill's control plane does.", hint=hint)
+            return Unavailable(f"{self.url} answers {status}, but is not Tidemill's control plane.", hint=hint)
 
 
 def connection_to(url: str, what: str = "a control plane") -> http.client.HTTPConnection:

@@ -20,18 +20,18 @@ def grant(
     idempotency_key: str | None = None,
     target: Target = HERE,
 ) -> None:
-    """Grant a tenant credit to spend.
+    """Grant credit to a tenant.
 
     Parameters
     ----------
     tenant
         The tenant's name or id.
     amount
-        How much, in the tenant's currency, e.g. 100 or 0.25.
+        Amount in the tenant's currency, e.g. 100 or 0.25.
     memo
-        Stands on the invoice.
+        Text for the invoice.
     idempotency_key
-        Of your choice: with it, the grant is made once, however often the command is run.
+        Any text of your choice: with it, the grant is made only once, even if the command is repeated.
     """
     granted = running(target).grant_credit(tenant, amount, memo, idempotency_key)
     if target.json:

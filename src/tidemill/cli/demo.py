@@ -100,7 +100,7 @@ def demo(
     svg_short: Path | None = None,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """Tell the main job in about a minute, on the real model.
+    """Show the main features in about a minute, with a real model.
 
     Tenants, streams, a limit that holds, the invoice.
 
@@ -109,11 +109,11 @@ def demo(
     Parameters
     ----------
     svg
-        Save all of it as a picture (SVG).
+        Save all of it as an SVG picture.
     svg_short
-        Save three acts of it as a smaller picture (SVG).
+        Save three acts of it as a smaller SVG picture.
     as_json
-        Show nothing, and print what was seen as one JSON document.
+        Show nothing, and print the results as one JSON document.
     """
     for option, picture in (("svg", svg), ("svg-short", svg_short)):
         if picture is not None and not picture.parent.is_dir():

@@ -15,7 +15,7 @@ GIB = 2**30
 
 @app.command(name="list")
 def list_(*, target: Target = HERE) -> None:
-    """List the replicas, and what is planned for each model. Work is in tokens of prefill a second."""
+    """List the replicas, and the plan for each model. Load is in prefill tokens per second."""
     found = running(target).fleet()
     if target.json:
         print_json(found)
@@ -77,7 +77,7 @@ def list_(*, target: Target = HERE) -> None:
 
 @app.command
 def devices(*, target: Target = HERE) -> None:
-    """List the nodes' devices and who holds them."""
+    """List the devices and what uses them."""
     found = running(target).fleet()
     if target.json:
         print_json({"nodes": found["nodes"], "devices": found["devices"]})
@@ -99,7 +99,7 @@ def devices(*, target: Target = HERE) -> None:
 
 @app.command
 def why(*, target: Target = HERE) -> None:
-    """Say what each device does, until when and why; and what each waiting piece of work waits for."""
+    """Show what each device does, until when and why, and what waiting work is waiting for."""
     found = running(target).fleet_why()
     if target.json:
         print_json(found)
@@ -115,7 +115,7 @@ def why(*, target: Target = HERE) -> None:
 
 @app.command
 def drain(name: str, /, *, why: str = "", target: Target = HERE) -> None:
-    """Take a node or a device out: nothing new starts there.
+    """Drain a node or a device: nothing new starts there.
 
     What runs there goes on elsewhere, or ends in order.
 
@@ -124,7 +124,7 @@ def drain(name: str, /, *, why: str = "", target: Target = HERE) -> None:
     name
         A node, or a device as `tidemill fleet devices` names it.
     why
-        For whoever asks later.
+        Reason, shown by `tidemill fleet why`.
     """
     done = running(target).drain(name, why)
     if target.json:
@@ -135,7 +135,7 @@ def drain(name: str, /, *, why: str = "", target: Target = HERE) -> None:
 
 @app.command
 def undrain(name: str, /, *, target: Target = HERE) -> None:
-    """Put a node or a device back.
+    """Undo a drain: allow new work on a node or a device.
 
     Parameters
     ----------

@@ -6,14 +6,14 @@ from tidemill.cli.target import HERE, Target
 
 
 def invoice(*, tenant: str, month: str | None = None, target: Target = HERE) -> None:
-    """A tenant's invoice of a month, as text; a draft while the month is not over.
+    """Print a tenant's invoice for a month, as text; a draft until the month is over.
 
     Parameters
     ----------
     tenant
         The tenant's name or id.
     month
-        A billing month such as 2026-11. [default: the current one, as a draft]
+        Billing month such as 2026-11. [default: the current one, as a draft]
     """
     found = source(target)
     if target.json:

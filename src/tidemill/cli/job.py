@@ -41,48 +41,48 @@ def submit(
     wait: Annotated[bool, Parameter(negative="")] = False,
     target: Target = HERE,
 ) -> int:
-    """Have a command run on devices, as soon as there is room for it. Write it behind --.
+    """Run a command on devices, as soon as they are available. Put it after `--`.
 
     Parameters
     ----------
     command
-        The command, behind --; no shell: for one, write -- sh -c "...".
+        The command, after `--`. It runs without a shell; for one, write `-- sh -c "..."`.
     tenant
         The tenant's name or id.
     devices
-        How many devices it takes.
+        Number of devices.
     kind
-        Kinds of devices that it runs on, with commas, the best first; any that has a price when left out.
+        Kinds of devices, separated by commas, the preferred one first; any kind with a price if left out.
     gang
-        All its devices at once, or none; without, it runs on as many as there are.
+        Start only when all devices are available; with --no-gang, run on as many as are available.
     ranks
-        One process for each node or device. [default: node for a gang, else device]
+        Start one process per node or per device. [default: node for a gang, else device]
     preemptible
-        It may be asked to checkpoint and go when something more urgent comes; cheaper.
+        Allow more urgent work to preempt the job, after a checkpoint signal; costs less.
     queue
-        The queue that it waits in. [default: the tenant's own]
+        The job queue. [default: the tenant's own]
     reservation
-        Run it on what the tenant has reserved.
+        Run on this reservation of the tenant.
     priority
-        Higher first, within its queue.
+        Priority within the queue; higher runs first.
     deadline
-        When it has to be done: 6h, 2026-12-01 or 2026-12-01T12:00.
+        When the job must be finished: 6h, 2026-12-01 or 2026-12-01T12:00.
     estimate
-        How long it takes on all its devices, such as 2h; helps to plan.
+        Expected run time on all its devices, such as 2h; used for planning.
     checkpoint_signal
-        How it is asked to checkpoint: TERM, INT, HUP, QUIT, USR1 or USR2.
+        Signal that asks it to checkpoint: TERM, INT, HUP, QUIT, USR1 or USR2.
     grace
-        What it gets for that, such as 60s; then it is killed.
+        Time to checkpoint, such as 60s; then it is killed.
     retries
-        How often it is tried again after it has failed.
+        How many times to retry after a failure.
     name
-        To tell it from others. [default: the program's name]
+        Name of the job. [default: the program's name]
     env
-        Variables for it, NAME=VALUE; may be given several times.
+        Environment variable, NAME=VALUE; repeat for several.
     workdir
-        Where it runs, on the node. [default: a directory of its own]
+        Working directory on the node. [default: a directory of its own]
     wait
-        Return when it is over; exit code 0 only if it has succeeded.
+        Wait until the job has finished; exit code 0 only if it succeeded.
     """
     client = running(target)
     made = client.submit_job(
@@ -171,7 +171,7 @@ def list_(
 
 @app.command
 def show(job: str, /, *, target: Target = HERE) -> None:
-    """One job, each attempt at it, and what it has cost until now.
+    """Show a job, its attempts, and its cost so far.
 
     Parameters
     ----------
@@ -195,21 +195,21 @@ def logs(
     rank: int = 0,
     target: Target = HERE,
 ) -> None:
-    """What a job has said.
+    """Print the output of a job.
 
     Parameters
     ----------
     job
         Its id or name.
     follow
-        Go on until it is over, through all of its attempts.
+        Keep printing until the job has finished, over all attempts.
     attempt
-        Which attempt; they count from 1. [default: the last]
+        Number of the attempt, from 1. [default: the last]
     rank
-        Which of its processes; they count from 0.
+        Number of the process, from 0.
     """
     if target.json and follow:
-        raise BadInput("--json prints one document; it does not go with --follow.")
+        raise BadInput("--json and --follow cannot be used together.")
     client = running(target)
     text, cursor, number = "", "", attempt
     while True:
@@ -246,7 +246,7 @@ def logs(
 
 @app.command
 def wait(job: str, /, *, target: Target = HERE) -> int:
-    """Return when a job is over: exit code 0 if it has succeeded, else 1.
+    """Wait until a job has finished: exit code 0 if it succeeded, else 1.
 
     Parameters
     ----------
@@ -258,7 +258,7 @@ def wait(job: str, /, *, target: Target = HERE) -> int:
 
 @app.command
 def cancel(job: str, /, *, target: Target = HERE) -> None:
-    """Cancel a job. One that runs gets its signal and its grace.
+    """Cancel a job. If it is running, it gets its checkpoint signal and its grace.
 
     Parameters
     ----------
@@ -271,21 +271,21 @@ def cancel(job: str, /, *, target: Target = HERE) -> None:
     elif asked["state"] == "cancelled":
         print_text(f"{asked['id']} is cancelled.")
     else:
-        print_text(f"{asked['id']} is asked to go; it has {asked['grace_seconds']:g} s.")
+        print_text(f"{asked['id']} is being stopped; it has {asked['grace_seconds']:g} s.")
 
 
 @app.command
 def artifacts(job: str, path: str | None = None, /, *, to: Path | None = None, target: Target = HERE) -> None:
-    """List what a job has made for its owner, or download one of it.
+    """List the artefacts of a job, or download one.
 
     Parameters
     ----------
     job
         Its id or name.
     path
-        The artefact to be downloaded, as listed.
+        Path of the artefact to download, as listed.
     to
-        Where to put it. [default: its own name, here]
+        Where to save it. [default: its own name, here]
     """
     client = running(target)
     if path is None:
@@ -302,7 +302,7 @@ def artifacts(job: str, path: str | None = None, /, *, to: Path | None = None, t
     if file.is_dir():
         file /= Path(path).name
     if file.exists():
-        raise Conflict(f"{file} exists already.", hint="Choose another name with --to.")
+        raise Conflict(f"{file} already exists.", hint="Choose another name with --to.")
     size = client.download_artifact(job, path, file)
     if target.json:
         print_json({"path": str(file), "bytes": size})

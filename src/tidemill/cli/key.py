@@ -19,20 +19,20 @@ def create(
     ips: str = "",
     target: Target = HERE,
 ) -> None:
-    """Make an API key and print it, once: only its digest is kept.
+    """Create an API key and print it once: only its digest is stored.
 
     Parameters
     ----------
     tenant
         The tenant's name or id.
     name
-        To tell the key from the tenant's others.
+        Name of the key, to tell it from the tenant's others.
     expires
-        When it stops to work: 90d, 24h, a day such as 2027-01-31 (to its end), or an instant. [default: never]
+        When it expires: 90d, 24h, a day such as 2027-01-31 (to its end), or an instant. [default: never]
     models
-        Models that it may be used for, with commas between. [default: all]
+        Allowed models, separated by commas. [default: all]
     ips
-        Networks that it may be used from, with commas between: 10.1.0.0/16,192.0.2.7. [default: any]
+        Allowed networks, separated by commas: 10.1.0.0/16,192.0.2.7. [default: any]
     """
     policy = {"expires": expires, "models": split_list(models), "ips": split_list(ips)}
     made = running(target).create_key(tenant, name, **{each: value for each, value in policy.items() if value})
@@ -82,7 +82,7 @@ def rotate(key: str, /, *, overlap: str = "24h", target: Target = HERE) -> None:
     key
         The key itself, or its id from `tidemill key list`.
     overlap
-        How long both work: 24h, 7d, 0s.
+        How long the old key keeps working: 24h, 7d, 0s.
     """
     made = running(target).rotate_key(key, overlap)
     if target.json:
@@ -98,7 +98,7 @@ def rotate(key: str, /, *, overlap: str = "24h", target: Target = HERE) -> None:
 
 @app.command
 def revoke(key: str, /, *, target: Target = HERE) -> None:
-    """Revoke an API key, at once and for good.
+    """Revoke an API key, immediately and permanently.
 
     Parameters
     ----------

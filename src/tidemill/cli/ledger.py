@@ -14,9 +14,9 @@ DIFFERS = 1
 
 @app.command
 def check(*, target: Target = HERE) -> int:
-    """Check that the ledger agrees with itself: balances, transactions, budgets, and meters of devices.
+    """Check that the ledger is consistent: balances, transactions, budgets and device meters.
 
-    Exit code 0 if all is equal, 1 if anything differs. It reads all entries: a big store takes minutes.
+    Exit code 0 if it is, 1 if anything differs. It reads all entries, so a large store takes minutes.
     """
     found = source(target).check_ledger()
     if target.json:

@@ -25,28 +25,28 @@ def set_(
     soft: int | None = None,
     target: Target = HERE,
 ) -> None:
-    """Put limits in force, each in the place of one of its kind on the same tenant, key and model.
+    """Set limits. Each replaces the limit of the same kind on the same tenant, key and model.
 
     Parameters
     ----------
     tenant
         The tenant's name or id.
     key
-        Only what this key asks for: the key itself, or its id from `tidemill key list`.
+        Limit only this key: the key itself, or its id from `tidemill key list`.
     model
-        Only what is asked of this model.
+        Limit only requests for this model.
     rpm
-        Requests a minute.
+        Requests per minute.
     tpm
-        Tokens a minute, of prompts and answers.
+        Tokens per minute, of prompts and answers.
     concurrency
-        Requests at a time.
+        Concurrent requests.
     budget
-        Money, in the tenant's currency, e.g. 100 or 0.25.
+        Budget in the tenant's currency, e.g. 100 or 0.25.
     per
-        Of the budget: day or month. [default: month]
+        Period of the budget: day or month. [default: month]
     soft
-        Of the budget: warn when so many percent of it are spent.
+        Percentage of the budget at which to warn.
     """
     made = running(target).set_limits(
         tenant=tenant,
@@ -68,7 +68,7 @@ def set_(
 
 @app.command(name="list")
 def list_(*, tenant: str | None = None, target: Target = HERE) -> None:
-    """List the limits and what is used of them.
+    """List the limits and how much of each is used.
 
     Parameters
     ----------
@@ -108,7 +108,7 @@ def list_(*, tenant: str | None = None, target: Target = HERE) -> None:
 
 @app.command
 def remove(limit: str, /, *, target: Target = HERE) -> None:
-    """Take a limit out of force.
+    """Remove a limit.
 
     Parameters
     ----------

@@ -12,10 +12,10 @@ from tidemill.cli.target import HERE, Target
 
 def margin(
     *,
-    month: Annotated[str | None, Parameter(help="The month, such as 2026-11; the current one if not given.")] = None,
+    month: Annotated[str | None, Parameter(help="Month such as 2026-11. [default: the current one]")] = None,
     target: Target = HERE,
 ) -> None:
-    """Set what each model earned, by tenant, against what its replicas and upstreams cost, idle time included."""
+    """Show the revenue of each model, by tenant, and the cost of its replicas and upstreams, idle time included."""
     found = running(target).margin(month)
     if target.json:
         print_json(found)

@@ -11,7 +11,7 @@ app = App(name="meter")
 
 @app.command
 def reconcile(*, target: Target = HERE) -> None:
-    """Compare the usage records with the engines' own token counters, and name the differences."""
+    """Compare the usage records with the engines' own token counters, and list the differences."""
     platform = running(target)
     if target.json:
         print_json(platform.reconcile())

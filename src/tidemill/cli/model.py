@@ -19,7 +19,7 @@ _TOKENS = ("input", "cached_input", "output")
 
 @app.command(name="list")
 def list_(*, target: Target = HERE) -> None:
-    """List the models, how they do, and their prices per million tokens."""
+    """List the models, their state, and their prices per million tokens."""
     found = source(target).models()
     if target.json:
         print_json(found)
@@ -58,9 +58,9 @@ def roll(
     wait: Annotated[bool, Parameter(negative="--no-wait")] = True,
     target: Target = HERE,
 ) -> None:
-    """Roll a model to other weights, replica by replica, without a request that fails.
+    """Roll a model to other weights, replica by replica, without failing a request.
 
-    A version that does not start is taken back. It stays over restarts, until the configuration names other weights.
+    A version that does not start is rolled back. The new version survives restarts, until the configuration changes.
 
     Parameters
     ----------
@@ -69,9 +69,9 @@ def roll(
     path
         A GGUF file for llamacpp; for vllm and sglang a folder, or a name on a hub.
     version
-        What it is called. [default: the file's name]
+        Name of the version. [default: the file's name]
     wait
-        Stay until it is over.
+        Wait until the roll has finished.
     """
     client = running(target)
     given = Path(path).expanduser()
@@ -109,26 +109,26 @@ def fit(
     all_: Annotated[bool, Parameter(name="--all", negative="")] = False,
     json: _Json = False,
 ) -> None:
-    """What of a model fits on which nodes, with the arithmetic. Needs no platform.
+    """Show which layouts of a model fit on which nodes, and the arithmetic. Needs no platform.
 
     Parameters
     ----------
     model:
-        A model of the catalogue, as `deepseek-r1` or `Qwen/Qwen3-32B`.
+        A model of the catalogue, such as `deepseek-r1` or `Qwen/Qwen3-32B`.
     nodes:
-        `2x8xH800`: two nodes of eight H800 each; several kinds with commas.
+        `2x8xH800` is two nodes of eight H800 each; separate several kinds by commas.
     context:
-        Tokens of each sequence, prompt and answer together, as `32k`. [default: 8k]
+        Tokens per sequence, prompt and answer together, such as `32k`. [default: 8k]
     concurrency:
-        Sequences that a replica works on at a time.
+        Concurrent sequences per replica.
     precision:
-        Of the weights: bf16, fp8, int8, int4, mxfp4. [default: the maker's own, else bf16]
+        Precision of the weights: bf16, fp8, int8, int4, mxfp4. [default: the maker's own, else bf16]
     kv_precision:
-        Of the KV cache: bf16 or fp8.
+        Precision of the KV cache: bf16 or fp8.
     engine:
-        Whose launch line is shown: vllm or sglang.
+        Engine to show the launch command of: vllm or sglang.
     all_:
-        Show also layouts that do not hold it.
+        Also show layouts that do not fit.
     json:
         Print exactly one JSON document.
     """

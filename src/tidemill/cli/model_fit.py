@@ -35,14 +35,16 @@ def show_fit(
     spec, groups = model_named(model), parse_nodes(nodes)
     wanted = next((each for each in WEIGHT_PRECISIONS if each == precision), None)
     if precision is not None and wanted is None:
-        raise BadInput(f"There is no precision {precision!r}.", hint=f"Choose one of: {', '.join(WEIGHT_PRECISIONS)}.")
+        raise BadInput(
+            f"precision: {precision!r} is not supported.", hint=f"Choose one of: {', '.join(WEIGHT_PRECISIONS)}."
+        )
     cached: KvPrecision | None = next((each for each in get_args(KvPrecision) if each == kv), None)
     if cached is None:
-        raise BadInput(f"KV cache is kept in bf16 or fp8, not in {kv!r}.")
+        raise BadInput(f"kv-precision must be bf16 or fp8, not {kv!r}.")
     if engine not in LAUNCHERS:
-        raise BadInput(f"There is no launch line for {engine!r}.", hint=f"Choose one of: {', '.join(LAUNCHERS)}.")
+        raise BadInput(f"engine: {engine!r} is not supported.", hint=f"Choose one of: {', '.join(LAUNCHERS)}.")
     if not 1 <= concurrency <= 100_000:
-        raise BadInput("The concurrency is from 1 to 100000 sequences.")
+        raise BadInput("concurrency must be from 1 to 100000 sequences.")
     tokens = min(DEFAULT_CONTEXT, spec.max_context) if context is None else parse_tokens(context)
     request = FitRequest(context=tokens, sequences=concurrency, precision=wanted, kv=cached)
     found = fits(spec, groups, request)

@@ -110,7 +110,9 @@ class OfflinePlatform:
         except SQLAlchemyError:
             found = None
         if found is None:
-            raise Unavailable(f"The database in {self._directory} is empty.", hint="Start the platform once.")
+            raise Unavailable(
+                f"The database in {self._directory} is empty.", hint="Start the platform once with `tidemill up`."
+            )
         if found != schema_head():
             raise Unavailable(
                 f"The data in {self._directory} is of another version of Tidemill (schema {found}).",

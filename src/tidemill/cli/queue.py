@@ -20,20 +20,20 @@ def set_(
     weight: int = 1,
     target: Target = HERE,
 ) -> None:
-    """Make a queue of jobs, or change it. A tenant's own queue has the tenant's name.
+    """Create or change a job queue. A tenant's own queue has the tenant's name.
 
     Parameters
     ----------
     name
         The queue's name.
     tenant
-        Only this tenant's jobs; anybody's when left out.
+        Accept only this tenant's jobs. [default: all tenants' jobs]
     quota
-        Devices of its own: others may borrow them, and give them back when they are wanted.
+        Guaranteed devices; other queues may borrow them while they are unused.
     borrow
-        Devices beyond its quota, of what others leave. [default: as many as there are]
+        Maximum number of devices beyond the quota. [default: no maximum]
     weight
-        Its share of what is to be borrowed, relative to the others'.
+        Share of the devices to borrow, relative to other queues.
     """
     made = running(target).set_queue(name=name, tenant=tenant, quota=quota, borrow=borrow, weight=weight)
     if target.json:
@@ -45,7 +45,7 @@ def set_(
 
 @app.command(name="list")
 def list_(*, target: Target = HERE) -> None:
-    """List the queues that were set."""
+    """List the queues."""
     found = source(target).queues()
     if target.json:
         print_json(found)

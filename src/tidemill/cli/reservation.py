@@ -23,7 +23,7 @@ def create(
     price: str | None = None,
     target: Target = HERE,
 ) -> None:
-    """Keep devices for a tenant from one instant to another. It pays for them, used or not.
+    """Reserve devices for a tenant for a period. The tenant pays for them, used or not.
 
     Parameters
     ----------
@@ -32,15 +32,15 @@ def create(
     kind
         The kind of devices, such as h800-sxm.
     devices
-        How many.
+        Number of devices.
     to
-        Its end: 30d after its beginning, a day (to its end) or an instant.
+        End: a duration such as 30d, a date (to its end) or an instant.
     from_
-        Its beginning: now, 2h from now, a day or an instant.
+        Start: now, a time from now such as 2h, a date or an instant.
     lend
-        The tenant consents that idle ones are lent to preemptible work.
+        Lend idle devices to preemptible work, with the tenant's consent.
     price
-        For a device and hour, in the tenant's currency. [default: the standard price of the kind]
+        Price per device and hour, in the tenant's currency. [default: the standard price of the kind]
     """
     made = running(target).create_reservation(
         tenant=tenant, kind=kind, devices=devices, start=from_, end=to, lend=lend, price=price
@@ -61,14 +61,14 @@ def list_(
     over: Annotated[bool, Parameter(name="--all", negative="")] = False,
     target: Target = HERE,
 ) -> None:
-    """List reservations, by their beginning.
+    """List reservations by start time.
 
     Parameters
     ----------
     tenant
         Only this tenant's.
     over
-        Those too that have ended.
+        Include reservations that have ended.
     """
     found = source(target).reservations(tenant, over=over)
     if target.json:
@@ -107,7 +107,7 @@ def list_(
 
 @app.command
 def cancel(reservation: str, /, *, target: Target = HERE) -> None:
-    """Give a reservation up. It is billed until now.
+    """Cancel a reservation. It is billed until now.
 
     Parameters
     ----------

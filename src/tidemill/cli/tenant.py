@@ -11,34 +11,34 @@ app = App(name="tenant")
 
 @app.command
 def create(name: str, /, *, currency: str | None = None, target: Target = HERE) -> None:
-    """Make a tenant.
+    """Create a tenant.
 
     Parameters
     ----------
     name
-        1 to 128 printable characters, unlike any other tenant's.
+        Unique name of 1 to 128 printable characters.
     currency
-        What the tenant pays in, e.g. CNY; the installation's currency when left out.
+        Currency that the tenant pays in, e.g. CNY. [default: the installation's currency]
     """
     made = running(target).create_tenant(name, currency)
     if target.json:
         print_json(made)
         return
-    print_text(f"Tenant {made['name']} is made ({made['id']}, {made['currency']}).")
+    print_text(f"Created tenant {made['name']} ({made['id']}, {made['currency']}).")
     if made["warning"]:
         complain(made["warning"], kind="note")
 
 
 @app.command
 def weight(name: str, weight: int, /, *, target: Target = HERE) -> None:
-    """Give a tenant another share of models that are full.
+    """Set a tenant's weight, which decides its share of a full model.
 
     Parameters
     ----------
     name
         The tenant's name or id.
     weight
-        From 1 to 1000. Every tenant begins with 1; with 3 it gets three times as much as one with 1.
+        From 1 to 1000; 1 for a new tenant. A tenant with weight 3 gets three times the share of one with 1.
     """
     changed = running(target).set_weight(name, weight)
     if target.json:

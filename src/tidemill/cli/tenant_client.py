@@ -21,7 +21,7 @@ class TenantClient:
 
     def __init__(self, url: str, key: str) -> None:
         if not key.isascii() or not key.isprintable() or not key:
-            raise BadInput("The API key is not one: it has letters, digits and hyphens only.")
+            raise BadInput("The API key is not valid: it must have only letters, digits and hyphens.")
         self.url = url.rstrip("/")
         self._path = urlsplit(self.url).path
         self._key = key
@@ -114,7 +114,7 @@ def _object(raw: bytes, url: str) -> Json:
     except ValueError:
         document = None
     if not isinstance(document, dict):
-        raise Unavailable(f"{url} answers, but not as Tidemill's data plane does.", hint="Does the address end in /v1?")
+        raise Unavailable(f"{url} answers, but is not Tidemill's data plane.", hint="Does the address end in /v1?")
     return document
 
 
@@ -123,4 +123,4 @@ def _refusal(status: int, raw: bytes, url: str) -> Unavailable | RequestRefused:
         return RequestRefused(str(json.loads(raw)["error"]["message"]))
     except (ValueError, KeyError, TypeError):
         hint = "Does the address end in /v1?"
-        return Unavailable(f"{url} answers {status}, but not as Tidemill's data plane does.", hint=hint)
+        return Unavailable(f"{url} answers {status}, but is not Tidemill's data plane.", hint=hint)

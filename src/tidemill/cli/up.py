@@ -10,13 +10,11 @@ from cyclopts import Parameter
 
 def up(
     *,
-    config: Annotated[
-        Path | None, Parameter(help="The configuration file (TOML); without one the defaults run.")
-    ] = None,
+    config: Annotated[Path | None, Parameter(help="Configuration file (TOML). [default: built-in defaults]")] = None,
     data: Annotated[Path, Parameter(help="The data directory.", env_var="TIDEMILL_DATA")] = Path("data"),
-    port: Annotated[int, Parameter(help="The data plane's port: where tenants send requests.")] = 8080,
-    control_port: Annotated[int, Parameter(help="The control plane's port.")] = 8081,
-    workers: Annotated[int, Parameter(help="Gateway processes.")] = 1,
+    port: Annotated[int, Parameter(help="Port of the data plane, where tenants send requests.")] = 8080,
+    control_port: Annotated[int, Parameter(help="Port of the control plane.")] = 8081,
+    workers: Annotated[int, Parameter(help="Number of gateway processes.")] = 1,
 ) -> None:
     """Run the platform in the foreground: the gateway, the engines, the store and the control plane.
 

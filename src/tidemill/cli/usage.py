@@ -17,16 +17,16 @@ def usage(
     records: Annotated[bool, Parameter(negative="")] = False,
     target: Target = HERE,
 ) -> None:
-    """What a tenant has used and what it cost: exact sums, and with --records each request.
+    """Show what a tenant used and what it cost: exact sums, and with --records each request.
 
     Parameters
     ----------
     tenant
         The tenant's name or id.
     month
-        A billing month such as 2026-11; all time when left out.
+        Billing month such as 2026-11. [default: all time]
     records
-        Each request too.
+        List each request as well.
     """
     found = source(target).usage(tenant, month, records=records)
     if target.json:

@@ -93,7 +93,7 @@ def key_policy(
     """What a key shall be bound to. Raises BadInput."""
     if len(models) > MAX_BINDINGS or len(ips) > MAX_BINDINGS:
         param = "models" if len(models) > MAX_BINDINGS else "ips"
-        raise BadInput(f"{param} has more than {MAX_BINDINGS} entries.", param=param)
+        raise BadInput(f"{param}: at most {MAX_BINDINGS} entries are allowed.", param=param)
     return KeyPolicy(
         expires_at=None if expires is None else read_expiry("expires", expires, zone=zone, now=now),
         models=tuple(dict.fromkeys(known_model(model, known_models) for model in models)),
@@ -146,7 +146,7 @@ def grant_credit(
     nanos = read_amount("amount", amount)
     memo = check_text("memo", memo, longest=MAX_MEMO, empty=True)
     if nanos <= 0:
-        raise BadInput("amount: grant more than zero.", param="amount")
+        raise BadInput("amount must be more than zero.", param="amount")
     transaction_id = new_id("txn")
     if idempotency_key is not None:
         transaction_id = _grant_id(owner.tenant_id, idempotency_key)
@@ -157,8 +157,8 @@ def grant_credit(
     if earlier is not None and earlier.amount_on(tenant_account(owner.tenant_id)) != nanos:
         granted = format_amount(earlier.amount_on(tenant_account(owner.tenant_id)))
         raise Conflict(
-            f"The idempotency key {idempotency_key!r} was used for a grant of {granted} {earlier.currency}.",
-            hint="Repeat that grant as it was, or take another key.",
+            f"The idempotency key {idempotency_key!r} was already used for a grant of {granted} {earlier.currency}.",
+            hint="Repeat the same grant, or use another key.",
             param="idempotency_key",
         )
     if earlier is None:
@@ -189,7 +189,7 @@ def _check_room(connection: Connection, owner: tenant_store.Tenant, nanos: Nanos
     funded = -account_balance(connection, FUNDING_CREDIT, owner.currency)
     if max(held, funded) + nanos > MAX_NANOS:
         raise BadInput(
-            f"amount: with it, {owner.name} or all grants in {owner.currency} would exceed what Tidemill can hold"
-            f" ({format_amount(MAX_NANOS, grouped=True)}).",
+            f"amount is too large: {owner.name} or all grants in {owner.currency} would exceed the maximum"
+            f" of {format_amount(MAX_NANOS, grouped=True)}.",
             param="amount",
         )

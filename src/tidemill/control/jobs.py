@@ -53,7 +53,7 @@ def submit_job(connection: Connection, request: JobRequest, limits: JobLimits, *
     """Enter a job. Raises BadInput, NotFound, TooManyJobs."""
     owner = tenant_named(connection, request.tenant)
     if request.ranks not in (None, "node", "device"):
-        raise BadInput(f"ranks: {request.ranks[:20]!r} is not node or device.", param="ranks")
+        raise BadInput(f"ranks must be node or device, not {request.ranks[:20]!r}.", param="ranks")
     deadline = None if request.deadline is None else read_expiry("deadline", request.deadline, zone=zone, now=now)
     submission = JobSubmission(
         argv=tuple(request.command),
@@ -200,8 +200,8 @@ def _state(text: str) -> JobState:
         return JobState(text)
     except ValueError as error:
         known = [state.value for state in JobState]
-        hint = did_you_mean(text, known) or f"There are: {', '.join(known)}."
-        raise BadInput(f"state: {text[:40]!r} is not a state of jobs.", hint=hint, param="state") from error
+        hint = did_you_mean(text, known) or f"Choose one of: {', '.join(known)}."
+        raise BadInput(f"state: {text[:40]!r} is not a job state.", hint=hint, param="state") from error
 
 
 def _seconds(param: str, text: str | None) -> float | None:

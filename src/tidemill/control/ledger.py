@@ -25,8 +25,8 @@ def check_ledger(connection: Connection, *, zone: str) -> Json:
     It reads all entries: a big store takes minutes. `differences` is empty if all is well.
     """
     differences = [
-        f"account {each.account} in {currency}: {format_amount(each.kept)} is kept as its balance, its entries add up"
-        f" to {format_amount(each.summed)}"
+        f"account {each.account} in {currency}: its stored balance is {format_amount(each.kept)}, but its entries"
+        f" add up to {format_amount(each.summed)}"
         for currency, found in sorted(verify_books(connection).items())
         for each in found
     ]

@@ -65,9 +65,9 @@ def set_limits(connection: Connection, spec: LimitSpec, *, models: Collection[st
         wanted.append(_budget(template, spec.budget, spec.per, spec.soft_percent))
     elif spec.per is not None or spec.soft_percent is not None:
         param = "per" if spec.per is not None else "soft_percent"
-        raise BadInput(f"{param} belongs to a budget, and there is none.", hint="Give budget, too.", param=param)
+        raise BadInput(f"{param} is only allowed with budget.", hint="Add budget.", param=param)
     if not wanted:
-        raise BadInput("There is nothing to limit.", hint="Give rpm, tpm, concurrency or budget.")
+        raise BadInput("No limit was given.", hint="Give rpm, tpm, concurrency or budget.")
     made = [limit_store.set_limit(connection, limit, now=now) for limit in wanted]
     return {"limits": _described(connection, made, zone=zone, now=now)}
 
@@ -90,21 +90,21 @@ def remove_limit(connection: Connection, limit: str, *, zone: str, now: datetime
 def _counted(template: Limit, kind: LimitKind, amount: int) -> Limit:
     limit = msgspec.structs.replace(template, kind=kind, amount=amount)
     if not 1 <= amount <= limit.most:
-        raise BadInput(f"{kind} is from 1 to {limit.most:,}, got {amount:,}.", param=kind)
+        raise BadInput(f"{kind} must be from 1 to {limit.most:,}, not {amount:,}.", param=kind)
     return limit
 
 
 def _budget(template: Limit, budget: str, per: str | None, soft_percent: int | None) -> Limit:
     amount = read_amount("budget", budget)
     if amount <= 0:
-        raise BadInput("budget: is more than zero.", param="budget")
+        raise BadInput("budget must be more than zero.", param="budget")
     try:
         period = Per(per or Per.MONTH)
     except ValueError as error:
-        hint = did_you_mean(str(per), [each.value for each in Per]) or "A budget is per day or month."
-        raise BadInput(f"per: {str(per)[:80]!r} is not a period.", hint=hint, param="per") from error
+        hint = did_you_mean(str(per), [each.value for each in Per]) or "Choose one of: day, month."
+        raise BadInput(f"per: {str(per)[:80]!r} is not a budget period.", hint=hint, param="per") from error
     if soft_percent is not None and not 1 <= soft_percent <= 100:
-        raise BadInput(f"soft_percent is from 1 to 100, got {soft_percent}.", param="soft_percent")
+        raise BadInput(f"soft_percent must be from 1 to 100, not {soft_percent}.", param="soft_percent")
     return msgspec.structs.replace(
         template, kind=LimitKind.BUDGET, amount=amount, per=period, soft_percent=soft_percent
     )
@@ -120,7 +120,7 @@ def _key_of(connection: Connection, owner: Tenant, key: str) -> Key:
         hint = did_you_mean(given, [each.key_id for each in known]) if given.startswith("key_") else ""
         raise NotFound(f"{owner.name} has no such key.", hint=hint or error.hint, param="key") from error
     if found.tenant_id != owner.tenant_id:
-        raise NotFound(f"{owner.name} has no such key.", hint="It is another tenant's.", param="key")
+        raise NotFound(f"{owner.name} has no such key.", hint="The key belongs to another tenant.", param="key")
     return found
 
 

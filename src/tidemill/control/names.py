@@ -28,11 +28,11 @@ def check_text(param: str, text: str, *, longest: int, empty: bool = False) -> s
     """
     text = text.strip()
     if not text.isprintable():
-        raise BadInput(f"{param} has characters that cannot be printed, such as a line break.", param=param)
+        raise BadInput(f"{param} must not have unprintable characters such as line breaks.", param=param)
     if len(text) > longest:
-        raise BadInput(f"{param} has {len(text)} characters; the longest is {longest}.", param=param)
+        raise BadInput(f"{param} has {len(text)} characters; at most {longest} are allowed.", param=param)
     if not text and not empty:
-        raise BadInput(f"{param} is empty.", param=param)
+        raise BadInput(f"{param} must not be empty.", param=param)
     return text
 
 
@@ -69,10 +69,10 @@ def read_duration(param: str, text: str) -> timedelta:
     """A time such as 90d, 24h or 30m. Raises BadInput."""
     match = _DURATION.fullmatch(text.strip())
     if not match:
-        raise BadInput(f"{param}: {text[:80]!r} is not a time.", hint="Write 24h, 90d or 30m.", param=param)
+        raise BadInput(f"{param}: {text[:80]!r} is not a duration.", hint="Write 24h, 90d or 30m.", param=param)
     duration = timedelta(**{_UNITS[match[2]]: int(match[1])})
     if duration > LONGEST:
-        raise BadInput(f"{param}: {text[:80]} is too long; the longest is {LONGEST.days}d.", param=param)
+        raise BadInput(f"{param}: {text[:80]} is too long; the maximum is {LONGEST.days}d.", param=param)
     return duration
 
 
@@ -91,16 +91,18 @@ def read_expiry(param: str, text: str, *, zone: str, now: datetime) -> datetime:
             ends = datetime.fromisoformat(text)
         except ValueError as error:
             hint = "Write 90d, 2027-01-31 or 2027-01-31T12:00:00Z."
-            raise BadInput(f"{param}: {text[:80]!r} is neither a time nor a day.", hint=hint, param=param) from error
+            raise BadInput(
+                f"{param}: {text[:80]!r} is neither a duration nor a date.", hint=hint, param=param
+            ) from error
         if ends.year > now.year + LONGEST.days // 365:
-            raise BadInput(f"{param}: the year of {text[:80]} is too far away.", param=param)
+            raise BadInput(f"{param}: the year of {text[:80]} is too far in the future.", param=param)
         if ends.year < now.year:
-            raise BadInput(f"{param}: {text[:80]} is over already.", param=param)
+            raise BadInput(f"{param}: {text[:80]} is in the past.", param=param)
         if len(text) <= len("2027-01-31"):
             ends += timedelta(days=1)
         ends = (ends if ends.tzinfo else ends.replace(tzinfo=zone_named(zone))).astimezone(UTC)
     if ends <= now:
-        raise BadInput(f"{param}: {text[:80]} is over already.", param=param)
+        raise BadInput(f"{param}: {text[:80]} is in the past.", param=param)
     return ends
 
 
@@ -108,7 +110,7 @@ def known_model(name: str, models: Collection[str]) -> str:
     """The name of a model that is served. Raises BadInput with the nearest one."""
     name = check_text("model", name, longest=128)
     if name not in models:
-        hint = did_you_mean(name, list(models)) or f"There are: {', '.join(sorted(models)) or 'none'}."
+        hint = did_you_mean(name, list(models)) or f"Known models: {', '.join(sorted(models)) or 'none'}."
         raise BadInput(f"There is no model {name!r}.", hint=hint, param="model")
     return name
 
@@ -123,4 +125,4 @@ def read_network(text: str) -> str:
             hint = f"Did you mean {ip_network(text, strict=False)}?"
         except ValueError:
             hint = "Write 10.1.0.0/16, 192.0.2.7 or 2001:db8::/32."
-        raise BadInput(f"ips: {text[:80]!r} is not a network.", hint=hint, param="ips") from error
+        raise BadInput(f"ips: {text[:80]!r} is not a valid network.", hint=hint, param="ips") from error

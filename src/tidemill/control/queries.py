@@ -171,7 +171,7 @@ def _cursor(record: UsageRecord) -> str:
 def _read_cursor(text: str) -> tuple[datetime, str]:
     micros, _, request_id = text.partition(".")
     if not (micros.isascii() and micros.isdecimal() and len(micros) <= 17 and request_id.isprintable() and request_id):
-        raise BadInput(f"after: {text[:80]!r} is not the `next` of an answer.", param="after")
+        raise BadInput(f"after: {text[:80]!r} is not a `next` of an earlier page.", param="after")
     return from_micros(int(micros)), request_id
 
 

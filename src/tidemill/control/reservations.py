@@ -38,9 +38,9 @@ def set_queue(
     owner = None if tenant is None else tenant_named(connection, tenant)
     for param, value, high in (("quota", quota, MAX_DEVICES), ("borrow", borrow or 0, MAX_DEVICES)):
         if not 0 <= value <= high:
-            raise BadInput(f"{param}: is from 0 to {high:,}, got {value:,}.", param=param)
+            raise BadInput(f"{param} must be from 0 to {high:,}, not {value:,}.", param=param)
     if not 1 <= weight <= MAX_WEIGHT:
-        raise BadInput(f"weight is from 1 to {MAX_WEIGHT}, got {weight}.", param="weight")
+        raise BadInput(f"weight must be from 1 to {MAX_WEIGHT}, not {weight}.", param="weight")
     name = check_name("queue", name)
     for each in list_tenants(connection):
         if each.name == name and (owner is None or owner.tenant_id != each.tenant_id):
@@ -105,7 +105,7 @@ def create_reservation(
     owner = tenant_named(connection, tenant)
     kind = check_text("kind", kind, longest=64)
     if not 1 <= devices <= MAX_DEVICES:
-        raise BadInput(f"devices: is from 1 to {MAX_DEVICES:,}, got {devices:,}.", param="devices")
+        raise BadInput(f"devices must be from 1 to {MAX_DEVICES:,}, not {devices:,}.", param="devices")
     starts_at = now if start.strip().lower() == NOW else _read_start(start, zone=zone, now=now)
     ends_at = read_expiry("to", end, zone=zone, now=starts_at)
     if price is not None:
@@ -118,7 +118,7 @@ def create_reservation(
         standard = prices.get((kind, owner.currency, DeviceTier.STANDARD))
         if standard is None:
             known = sorted({each for each, currency, _ in prices if currency == owner.currency})
-            hint = did_you_mean(kind, known) or "Add it to [device_prices], or agree on a price with --price."
+            hint = did_you_mean(kind, known) or "Add it to [device_prices], or set a price with --price."
             raise BadInput(f"kind: {kind!r} has no price in {owner.currency}.", hint=hint, param="kind")
         hour = standard.hour
     agreed = agreed_price(connection, kind=kind, currency=owner.currency, hour=hour, now=now)
@@ -187,5 +187,5 @@ def _read_start(text: str, *, zone: str, now: datetime) -> datetime:
         return read_expiry("from", text, zone=zone, now=now)
     begins = (begins if begins.tzinfo else begins.replace(tzinfo=zone_named(zone))).astimezone(UTC)
     if not now <= begins or begins.year > now.year + 100:
-        raise BadInput(f"from: {text[:80]} is over already, or too far away.", param="from")
+        raise BadInput(f"from: {text[:80]} is in the past, or too far in the future.", param="from")
     return begins

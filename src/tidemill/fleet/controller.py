@@ -295,7 +295,7 @@ class FleetController:
             elif host is not None and host.model == view.model and view.model in wanted:
                 served.add(view.devices)
             else:
-                why = "the replica that it was colocated with goes" if host is None else "no lines are left"
+                why = "the replica that it was colocated with stops" if host is None else "no lines are left"
                 self._do(f"replica {view.id}", now, partial(self._replicas.stop, view.id, why))
         for place, host in hosts.items():
             if host.model in wanted and place not in served:

@@ -127,7 +127,7 @@ class RayBackend:
         await self.close()
         raise Unavailable(
             f"The Ray cluster at {self._address} cannot be joined: {self._why}.",
-            hint="See that it runs (`ray status`), and fleet.ray_address.",
+            hint="Check that it is running (`ray status`), and check fleet.ray_address.",
         )
 
     async def nodes(self) -> Sequence[Node]:

@@ -138,7 +138,7 @@ class Bridge:
                 self._ray.kill(actor)
             if group is not None:
                 self._give_back(group)
-            why = "Ray does not start it in time" if isinstance(error, TimeoutError) else _first_line(error)
+            why = "Ray did not start it in time" if isinstance(error, TimeoutError) else _first_line(error)
             self._say(RayMessage(say="failed", ticket=command.ticket, why=why))
             return
         started = tuple(RayStarted(word["pid"], word["port"], word["at"]) for word in said)
@@ -157,7 +157,7 @@ class Bridge:
         if group.wait(ROOM_WITHIN_S):
             return group
         groups.remove_placement_group(group)
-        raise RuntimeError("somebody else holds the devices there, as Ray sees it")
+        raise RuntimeError("Ray says that the devices there are in use")
 
     def _give_back(self, group: Any) -> None:
         with contextlib.suppress(Exception):

@@ -218,7 +218,7 @@ class Replica:
         if woken:
             self.move(Phase.READY, f"it woke in {loop.time() - began:.1f} s")
         else:
-            log.warning("a replica does not wake; it is started anew", replica=self.name)
+            log.warning("a replica does not wake; it is restarted", replica=self.name)
             self._processes.kill()
 
     async def close(self) -> None:
@@ -268,7 +268,7 @@ class Replica:
             if why is None or self._ending is not None:
                 return  # its node is lost, or it was to end anyway
             if self.phase in (Phase.ASLEEP, Phase.DRAINING):
-                self.move(Phase.GONE, f"{why}; its devices are others' by now")
+                self.move(Phase.GONE, f"{why}; its devices are in use by others")
                 return
             if loop.time() - began > STEADY_AFTER_S:
                 self.failures = 0

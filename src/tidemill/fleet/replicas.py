@@ -89,7 +89,7 @@ class ReplicaSet:
         """Raises NotFound."""
         device = self._devices.get(device_id)
         if device is None:
-            raise NotFound(f"There is no device {device_id!r}.", hint=f"There are: {', '.join(self._devices)}.")
+            raise NotFound(f"There is no device {device_id!r}.", hint=f"Known devices: {', '.join(self._devices)}.")
         return device
 
     def history(self, model: str) -> list[PhaseChange]:
@@ -151,7 +151,7 @@ class ReplicaSet:
         """
         recipe = self.recipes.get(model)
         if recipe is None:
-            raise NotFound(f"There is no model {model!r} with an engine of our own.")
+            raise NotFound(f"There is no model {model!r} whose engine Tidemill runs.")
         held = [self.device(each) if isinstance(each, str) else each for each in devices]
         replica = self._add(recipe, batch_only=batch_only, colocated=colocated, version=version)
         replica.surge = surge
@@ -187,7 +187,7 @@ class ReplicaSet:
         """
         replica = self._replica(name)
         if replica.colocated and not batch_only:
-            raise Conflict(f"{name} runs in the idle class; start another for people's requests.")
+            raise Conflict(f"{name} runs in the idle class; start another replica for interactive requests.")
         replica.batch_only = batch_only
         replica.move(replica.phase, why)
 
@@ -199,7 +199,7 @@ class ReplicaSet:
     def _replica(self, name: str) -> Replica:
         replica = self._replicas.get(name)
         if replica is None:
-            raise NotFound(f"There is no replica {name!r}.", hint=f"There are: {', '.join(self._replicas)}.")
+            raise NotFound(f"There is no replica {name!r}.", hint=f"Known replicas: {', '.join(self._replicas)}.")
         return replica
 
     def _add(
@@ -241,7 +241,7 @@ class ReplicaSet:
             try:
                 await self._look()
             except Exception:
-                log.exception("looking at the nodes failed")
+                log.exception("checking the nodes failed")
 
     async def _look(self) -> None:
         self._nodes = tuple(await self.backend.nodes())

@@ -74,26 +74,28 @@ class Rolls:
         """Begin to roll a model; returns at once. Raises NotFound, and Conflict when that cannot be done now."""
         if model not in self._replicas.recipes:
             raise NotFound(
-                f"There is no model {model!r} with an engine of our own.",
-                hint=f"There are: {', '.join(self._replicas.recipes) or 'none'}.",
+                f"There is no model {model!r} whose engine Tidemill runs.",
+                hint=f"Known models: {', '.join(self._replicas.recipes) or 'none'}.",
             )
         last = self._states.get(model)
         if last is not None and last.under_way:
-            raise Conflict(f"{model} is being rolled to {last.version.path} already.", hint="Wait for its end.")
+            raise Conflict(
+                f"{model} is already being rolled to {last.version.path}.", hint="Wait until it has finished."
+            )
         before = self._replicas.version(model)
         if before == version:
-            raise Conflict(f"{model} runs this version already.", hint="Give another --path or --version.")
+            raise Conflict(f"{model} already runs this version.", hint="Give another --path or --version.")
         old = self._old(model, version)
         ready = [replica for replica in old if replica.ready]
         if len(ready) == 1 and not self._shares(ready[0]) and self._room(model) is None:
             raise Conflict(
                 f"{model} has one replica, and there are no free devices for the new one beside it.",
-                hint="Free some, or change its path in the configuration and start the platform anew.",
+                hint="Free some, or change its path in the configuration and restart the platform.",
             )
         if not old and self._room(model) is None:
             raise Conflict(
                 f"{model} has no replica now, and there are no free devices to try the new version on.",
-                hint="Try again when there are.",
+                hint="Try again when some are free.",
             )
         state = RollState(model, version, before, of=max(len(old), 1), began_at=time.time())
         self._states[model] = state

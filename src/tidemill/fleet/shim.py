@@ -148,7 +148,7 @@ class Shim:
             raise ShimRefused(f"there is no program {argv[0]!r}")
         missing = sorted(set(order["cores"]) - os.sched_getaffinity(0))
         if missing:
-            raise ShimRefused(f"the cores {', '.join(map(str, missing))} are not this process's to use")
+            raise ShimRefused(f"this process may not use the cores {', '.join(map(str, missing))}")
         log = os.open(os.devnull, os.O_WRONLY)
         if order["log"]:
             try:
@@ -289,7 +289,7 @@ class Shim:
                     write_whole(self._order["end_file"], json.dumps(ended).encode())
                     break
                 except OSError as error:  # a full disk may have room again
-                    complain(f"the end cannot be written down: {error}")
+                    complain(f"the exit cannot be recorded: {error}")
                     time.sleep(0.2)
         say({"say": "ended", **ended})
         return self._code if self._code >= 0 else 128 - self._code
@@ -304,7 +304,7 @@ class Shim:
                 shutil.copyfile(path, f"{path}.1")
                 os.truncate(path, 0)
         except OSError as error:
-            complain(f"the log cannot be bounded: {error}")
+            complain(f"the log cannot be truncated: {error}")
 
 
 def descendants(root: int) -> list[int]:

@@ -35,7 +35,7 @@ class EngineAddress:
         except ValueError as error:
             raise ConfigError(f"base_url {base_url!r}: the port is not a number.") from error
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"base_url {base_url!r} is not an address.", hint="Write http://HOST:PORT/v1.")
+            raise ConfigError(f"base_url {base_url!r} is not a valid URL.", hint="Write http://HOST:PORT/v1.")
         self.base_url = base_url
         self.tls = parts.scheme == "https"
         self.host = parts.hostname
@@ -45,7 +45,7 @@ class EngineAddress:
         lines = [f"Host: {parts.netloc.rpartition('@')[2]}", "Content-Type: application/json"]
         for name, value in (headers or {}).items():
             if not value.isascii() or not value.isprintable():
-                raise ConfigError("The API key of an upstream has characters that a header cannot carry.")
+                raise ConfigError("The API key of an upstream has characters that are not allowed in an HTTP header.")
             lines.append(f"{name}: {value}")
         self.headers = "\r\n".join(lines).encode("ascii") + b"\r\n"
 
@@ -171,7 +171,7 @@ class ConnectionPool:
         """Give up on engines that have been silent past their deadline. Called a few times a second."""
         late = [connection for connection in self._busy if connection.late(now)]
         for connection in late:
-            connection.abort(EngineLost("The engine fell silent.", timed_out=True))
+            connection.abort(EngineLost("The engine stopped sending data.", timed_out=True))
 
     def close_idle(self) -> None:
         """Close the kept connections; busy ones finish."""

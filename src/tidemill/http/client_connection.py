@@ -274,7 +274,7 @@ class EngineConnection(asyncio.Protocol):
                     self._wake()
                 return
         if self._parser is None or self.complete:
-            self.abort(EngineLost("The engine sent bytes that nobody asked for."))
+            self.abort(EngineLost("The engine sent bytes without a request."))
             return
         if not self._got_bytes:
             self._got_bytes = True
@@ -301,7 +301,7 @@ class EngineConnection(asyncio.Protocol):
             self._packet.clear()
         if broken is not None:
             if not self.complete:
-                self.abort(EngineLost(f"The engine's answer is not HTTP: {broken}."))
+                self.abort(EngineLost(f"The engine's answer is not valid HTTP: {broken}."))
                 return
             self._keep_alive = False  # the answer is whole, and what came behind it is nobody's
         if self._between_chunks and not data.endswith(b"\r\n"):
@@ -311,7 +311,7 @@ class EngineConnection(asyncio.Protocol):
         if not self.head_done:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_RESPONSE_HEAD_BYTES:
-                self.abort(EngineLost("The head of the engine's answer does not end."))
+                self.abort(EngineLost("The headers of the engine's answer are too large."))
                 return
         self._hold_back()
         self._wake()
@@ -350,7 +350,7 @@ class EngineConnection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         if self.complete:
-            raise ValueError("bytes behind the answer")
+            raise ValueError("bytes after the answer")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if len(self.headers) >= MAX_RESPONSE_HEADERS:

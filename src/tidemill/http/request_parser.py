@@ -127,7 +127,7 @@ class RequestParser:
 
     def on_message_begin(self) -> None:
         if self._owner.sent_ahead >= MAX_PIPELINED:
-            self.refusal = (400, f"Send at most {MAX_PIPELINED} requests ahead on a connection.")
+            self.refusal = (400, f"A connection may have at most {MAX_PIPELINED} pipelined requests.")
             raise ValueError("too many requests ahead")
         self.receiving = None
         self.messages += 1

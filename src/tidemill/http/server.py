@@ -56,7 +56,7 @@ class HttpServer:
             f"The request body is larger than {max_body_bytes // (1024 * 1024)} MiB. Send a smaller one."
         )
         self.crowded_message = (
-            f"This gateway has {max_connections} connections open and takes no more. Try again shortly."
+            f"This gateway has reached its limit of {max_connections} connections. Try again shortly."
         )
         self.connections: set[ServerConnection] = set()
         self.underway = 0

@@ -117,7 +117,7 @@ class ServerConnection(asyncio.Protocol):
         except httptools.HttpParserError:
             if self._deaf:
                 return  # the last answer has said that nothing more is taken
-            self._refuse(*(parser.refusal or (400, "What was sent is not an HTTP/1.1 request.")))
+            self._refuse(*(parser.refusal or (400, "This is not a valid HTTP/1.1 request.")))
             return
         if parser.latest is not None:
             if between and parser.messages == messages + 1 and self._misses < _MAX_MISSES:

@@ -175,7 +175,7 @@ def margin(
     if devices < 0 or cost_per_device_hour < 0:
         raise LedgerError("neither the number of devices nor their cost may be negative")
     if start.utcoffset() is None or end.utcoffset() is None or end < start:
-        raise LedgerError(f"{start} to {end} is no window; give two instants with time zones, the earlier first")
+        raise LedgerError(f"{start} to {end} is not a window; give two instants with time zones, the earlier first")
     if min(device_ns.values(), default=0) < 0:
         raise LedgerError("device time may not be negative")
     keys = sorted(revenue.keys() | device_ns.keys())

@@ -119,7 +119,9 @@ class DeviceSum(msgspec.Struct, frozen=True, kw_only=True):
 def check_hour(hour: int) -> Nanos:
     """Return a price an hour that can be taken, else raise LedgerError."""
     if not 0 <= hour <= MAX_HOUR:
-        raise LedgerError(f"{format_amount(hour)} an hour is no price; it is from 0 to {format_amount(MAX_HOUR)}")
+        raise LedgerError(
+            f"{format_amount(hour)} per hour is not a valid price; it must be from 0 to {format_amount(MAX_HOUR)}"
+        )
     return Nanos(hour)
 
 

@@ -373,7 +373,7 @@ def _credit_lines(credits: Iterable[Transaction], usage: MonthUsage) -> tuple[Cr
         amount = credit.amount_on(tenant_account(usage.tenant_id))
         name = f"transaction {credit.transaction_id}"
         if amount <= 0:
-            raise LedgerError(f"{name} is no credit to tenant {usage.tenant_id}")
+            raise LedgerError(f"{name} is not a credit to tenant {usage.tenant_id}")
         if credit.currency != usage.currency:
             raise LedgerError(f"{name} is in {credit.currency}, the invoice in {usage.currency}")
         if credit.at not in usage.period:

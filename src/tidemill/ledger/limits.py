@@ -9,7 +9,7 @@ from tidemill.ledger.money import MAX_NANOS, format_amount
 from tidemill.ledger.period import parse_period, period_of, zone_named
 
 MAX_AMOUNT = 10**12
-"""The highest limit on requests or tokens a minute, or concurrent requests."""
+"""The highest limit on requests or tokens per minute, or concurrent requests."""
 
 
 class LimitKind(StrEnum):
@@ -71,16 +71,16 @@ def scope_of(limit: Limit) -> str:
 
 
 def title_of(limit: Limit, currency: str) -> str:
-    """A limit in words: `100 requests a minute`, `a budget of 5.00 USD a day`."""
+    """A limit in words: `100 requests per minute`, `a budget of 5.00 USD per day`."""
     match limit.kind:
         case LimitKind.RPM:
-            return f"{limit.amount:,} request{'s' * (limit.amount != 1)} a minute"
+            return f"{limit.amount:,} request{'s' * (limit.amount != 1)} per minute"
         case LimitKind.TPM:
-            return f"{limit.amount:,} token{'s' * (limit.amount != 1)} a minute"
+            return f"{limit.amount:,} token{'s' * (limit.amount != 1)} per minute"
         case LimitKind.CONCURRENCY:
-            return f"{limit.amount:,} request{'s' * (limit.amount != 1)} at a time"
+            return f"{limit.amount:,} concurrent request{'s' * (limit.amount != 1)}"
         case LimitKind.BUDGET:
-            return f"a budget of {format_amount(limit.amount, grouped=True)} {currency} a {limit.per}"
+            return f"a budget of {format_amount(limit.amount, grouped=True)} {currency} per {limit.per}"
 
 
 class BudgetSpan(msgspec.Struct, frozen=True):

@@ -72,9 +72,9 @@ class Entry(msgspec.Struct, frozen=True):
         if type(self.amount) is not int:
             raise PostingError(f"{self.account}: the amount {self.amount!r} is not an integer of nanos")
         if self.amount == 0:
-            raise PostingError(f"{self.account}: an entry of zero says nothing; leave it out")
+            raise PostingError(f"{self.account}: an entry must not be zero; leave it out")
         if abs(self.amount) > MAX_NANOS:
-            raise PostingError(f"{self.account}: {format_amount(self.amount)} is more than Tidemill can hold")
+            raise PostingError(f"{self.account}: {format_amount(self.amount)} is larger than Tidemill can hold")
 
 
 class Transaction(msgspec.Struct, frozen=True):
@@ -127,7 +127,7 @@ def credit_grant(
 ) -> Transaction:
     """Give a tenant `amount` (more than zero) to spend."""
     if amount <= 0:
-        raise PostingError(f"a credit grant of {format_amount(amount)} is not possible; grant more than zero")
+        raise PostingError(f"a credit grant must be more than zero, not {format_amount(amount)}")
     return Transaction(
         transaction_id=transaction_id,
         kind=TransactionKind.CREDIT_GRANT,
@@ -183,7 +183,7 @@ def device_charge(
 ) -> Transaction:
     """Charge a tenant `amount` (more than zero) for device time that ended at `at`."""
     if amount <= 0:
-        raise PostingError(f"a device charge of {format_amount(amount)} is not possible; leave it out")
+        raise PostingError(f"a device charge must be more than zero, not {format_amount(amount)}; leave it out")
     return Transaction(
         transaction_id=transaction_id,
         kind=TransactionKind.DEVICE_CHARGE,
@@ -273,5 +273,6 @@ def verify_balance(account: Account, balance: Nanos, entries: Iterable[Entry]) -
     summed = Nanos(sum(entry.amount for entry in entries if entry.account == account))
     if summed != balance:
         raise PostingError(
-            f"{account} is kept as {format_amount(balance)}, but its entries add up to {format_amount(summed)}"
+            f"the stored balance of {account} is {format_amount(balance)}, but its entries add up to"
+            f" {format_amount(summed)}"
         )

@@ -48,10 +48,10 @@ class Price(msgspec.Struct, frozen=True, array_like=True, gc=False):
                 continue
             spec, name = CATALOGUE[component], component.key
             if rate < 0:
-                raise LedgerError(f"the price of {name} is negative; a price is zero or more per {spec.per_text}")
+                raise LedgerError(f"the price of {name} must be zero or more per {spec.per_text}")
             raise LedgerError(
                 f"the price of {name} is {format_amount(rate)} per {spec.per_text};"
-                f" the highest is {format_amount(spec.max_rate)}"
+                f" the maximum is {format_amount(spec.max_rate)}"
             )
         msgspec.structs.force_setattr(self, "rates", rates)
 

@@ -1,4 +1,4 @@
-"""Requests or tokens a minute, shared by many processes without asking for each.
+"""Requests or tokens per minute, shared by many processes without asking for each.
 
 A strict sliding window.
 

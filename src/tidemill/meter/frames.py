@@ -34,7 +34,7 @@ class ReadFrame(msgspec.Struct, frozen=True, gc=False):
 def frame(payload: bytes) -> bytes:
     """Wrap a payload for the log. Raises ValueError for one longer than MAX_PAYLOAD or empty."""
     if not 0 < len(payload) <= MAX_PAYLOAD:
-        raise ValueError(f"a log record has 1 to {MAX_PAYLOAD} bytes, got {len(payload)}")
+        raise ValueError(f"a log record must have 1 to {MAX_PAYLOAD} bytes, got {len(payload)}")
     return HEADER.pack(len(payload), zlib.crc32(payload)) + payload
 
 

@@ -32,7 +32,7 @@ class Histogram(msgspec.Struct):
     def add(self, other: "Histogram") -> None:
         """Add what another of the same bounds has counted. Raises ValueError for other bounds."""
         if other.bounds != self.bounds:
-            raise ValueError("histograms of different bounds cannot be added")
+            raise ValueError("histograms with different bounds cannot be added")
         self.counts = [own + its for own, its in zip(self.counts, other.counts, strict=True)]
         self.sum_us += other.sum_us
 

@@ -80,10 +80,12 @@ class LiveTable:
     def open(self, opened: Opened, hold: int) -> int:
         """Take a slot for a request; returns its number. Raises TooManyOpen when none is free."""
         if not self._free:
-            raise TooManyOpen(f"The gateway has {self._slots} requests open.", hint="Try again in a moment.")
+            raise TooManyOpen(
+                f"The gateway has reached its limit of {self._slots} open requests.", hint="Try again in a moment."
+            )
         body = encode_opened(opened)
         if len(body) > MAX_OPENED:
-            raise ValueError(f"an opened record has at most {MAX_OPENED} bytes, got {len(body)}")
+            raise ValueError(f"an opened record must have at most {MAX_OPENED} bytes, got {len(body)}")
         slot = self._free.pop()
         base = slot * SLOT_BYTES
         counts = _COUNTS.pack(0, 0, 0, 0, hold, 0)

@@ -94,13 +94,13 @@ class UsageLog:
         """Why no further request can be metered now; None as long as one can."""
         if self.failure is not None:
             return LogFull(
-                f"The usage log of the gateway cannot be written ({self.failure.strerror}), and what cannot be metered"
-                " is not accepted.",
-                hint="Try again in a moment; the gateway is being started anew.",
+                f"The gateway cannot write its usage log ({self.failure.strerror}), so requests cannot be metered"
+                " and are refused.",
+                hint="Try again in a moment; the gateway is restarting.",
             )
         if self._reserved >= self._room():
             return LogFull(
-                "The disk of the gateway is full, and what cannot be metered is not accepted.",
+                "The gateway's disk is full, so requests cannot be metered and are refused.",
                 hint="Try again later; the operator must free disk space under the data directory.",
             )
         return None

@@ -50,8 +50,8 @@ class ReplicaLine(msgspec.Struct, frozen=True, kw_only=True):
         if self.prompt_difference < 0 or self.completion_difference < 0:
             return "records exceed the engine: sampled before the engine's last requests, or it died"
         if self.given_up:
-            return f"engine exceeds the records: {self.given_up} requests were given up in the middle"
-        return "engine exceeds the records: it served requests that did not come through here"
+            return f"engine exceeds the records: {self.given_up} requests were cut off"
+        return "engine exceeds the records: it served requests that did not come through the gateway"
 
 
 class ReconcileReport(msgspec.Struct, frozen=True):
@@ -87,7 +87,7 @@ class ReconcileReport(msgspec.Struct, frozen=True):
     def to_text(self) -> str:
         """The report for a terminal, in lines."""
         if not self.lines and not self.unchecked:
-            return "No engine has counted anything yet."
+            return "No engine has reported a count yet."
         out = []
         for line in self.lines:
             out.append(
@@ -100,7 +100,7 @@ class ReconcileReport(msgspec.Struct, frozen=True):
             ):
                 out.append(f"  {name:12}{engine:>14,}{metered:>14,}{difference:>+14,}")
             out.append(f"  {line.verdict}")
-        out.extend(f"{name}: has no token counters to compare with" for name in self.unchecked)
+        out.extend(f"{name}: has no token counters to compare" for name in self.unchecked)
         return "\n".join(out)
 
 

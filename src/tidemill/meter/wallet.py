@@ -30,7 +30,7 @@ class LeasedBalance:
     def hold(self, amount: int) -> bool:
         """Set `amount` aside for a request; False (and nothing changes) when the budget does not allow it."""
         if amount < 0:
-            raise ValueError(f"a hold is not negative, got {amount}")
+            raise ValueError(f"a hold must not be negative, got {amount}")
         if amount > self.budget - self.spent - self.held:
             return False
         self.held += amount
@@ -47,7 +47,7 @@ class LeasedBalance:
     def settle(self, hold: int, charge: Nanos) -> None:
         """Turn a hold into a charge of at most that much; the rest is available again."""
         if not 0 <= charge <= hold:
-            raise ValueError(f"a charge lies between nothing and its hold of {hold}, got {charge}")
+            raise ValueError(f"a charge must be from 0 to its hold of {hold}, got {charge}")
         self.held -= hold
         self.holds -= 1
         self.spent += charge

@@ -132,7 +132,9 @@ def create_batch(connection: Connection, batch: Batch, *, max_open: int) -> None
         .where(batches.c.tenant_id == batch.tenant_id, batches.c.status.in_(UNFINISHED))
     ).scalar_one()
     if unfinished >= max_open:
-        raise TooManyBatches(f"You have {unfinished} unfinished batches; that is the most.", hint="Wait for their end.")
+        raise TooManyBatches(
+            f"You have {unfinished} unfinished batches, which is the maximum.", hint="Wait until one has finished."
+        )
     connection.execute(
         insert(batches).values(
             batch_id=batch.batch_id,

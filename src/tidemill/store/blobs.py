@@ -42,7 +42,7 @@ def no_room(error: OSError) -> InsufficientStorage | None:
     if error.errno not in _NO_ROOM:
         return None
     return InsufficientStorage(
-        "The platform's disk is full; nothing of this file was kept.", hint="Try again later, or ask your operator."
+        "The platform's disk is full; this file was not stored.", hint="Try again later, or ask your operator."
     )
 
 
@@ -145,7 +145,7 @@ class BlobStore:
         try:
             return os.open(self.path(file_id), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            where = "is on another machine" if site != self.site else "has been deleted just now"
+            where = "is on another machine" if site != self.site else "has just been deleted"
             raise Unavailable(f"The content of {file_id} {where}.") from None
 
     def remove(self, file_ids: Iterable[str]) -> None:

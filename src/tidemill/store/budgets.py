@@ -139,8 +139,8 @@ def verify_budgets(connection: Connection, *, zone: str) -> list[str]:
         kept, summed = int(row.spent), _sum_of_records(connection, limit, span_labelled(row.period, limit.per, zone))
         if kept != summed:
             wrong.append(
-                f"budget {limit.limit_id} in {row.period}: {format_amount(Nanos(kept))} are kept as spent, its usage"
-                f" records add up to {format_amount(Nanos(summed))}"
+                f"budget {limit.limit_id} in {row.period}: {format_amount(Nanos(kept))} are stored as spent, but its"
+                f" usage records add up to {format_amount(Nanos(summed))}"
             )
     return wrong
 

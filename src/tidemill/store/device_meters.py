@@ -66,9 +66,9 @@ def begin_meters(
     free = tenant_balance(connection, tenant_id, lock=True) - leased(connection, tenant_id)
     if sum(holds) > free and sum(holds) > 0:
         raise InsufficientBalance(
-            f"Insufficient balance: {format_amount(sum(holds))} {currency} must be free to begin, and"
+            f"Insufficient balance: {format_amount(sum(holds))} {currency} must be available to start, but only"
             f" {format_amount(max(free, 0))} is.",
-            hint="Top it up.",
+            hint="Top up the balance.",
         )
     begun = []
     for start, hold in zip(starts, holds, strict=True):
@@ -330,13 +330,13 @@ def verify_meters(connection: Connection) -> list[str]:
         device_us, worth = (0, 0) if sums is None else (int(sums.device_us), int(sums.worth))
         if device_us != meter.device_us:
             wrong.append(
-                f"meter {meter.meter_id}: {device_us} us are counted, {meter.device_us} us until its last reading"
+                f"meter {meter.meter_id}: {device_us} us are counted, but {meter.device_us} us until its last reading"
             )
         if worth != charge_for(meter.hour, meter.device_us):
             due = format_amount(charge_for(meter.hour, meter.device_us))
-            wrong.append(f"meter {meter.meter_id}: {format_amount(Nanos(worth))} are charged, its time costs {due}")
+            wrong.append(f"meter {meter.meter_id}: {format_amount(Nanos(worth))} are charged, but its time costs {due}")
         if meter.ended_at is not None and meter.hold:
-            wrong.append(f"meter {meter.meter_id} has ended, and still holds {format_amount(meter.hold)}")
+            wrong.append(f"meter {meter.meter_id} has ended, but still holds {format_amount(meter.hold)}")
     charged = connection.execute(
         select(device_meters.c.currency, func.sum(device_usage.c.amount))
         .join(device_usage, device_usage.c.meter_id == device_meters.c.meter_id)

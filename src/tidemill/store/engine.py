@@ -73,7 +73,8 @@ def _answering() -> Iterator[None]:
     except (OperationalError, InterfaceError, NoConnectionFree) as error:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[-1].strip(" \t.?!")
         raise StoreUnavailable(
-            f"The database does not answer: {reason}.", hint="Check that it runs and has room, then try again."
+            f"The database does not answer: {reason}.",
+            hint="Check that it is running and has disk space, then try again.",
         ) from error
 
 
@@ -86,14 +87,14 @@ def store_url(text: str | None, data_dir: Path) -> URL:
     except (ArgumentError, ValueError) as error:
         # Not repeated: a password may be in it.
         raise ConfigError(
-            "store.url: is not a database URL.", hint="Write postgresql://USER:PASSWORD@HOST/NAME."
+            "store.url is not a valid database URL.", hint="Write postgresql://USER:PASSWORD@HOST/NAME."
         ) from error
     backend = url.get_backend_name()
     if backend == "postgresql":
         return url.set(drivername="postgresql+psycopg")
     if backend == "sqlite":
         return url
-    raise ConfigError(f"store.url: Tidemill stores in SQLite or PostgreSQL, not in {backend}.")
+    raise ConfigError(f"store.url must name SQLite or PostgreSQL, not {backend}.")
 
 
 def open_store(url: URL, *, read_only: bool = False) -> Store:

@@ -67,11 +67,12 @@ def check_quota(count: int, size: int, quota: FileQuota) -> None:
     """Raises QuotaExceeded when so many files of so many bytes together are too much."""
     if count > quota.files:
         raise QuotaExceeded(
-            f"You may keep {quota.files} files.", hint="Delete files that you no longer need (DELETE /v1/files/ID)."
+            f"You can keep at most {quota.files} files.",
+            hint="Delete files that you no longer need (DELETE /v1/files/ID).",
         )
     if size > quota.bytes:
         raise QuotaExceeded(
-            f"You may keep {quota.bytes // 2**20} MiB of files, and would have {-(-size // 2**20)} MiB.",
+            f"You can keep at most {quota.bytes // 2**20} MiB of files, not {-(-size // 2**20)} MiB.",
             hint="Delete files that you no longer need (DELETE /v1/files/ID).",
         )
 
@@ -130,7 +131,9 @@ def delete_file(connection: Connection, *, tenant_id: str, file_id: str, now: da
         select(batches.c.batch_id).where(batches.c.input_file_id == file_id, batches.c.status.in_(UNFINISHED)).limit(1)
     ).scalar()
     if reader is not None:
-        raise Conflict(f"The batch {reader} still reads this file.", hint="Cancel the batch, or wait for its end.")
+        raise Conflict(
+            f"The batch {reader} still uses this file.", hint="Cancel the batch, or wait until it has finished."
+        )
     connection.execute(delete(files).where(files.c.file_id == file_id))
 
 

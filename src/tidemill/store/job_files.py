@@ -138,10 +138,12 @@ class JobFiles:
         path = self.log(job_id, attempt, rank)
         aside = path.with_name(path.name + ".1")
         if not path.exists():
-            raise NotFound(f"Attempt {attempt} of {job_id} has no log of rank {rank}.", hint="It may not run yet.")
+            raise NotFound(
+                f"Attempt {attempt} of {job_id} has no log of rank {rank}.", hint="It may not have started yet."
+            )
         old, _, text = cursor.rpartition(":")
         if old not in ("", "old") or not ((text.isdecimal() and text.isascii() and len(text) < 16) or not cursor):
-            raise BadInput(f"cursor: {cursor[:40]!r} is not the `next` of an answer.", param="cursor")
+            raise BadInput(f"cursor: {cursor[:40]!r} is not a `next` of an earlier part.", param="cursor")
         if not cursor:
             old, offset = ("old" if aside.exists() else ""), 0
         else:
@@ -175,7 +177,11 @@ class JobFiles:
         Each part of the path is opened below the one before and never through a link, so that no name leads out of
         the directory, whatever a job puts there.
         """
-        missing = NotFound(f"There is no artefact {path[:200]!r}.", hint="See the list of artefacts.", param="path")
+        missing = NotFound(
+            f"There is no artefact {path[:200]!r}.",
+            hint="List the artefacts of the job to see their paths.",
+            param="path",
+        )
         parts = path.split("/")
         if not path.isprintable() or any(part in ("", ".", "..") for part in parts):
             raise missing

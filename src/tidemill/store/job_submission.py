@@ -69,7 +69,7 @@ def submit(
     _check_numbers(submission)
     grace_s = limits.grace_s if submission.grace_s is None else submission.grace_s
     if not 0 <= grace_s <= limits.max_grace_s:
-        raise BadInput(f"grace: is from 0 to {limits.max_grace_s:g} seconds.", param="grace")
+        raise BadInput(f"grace must be from 0 to {limits.max_grace_s:g} seconds.", param="grace")
     reservation_id, kinds = _kinds(connection, submission, owner, limits.site, now)
     job = Job(
         job_id=new_job_id(),
@@ -104,24 +104,26 @@ def submit(
 
 def _check_command(submission: JobSubmission) -> None:
     if not submission.argv or not submission.argv[0]:
-        raise BadInput("There is no command to run.", hint="Write it behind --.", param="command")
+        raise BadInput("There is no command to run.", hint="Put it after `--`.", param="command")
     size = sum(len(word.encode()) + 1 for word in submission.argv)
     if len(submission.argv) > MAX_WORDS or size > MAX_COMMAND:
-        raise BadInput(f"command: is at most {MAX_WORDS} words and {MAX_COMMAND // 1024} KiB long.", param="command")
+        raise BadInput(
+            f"command: at most {MAX_WORDS} words and {MAX_COMMAND // 1024} KiB are allowed.", param="command"
+        )
     size = sum(len(name) + len(value.encode()) + 2 for name, value in submission.env.items())
     if len(submission.env) > MAX_ENV or size > MAX_COMMAND:
-        raise BadInput(f"env: is at most {MAX_ENV} variables and {MAX_COMMAND // 1024} KiB.", param="env")
+        raise BadInput(f"env: at most {MAX_ENV} variables and {MAX_COMMAND // 1024} KiB are allowed.", param="env")
     for name in submission.env:
         if not _ENV_NAME.fullmatch(name) or name.startswith("TIDEMILL_"):
             raise BadInput(
-                f"env: {name[:80]!r} can't be set.",
-                hint="A name has letters, digits and _, and does not begin with TIDEMILL_.",
+                f"env: {name[:80]!r} is not allowed.",
+                hint="Use letters, digits and _ in a name, and do not begin it with TIDEMILL_.",
                 param="env",
             )
     if any("\0" in text for text in (*submission.argv, *submission.env.values(), submission.workdir or "")):
-        raise BadInput("A command, variable or directory has no NUL characters.", param="command")
+        raise BadInput("A command, variable or directory must not contain NUL characters.", param="command")
     if submission.workdir is not None and (not submission.workdir.startswith("/") or len(submission.workdir) > 1000):
-        raise BadInput("workdir: is an absolute path on the node.", param="workdir")
+        raise BadInput("workdir must be an absolute path on the node.", param="workdir")
 
 
 def _check_numbers(submission: JobSubmission) -> None:
@@ -131,13 +133,13 @@ def _check_numbers(submission: JobSubmission) -> None:
         ("retries", submission.retries, 0, MAX_RETRIES),
     ):
         if not low <= value <= high:
-            raise BadInput(f"{param}: is from {low:,} to {high:,}, got {value:,}.", param=param)
+            raise BadInput(f"{param} must be from {low:,} to {high:,}, not {value:,}.", param=param)
     if submission.estimate_s is not None and submission.estimate_s <= 0:
-        raise BadInput("estimate: is more than zero.", param="estimate")
+        raise BadInput("estimate must be more than zero.", param="estimate")
     if submission.signal not in _SIGNALS:
         hint = did_you_mean(submission.signal, sorted(_SIGNALS)) or f"Choose one of: {', '.join(sorted(_SIGNALS))}."
         raise BadInput(
-            f"checkpoint_signal: {submission.signal[:20]!r} is not one.", hint=hint, param="checkpoint_signal"
+            f"checkpoint_signal: {submission.signal[:20]!r} is not supported.", hint=hint, param="checkpoint_signal"
         )
 
 
@@ -146,7 +148,7 @@ def _kinds(
 ) -> tuple[str | None, tuple[str, ...]]:
     """The reservation, if any, and the kinds of devices."""
     if len(submission.kinds) > MAX_KINDS:
-        raise BadInput(f"kind: at most {MAX_KINDS} are named.", param="kind")
+        raise BadInput(f"kind: at most {MAX_KINDS} are allowed.", param="kind")
     if submission.reservation is not None:
         # A tenant may be asking, so another tenant's reservation is one that is not there, also in the hint.
         own = {
@@ -168,12 +170,12 @@ def _kinds(
     if not priced:
         raise BadInput(
             f"No kind of device has a price in {owner.currency}.",
-            hint=f"The operator adds [device_prices.KIND.{owner.currency}] to the configuration.",
+            hint=f"The operator must add [device_prices.KIND.{owner.currency}] to the configuration.",
             param="kind",
         )
     for kind in submission.kinds:
         if kind not in priced:
-            hint = did_you_mean(kind, priced) or f"There are: {', '.join(priced)}."
+            hint = did_you_mean(kind, priced) or f"Choose one of: {', '.join(priced)}."
             raise BadInput(f"kind: {kind[:64]!r} has no price in {owner.currency}.", hint=hint, param="kind")
     return None, tuple(dict.fromkeys(submission.kinds))
 
@@ -185,6 +187,6 @@ def _queue(connection: Connection, submission: JobSubmission, owner: Tenant) -> 
         return name
     if queue is None or queue.tenant_id not in (None, owner.tenant_id):
         usable = [each.name for each in list_queues(connection) if each.tenant_id in (None, owner.tenant_id)]
-        hint = did_you_mean(name, usable) or f"There are: {', '.join([owner.name, *usable])}."
+        hint = did_you_mean(name, usable) or f"Choose one of: {', '.join([owner.name, *usable])}."
         raise BadInput(f"There is no queue {name[:80]!r} for {owner.name}.", hint=hint, param="queue")
     return queue.name

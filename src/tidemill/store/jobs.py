@@ -166,7 +166,9 @@ def create_job(connection: Connection, job: Job, *, max_open: int) -> None:
         .where(jobs.c.tenant_id == job.tenant_id, jobs.c.state.in_(state_values(UNFINISHED)))
     ).scalar_one()
     if unfinished >= max_open:
-        raise TooManyJobs(f"There are {unfinished} unfinished jobs; that is the most.", hint="Wait for their end.")
+        raise TooManyJobs(
+            f"There are {unfinished} unfinished jobs, which is the maximum.", hint="Wait until one has finished."
+        )
     connection.execute(
         insert(jobs).values(
             job_id=job.job_id,
@@ -200,7 +202,7 @@ def find_job(connection: Connection, job_id: str, *, tenant_id: str | None = Non
         query = query.where(jobs.c.tenant_id == tenant_id)
     row = connection.execute(query.order_by(jobs.c.job_id != job_id, jobs.c.submitted_at.desc()).limit(1)).first()
     if row is None:
-        raise NotFound(f"There is no job {job_id[:80]!r}.", hint="See the list of jobs.", param="job")
+        raise NotFound(f"There is no job {job_id[:80]!r}.", hint="List the jobs to see their ids.", param="job")
     return _job(row)
 
 

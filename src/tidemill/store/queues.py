@@ -35,7 +35,9 @@ def set_queue(connection: Connection, queue: Queue) -> Queue:
     """Make a queue, or change it. Raises Conflict when it would become another tenant's."""
     known = find_queue(connection, queue.name)
     if known is not None and known.tenant_id != queue.tenant_id:
-        raise Conflict(f"The queue {queue.name!r} is another tenant's.", hint="Choose another name.", param="queue")
+        raise Conflict(
+            f"The queue {queue.name!r} belongs to another tenant.", hint="Choose another name.", param="queue"
+        )
     values = msgspec.structs.asdict(queue)
     del values["created_at"]
     if known is None:

@@ -32,7 +32,7 @@ def check_name(kind: str, name: str) -> str:
     """Return `name` stripped, or raise BadInput when it is empty, too long or has control characters."""
     name = name.strip()
     if not name or len(name) > MAX_NAME or not name.isprintable():
-        raise BadInput(f"{name!r} is not a {kind} name; it has 1 to {MAX_NAME} printable characters.", param="name")
+        raise BadInput(f"{name!r} is not a valid {kind} name; use 1 to {MAX_NAME} printable characters.", param="name")
     return name
 
 
@@ -44,7 +44,7 @@ def create_tenant(connection: Connection, *, name: str, currency: str, now: date
     name = check_name("tenant", name)
     check_currency(currency)
     if connection.execute(select(tenants.c.tenant_id).where(tenants.c.name == name)).first():
-        raise Conflict(f"There is a tenant named {name!r} already.", hint="Choose another name.", param="name")
+        raise Conflict(f"There is already a tenant named {name!r}.", hint="Choose another name.", param="name")
     tenant = Tenant(tenant_id=new_id("ten"), name=name, currency=currency, created_at=now)
     connection.execute(
         insert(tenants).values(
@@ -73,7 +73,7 @@ def find_tenant(connection: Connection, name: str) -> Tenant:
 def set_weight(connection: Connection, *, tenant_id: str, weight: int) -> None:
     """Give a tenant another share of full models. Raises BadInput."""
     if not 1 <= weight <= MAX_WEIGHT:
-        raise BadInput(f"weight is from 1 to {MAX_WEIGHT}, got {weight}.", param="weight")
+        raise BadInput(f"weight must be from 1 to {MAX_WEIGHT}, not {weight}.", param="weight")
     connection.execute(update(tenants).where(tenants.c.tenant_id == tenant_id).values(weight=weight))
     bump_revision(connection)
 

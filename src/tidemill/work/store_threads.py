@@ -39,7 +39,7 @@ class StoreThreads:
             except Exception as error:
                 wait_s = _RETRY_AFTER_S[min(tries, len(_RETRY_AFTER_S) - 1)]
                 if tries % SAID_EACH == 0:
-                    log.warning("cannot be written down; it is tried again", reason=str(error), again_in_s=wait_s)
+                    log.warning("cannot be stored; it is tried again", reason=str(error), again_in_s=wait_s)
                 tries += 1
                 await asyncio.sleep(wait_s)
 
@@ -50,7 +50,7 @@ class StoreThreads:
             try:
                 call(*args, **kwargs)
             except Exception as error:
-                log.warning("cannot be written down", reason=str(error))
+                log.warning("cannot be stored", reason=str(error))
 
         self._executor.submit(quietly)
 

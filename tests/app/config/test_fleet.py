@@ -160,7 +160,7 @@ def test_devices_are_declared_or_found(tmp_path: Path) -> None:
         (LOCAL + "scale_down_seconds = -1\n", ["models.l.scale_down_seconds"]),
         (LOCAL + "priority = 5000\n", ["models.l.priority"]),
         (LOCAL + "min_replica = 1\n", ["unknown key models.l.min_replica", "models.l.min_replicas?"]),
-        (LOCAL + "[models.l.objective]\nttft = 1\n", ["models.l.objective.ttft", "Known here: ttft_seconds"]),
+        (LOCAL + "[models.l.objective]\nttft = 1\n", ["models.l.objective.ttft", "Known keys: ttft_seconds"]),
         (LOCAL + "[models.l.objective]\nttft_seconds = 0\n", ["models.l.objective.ttft_seconds"]),
         (LOCAL + "[models.l.objective]\npercentile = 95\n", ["models.l.objective.percentile", "0.95"]),
         (LOCAL + "[models.l.launch]\ntp = 2\n", ["models.l.launch", "vllm and sglang"]),

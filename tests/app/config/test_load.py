@@ -98,7 +98,7 @@ def test_names_with_dots_and_slashes(tmp_path: Path) -> None:
     [
         # unknown keys, with the nearest right name
         ('curency = "USD"', "unknown key curency. Did you mean currency?"),
-        ("zzz = 1", "unknown key zzz. Known here: currency, timezone"),
+        ("zzz = 1", "unknown key zzz. Known keys: currency, timezone"),
         (MOCK + 'base_ulr = "x"', "unknown key models.mock.base_ulr. Did you mean models.mock.base_url?"),
         (MOCK + PRICE + 'imput = "1"', "unknown key prices.mock.imput. Did you mean prices.mock.input?"),
         (
@@ -110,7 +110,7 @@ def test_names_with_dots_and_slashes(tmp_path: Path) -> None:
         ('[store]\nuri = "x"', "unknown key store.uri. Did you mean store.url?"),
         (
             '[models.qwen2.5]\nengine = "openai"',
-            'unknown key models.qwen2.5. A name with a dot is quoted: [models."qwen2.5"].',
+            'unknown key models.qwen2.5. Quote a name that has a dot: [models."qwen2.5"].',
         ),
         (
             MOCK + '[prices.mock.usd]\ninput = "1"\noutput = "1"',
@@ -146,7 +146,7 @@ def test_names_with_dots_and_slashes(tmp_path: Path) -> None:
             "prices.mock.input: expected a string, got a number. Strings and amounts are written in quotes, such as",
         ),
         (MOCK + PRICE.replace("4.00", "4,00"), "prices.mock: '4,00' is not an amount; write a plain decimal"),
-        (MOCK + PRICE.replace("4.00", "-1"), "prices.mock: the price of input is negative"),
+        (MOCK + PRICE.replace("4.00", "-1"), "prices.mock: the price of input must be zero or more"),
         (MOCK + PRICE.replace("4.00", "0.0000000001"), "prices.mock: '0.0000000001' has more than nine decimals"),
         (MOCK + PRICE.replace("4.00", "99999999"), "prices.mock: the price of input is 99999999.00 per million tokens"),
         (MOCK + '[prices.mock]\ninput = "1"', "prices.mock: missing key `output`."),
@@ -343,7 +343,7 @@ def test_prices_of_devices_and_the_rules_of_jobs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ('[device_prices.cpu]\nhour = "-1"', "device_prices.cpu: -1.00 an hour is no price"),
+        ('[device_prices.cpu]\nhour = "-1"', "device_prices.cpu: -1.00 per hour is not a valid price"),
         ("[device_prices.cpu]\nhour = 1", "device_prices.cpu.hour: expected a string"),
         (
             '[device_prices.cpu]\nhours = "1"',

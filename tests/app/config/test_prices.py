@@ -69,9 +69,9 @@ def test_what_is_billed_otherwise_needs_no_price_of_tokens(tmp_path: Path) -> No
         ('search = "2"\nbatch_serach = "2"', "Did you mean prices.mock.batch_search?"),
         (
             'search = "-2"',
-            "prices.mock: the price of search is negative; a price is zero or more per thousand searches",
+            "prices.mock: the price of search must be zero or more per thousand searches",
         ),
-        ('image = "10001"', "prices.mock: the price of image is 10001.00 per image; the highest is 10000.00"),
+        ('image = "10001"', "prices.mock: the price of image is 10001.00 per image; the maximum is 10000.00"),
         ('search = "1"\nbatch_search = "x"', "prices.mock: 'x' is not an amount"),
         ("search = 2", "mock.search: expected a string, got an integer. Strings and amounts are written in quotes"),
     ],

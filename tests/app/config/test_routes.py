@@ -124,7 +124,7 @@ def test_a_cost_of_nothing_is_none(tmp_path: Path) -> None:
         (Y + '[models.y.cost]\ninput = "1"\n', ["models.y.cost", "output"]),
         (Y + '[models.y.cost]\ninput = "1"\noutptu = "1"\n', ["unknown key models.y.cost.outptu", "output?"]),
         (Y + '[models.y.cost]\ninput = "one"\noutput = "1"\n', ["models.y.cost", "'one' is not an amount"]),
-        (Y + '[models.y.cost]\ninput = "-1"\noutput = "1"\n', ["models.y.cost", "negative"]),
+        (Y + '[models.y.cost]\ninput = "-1"\noutput = "1"\n', ["models.y.cost", "must be zero or more"]),
         (Y + '[models.y.cots]\ninput = "1"\n', ["unknown key models.y.cots", "models.y.cost?"]),
         (Y + 'cost = "1"\n', ["models.y.cost"]),
         (

@@ -107,7 +107,7 @@ async def test_a_whole_answer_with_a_limit_of_its_own_that_is_not_covered(start:
     plane, upstream = await start(whole, credit="0.001")
     answer = await plane.ask(max_tokens=1000)
     assert answer.status == 402
-    assert "0.001 USD is free" in answer.error["message"]
+    assert "0.001 USD is available" in answer.error["message"]
     assert "1000 output tokens" in answer.error["message"]
     assert not upstream.asked
 

@@ -123,7 +123,7 @@ async def test_a_full_queue_drops_the_newest_of_the_longest() -> None:
     await waiting.ask("b", priority=BATCH)
     await waiting.ask("flood")  # pushes the batch out
     await asyncio.sleep(0)
-    with pytest.raises(QueueFull, match="too many requests wait for it, 0 of them yours"):
+    with pytest.raises(QueueFull, match="too many requests are waiting for it, 0 of them yours"):
         waiting.tasks[4].result()
     await waiting.ask("flood")
     await asyncio.sleep(0)
@@ -139,7 +139,9 @@ async def test_one_waits_only_so_long() -> None:
     full = queue(1, max_wait_s=0.05)
     place = full.enter_now("a", 1, 100, INTERACTIVE)
     assert place is not None
-    with pytest.raises(WaitedTooLong, match="'big' is busy: your request has waited for 0.05 s") as refused:
+    with pytest.raises(
+        WaitedTooLong, match="'big' is busy: your request timed out after waiting for 0.05 s"
+    ) as refused:
         await full.enter(client(), "b", 1, 100, INTERACTIVE)
     assert refused.value.retry_after_s == 1 and full.queued == 0
     place.leave(100)

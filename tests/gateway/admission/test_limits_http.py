@@ -59,7 +59,9 @@ async def test_headers_as_openais_clients_read_them(start: Start) -> None:
     assert refused.status == 429 and refused.headers[f"{REMAINING}-requests"] == "0"
     assert 55 <= int(refused.headers["retry-after"]) <= 62
     assert refused.error["type"] == "rate_limit_error" and refused.error["code"] == "rate_limit_exceeded"
-    assert refused.error["message"].startswith("Rate limit reached for your account: 3 requests a minute. Try again in")
+    assert refused.error["message"].startswith(
+        "Rate limit reached for your account: 3 requests per minute. Try again in"
+    )
     assert len(await plane.settled()) == 4
 
 
@@ -115,7 +117,7 @@ async def test_the_tightest_of_several_limits_is_shown_and_named(start: Start) -
     await plane.limit("rpm", 1, model="mock")
     answer = await plane.ask()
     assert answer.headers[f"{LIMIT}-requests"] == "1"
-    assert "your account, for the model 'mock': 1 request a minute" in (await plane.ask()).error["message"]
+    assert "your account, for the model 'mock': 1 request per minute" in (await plane.ask()).error["message"]
 
 
 async def test_tokens_count_as_they_were_used_also_when_the_engine_refuses(start: Start) -> None:
@@ -156,7 +158,7 @@ async def test_concurrency_ends_with_the_answer(start: Start) -> None:
             await asyncio.sleep(0.01)
     refused = await plane.ask()
     assert (refused.status, refused.headers["retry-after"]) == (429, "1")
-    assert "2 requests at a time" in refused.error["message"]
+    assert "2 concurrent requests" in refused.error["message"]
     gate.set()
     assert [(await each).status for each in open_ones] == [200, 200]
     assert (await plane.ask()).status == 200
@@ -172,8 +174,10 @@ async def test_a_hard_budget_stops_and_says_when_it_begins_anew(start: Start) ->
     assert refused.headers["x-should-retry"] == "false", "or OpenAI's clients would try again at once"
     assert 1 <= int(refused.headers["retry-after"]) <= 86_400
     message = refused.error["message"]
-    assert message.startswith("The budget of 0.001 USD a day for your account does not cover this request: it may cost")
-    assert "0.000982 USD is free" in message and "A new period begins at" in message
+    assert message.startswith(
+        "The budget of 0.001 USD per day for your account does not cover this request: it may cost"
+    )
+    assert "0.000982 USD is available" in message and "the next period begins at" in message
     await plane.settled()
     assert plane.wallet.spent == 2 * 9000, "the balance and the budget hold or charge the same"
 
@@ -216,7 +220,7 @@ async def test_a_soft_limit_warns_in_a_header(start: Start) -> None:
         connection.execute(budgets.update().values(period=period))
     await plane.limit("rpm", 1000)
     answer = await plane.ask()
-    warning = "80% of a budget of 0.10 USD a month for your account is used"
+    warning = "80% of a budget of 0.10 USD per month for your account is used"
     assert answer.status == 200 and answer.headers["x-tidemill-budget-warning"] == warning
 
 

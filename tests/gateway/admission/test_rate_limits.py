@@ -132,7 +132,7 @@ async def test_permits_that_another_process_does_not_use_are_called_in(site: Sit
     with pytest.raises(RateLimited) as refused:
         await site.enter(other)
     assert 50 < (refused.value.retry_after_s or 0) <= 61
-    assert str(refused.value).startswith("Rate limit reached for your account: 40 requests a minute. Try again in ")
+    assert str(refused.value).startswith("Rate limit reached for your account: 40 requests per minute. Try again in ")
 
 
 async def test_a_limit_is_raised_lowered_and_removed_at_once(site: Site) -> None:
@@ -152,7 +152,7 @@ async def test_concurrent_requests_are_counted_over_processes(site: Site) -> Non
     site.limit("concurrency", 5)
     stays = await site.flood([3, 9])
     assert len(stays) == 5
-    with pytest.raises(RateLimited, match="5 requests at a time. Try again when one of them has ended"):
+    with pytest.raises(RateLimited, match="5 concurrent requests. Try again when one of them has finished"):
         await site.enter(one)
     for stay in stays:
         stay.leave(10)
@@ -167,7 +167,7 @@ async def test_tokens_are_taken_by_estimate_and_counted_by_use(site: Site) -> No
     stay = await site.enter(one, max_tokens=400)
     assert stay.tokens == 428  # 28 of the prompt's 112 bytes
     assert rate.remaining(one.shares.second()) == 1000 - 428
-    with pytest.raises(RateLimited, match="1,000 tokens a minute. This request needs 628 tokens of it"):
+    with pytest.raises(RateLimited, match="1,000 tokens per minute. This request needs 628 tokens"):
         await site.enter(one, max_tokens=600)
     stay.leave(100)
     second = await site.enter(one, max_tokens=600)
@@ -184,7 +184,7 @@ async def test_an_answer_of_unknown_length_does_not_need_all_of_a_small_limit(si
     assert stay.tokens == 500
     stay.cancel()
     request, body = read_chat(long := BODY.replace(b"1234567890", b"x" * 3000) % 5), long
-    with pytest.raises(RateLimited, match="too large for your account: its prompt is taken for 3,017 tokens"):
+    with pytest.raises(RateLimited, match="too large for your account: its prompt is estimated at 3,017 tokens"):
         await one.enter(site.plan(one), request, body)
 
 

@@ -259,7 +259,7 @@ async def test_a_model_without_embeddings_says_so_and_its_engine_is_not_asked(st
     plane, _ = await start(script, embeds=False)
     answer = await plane.send(post("/v1/embeddings", {"model": "mock", "input": "x"}, plane.key))
     assert (answer.status, answer.error["code"], answer.error["param"]) == (400, "model_gives_no_embeddings", "model")
-    assert answer.error["message"].startswith("The model 'mock' gives no embeddings.")
+    assert answer.error["message"].startswith("The model 'mock' does not support embeddings.")
 
 
 async def test_an_input_that_llamacpp_finds_too_long_is_told_without_its_advice_to_operators(start: Start) -> None:

@@ -116,7 +116,7 @@ async def test_failures_are_retried_later_and_preemptions_do_not_count(jobs: Job
     await jobs.until(lambda: [view.not_before > view.submitted_at for view in jobs.controller.views()] == [True])
     await jobs.start(job)  # the tide would wait
     over = await jobs.reach(job, JobState.FAILED)
-    assert over.reason == "ended with exit code 3, 1 retries are used up" and over.attempts == 3
+    assert over.reason == "ended with exit code 3, 1 retries used up" and over.attempts == 3
     jobs.check_books()
 
 
@@ -161,8 +161,8 @@ async def test_a_deadline_and_a_clock_that_jumps(jobs: Jobs) -> None:
     jobs.skew_s = 0.0
     now = jobs.controller._clock.now
     jobs.controller._clock.now = lambda: now() + timedelta(hours=2)  # type: ignore[method-assign]
-    assert (await jobs.reach(runs, JobState.EXPIRED)).reason.endswith("UTC is over")
-    assert (await jobs.reach(waits, JobState.EXPIRED)).reason == "its deadline was over before it could run"
+    assert (await jobs.reach(runs, JobState.EXPIRED)).reason.endswith("UTC has passed")
+    assert (await jobs.reach(waits, JobState.EXPIRED)).reason == "its deadline passed before it could run"
     assert sum(row.device_us for row in jobs.rows()) < 3_600_000_000
     jobs.check_books()
 

@@ -60,9 +60,9 @@ def refuse_unknown(table: dict[str, Any], struct: type[msgspec.Struct], prefix: 
             ):
                 room, _, name = prefix.rstrip(".").partition(".")
                 raise ConfigError(
-                    f"unknown key {prefix}{key}.", hint=f'A name with a dot is quoted: [{room}."{name}.{key}"].'
+                    f"unknown key {prefix}{key}.", hint=f'Quote a name that has a dot: [{room}."{name}.{key}"].'
                 )
-            hint = f"Did you mean {prefix}{near}?" if near else f"Known here: {', '.join(known)}."
+            hint = f"Did you mean {prefix}{near}?" if near else f"Known keys: {', '.join(known)}."
             raise ConfigError(f"unknown key {prefix}{key}.", hint=hint)
 
 

@@ -35,6 +35,6 @@ def bearer_guard(admin_token_digest: str) -> Guard:
             raise Unauthorized("The admin API needs the admin token.", hint=WHERE)
         # Digests are compared, so that neither the time it takes nor its length tells anything of the token.
         if not hmac.compare_digest(digest_of(token.strip()), admin_token_digest):
-            raise Unauthorized("That is not the admin token of this installation.", hint=WHERE)
+            raise Unauthorized("This is not the admin token of this installation.", hint=WHERE)
 
     return guard

@@ -16,7 +16,7 @@ log = structlog.get_logger()
 
 _QUOTED = re.compile(r"`([^`]+)`|'([^']+)'")
 _CODES = {400: "invalid_request", 401: "unauthorized", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
-_AS_STRING = 'Write it as a string, "amount": "100"; a JSON number may lose digits on its way.'
+_AS_STRING = 'Write it as a string, "amount": "100"; a JSON number may lose digits.'
 AnyRequest = Request[Any, Any, Any]
 
 
@@ -50,11 +50,11 @@ def validation_error(_: AnyRequest, error: ValidationException) -> Response[Erro
     if field in ("", "data"):
         field = (quoted[1] or quoted[2]) if quoted and ("field" in said or "parameter" in said) else ""
     if not field:
-        said, hint = "The body is not the JSON object that this request needs.", "See /api/openapi.json."
+        said, hint = "The request body must be a JSON object.", "See /api/openapi.json."
     elif "issing required" in said:
         said = f"{field} is missing."
     elif "unknown field" in said:
-        said = f"{field} is not a field of this request."
+        said = f"{field} is not a known field."
     else:
         said = f"{field}: {said[:1].lower()}{said[1:]}."
         hint = _AS_STRING if field == "amount" else ""
@@ -70,7 +70,7 @@ def http_error(request: AnyRequest, error: HTTPException) -> Response[ErrorAnswe
         message = f"There is no {request.method} {request.url.path}."
         hint = "See /api/openapi.json."
     elif error.status_code == 413:
-        message = "The body is larger than this API takes (1 MiB)."
+        message = "The request body is larger than 1 MiB."
     headers = {key: value for key, value in (error.headers or {}).items() if key.lower() == "allow"}
     code = _CODES.get(error.status_code, "invalid_request")
     return _answer(error.status_code, code, message, hint=hint, headers=headers)
@@ -78,12 +78,12 @@ def http_error(request: AnyRequest, error: HTTPException) -> Response[ErrorAnswe
 
 def unexpected_error(request: AnyRequest, error: Exception) -> Response[ErrorAnswer]:
     log.error("control_request_failed", method=request.method, path=request.url.path, exc_info=error)
-    message = "Something went wrong inside Tidemill; its log says what."
+    message = "Internal error in Tidemill; its log has the cause."
     return _answer(500, "internal_error", message)
 
 
 def too_deep(_: AnyRequest, error: RecursionError) -> Response[ErrorAnswer]:
-    return _answer(400, "invalid_request", "The body is nested too deeply.")
+    return _answer(400, "invalid_request", "The request body is nested too deeply.")
 
 
 ERROR_HANDLERS: ExceptionHandlersMap = {

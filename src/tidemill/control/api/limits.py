@@ -20,7 +20,7 @@ class LimitSchema(Answer):
     key: Annotated[str | None, Meta(description="The key that it binds, with all keys rotated from it; null: all.")]
     model: Annotated[str | None, Meta(description="The model that it counts; null: all.")]
     kind: Literal["rpm", "tpm", "concurrency", "budget"]
-    text: Annotated[str, Meta(description="In words.", examples=["100 requests a minute"])]
+    text: Annotated[str, Meta(description="In words.", examples=["100 requests per minute"])]
     amount: Annotated[int | None, Meta(description="Requests or tokens; null for a budget.")]
     used: Annotated[
         int | None,

@@ -128,7 +128,7 @@ class Admission:
         return admitted
 
     async def admit_count(self, exchange: Exchange, request: ModelRequest, principal: Principal) -> None:
-        """Let a request pass that only counts tokens: it takes a permit of each limit on requests a minute.
+        """Let a request pass that only counts tokens: it takes a permit of each limit on requests per minute.
 
         Raises RateLimited when there is no more, Unavailable when the store does not answer.
         """
@@ -171,8 +171,8 @@ class Admission:
             raise insufficient(context.principal, lack) from None
         except Unavailable as failure:
             raise Unavailable(
-                "Your balance cannot be checked now: the database does not answer, and what this gateway had in"
-                " advance is used up.",
+                "Your balance cannot be checked now: the database does not answer, and what this gateway had"
+                " reserved is used up.",
                 hint="Try again in a moment.",
             ) from failure
 

@@ -217,7 +217,9 @@ class ModelQueue:
     def _give_up(self, waiter: _Waiter) -> None:
         if not waiter.future.done():
             self._remove(waiter)
-            message = f"The model {self._model!r} is busy: your request has waited for {self.max_wait_s:g} s."
+            message = (
+                f"The model {self._model!r} is busy: your request timed out after waiting for {self.max_wait_s:g} s."
+            )
             error = WaitedTooLong(message, hint="Try again later.")
             error.retry_after_s = self.retry_after_s
             waiter.future.set_exception(error)
@@ -246,8 +248,8 @@ class ModelQueue:
     def _full(self, tenant: str) -> QueueFull:
         own = sum(len(waiting.get(tenant, ())) for waiting in self._waiting)
         return QueueFull(
-            f"The model {self._model!r} is busy, and too many requests wait for it, {own} of them yours.",
-            hint="Send fewer at a time, or try again later.",
+            f"The model {self._model!r} is busy, and too many requests are waiting for it, {own} of them yours.",
+            hint="Send fewer requests at a time, or try again later.",
             retry_after_s=self.retry_after_s,
         )
 

@@ -137,7 +137,7 @@ def insufficient(principal: Principal, lack: PurseTooSmall) -> InsufficientQuota
     return InsufficientQuota(
         f"Your balance does not cover this request: it may cost up to {format_amount(lack.needed)} {currency}"
         f" ({lack.prompt} prompt and {lack.output} output tokens), and {format_amount(max(lack.available, 0))}"
-        f" {currency} is free.",
+        f" {currency} is available.",
         hint="Top up the balance, wait until requests in flight have finished, or lower max_tokens.",
     )
 
@@ -147,9 +147,9 @@ def mid_stream_stop(hold: Hold) -> TidemillError:
     if isinstance(hold.scarce, BudgetPeriod):
         return BudgetExhausted(
             "Your budget is used up; the answer was stopped here.",
-            hint="Ask again in its next period, or ask your operator to raise it.",
+            hint="Try again in its next period, or ask your operator to raise it.",
             retry_after_s=0,
         )
     return InsufficientQuota(
-        "Your balance is used up; the answer was stopped here.", hint="Top up the balance and ask again."
+        "Your balance is used up; the answer was stopped here.", hint="Top up the balance and try again."
     )

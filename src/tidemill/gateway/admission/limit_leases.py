@@ -224,7 +224,7 @@ class LimitLeases:
             names = ", ".join(sorted({str(share.limit.kind) for share, _ in wanted}))
             raise Unavailable(
                 f"Your limits ({names}) cannot be checked now: the database does not answer, and what this gateway"
-                " had in advance is used up.",
+                " had reserved is used up.",
                 hint="Try again in a moment.",
             )
 

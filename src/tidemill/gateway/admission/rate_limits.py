@@ -2,9 +2,9 @@
 
 What a request takes of them, and what it is told when there is no more.
 
-A request takes one permit of each limit on requests a minute, its estimated tokens of each on tokens a minute, and a
-slot of each on concurrent requests: all of it or nothing. Budgets are purses beside the balance (`meter.leasing`).
-Who has no limits passes with one look at an empty tuple.
+A request takes one permit of each limit on requests per minute, its estimated tokens of each on tokens per minute,
+and a slot of each on concurrent requests: all or nothing. Budgets are wallets beside the balance (`meter.wallet`). No
+limits cost one empty-tuple check.
 """
 
 import asyncio
@@ -74,7 +74,7 @@ class BoundLimits(msgspec.Struct, frozen=True):
 
     @property
     def fewest_tokens(self) -> int:
-        """The lowest of the limits on tokens a minute."""
+        """The lowest of the limits on tokens per minute."""
         return min(rate.limit.amount for rate in self.tokens)
 
     def lacking(self, tokens: int, second: int) -> list[tuple[Share, int]]:
@@ -195,7 +195,7 @@ class RateLimits:
     def plan_of_count(self, principal: Principal, model: str) -> BoundLimits | None:
         """What binds a request that only counts.
 
-        Limits on requests a minute, the same as those of its messages.
+        Limits on requests per minute, the same as those of its messages.
         """
         plan = self.plan(principal, model)
         if plan is None or not plan.requests:
@@ -258,8 +258,8 @@ class RateLimits:
         return BudgetExhausted(
             f"The {title_of(limit, currency).removeprefix('a ')} for {scope_of(limit)} does not cover this request:"
             f" it may cost up to {format_amount(needed)} {currency}, and"
-            f" {format_amount(max(available, 0))} {currency} is free.",
-            hint=f"A new period begins at {span.end:%Y-%m-%d %H:%M} UTC; or ask your operator to raise the budget.",
+            f" {format_amount(max(available, 0))} {currency} is available.",
+            hint=f"The next period begins at {span.end:%Y-%m-%d %H:%M} UTC; or ask your operator to raise the budget.",
             retry_after_s=left_s,
         )
 
@@ -277,7 +277,7 @@ class RateLimits:
         return "".join(lines).encode("ascii", "replace")
 
     def _tokens(self, plan: BoundLimits, request: ModelRequest, body: bytes) -> int:
-        """The tokens to take of the limits on tokens a minute.
+        """The tokens to take of the limits on tokens per minute.
 
         Raises RateLimited for a prompt that never fits.
         """
@@ -288,8 +288,8 @@ class RateLimits:
         if prompt > fewest:
             limit = min((rate.limit for rate in plan.tokens), key=lambda limit: limit.amount)
             raise RateLimited(
-                f"This request is too large for {scope_of(limit)}: its prompt is taken for {prompt:,} tokens, and the"
-                f" limit is {title_of(limit, '')}.",
+                f"This request is too large for {scope_of(limit)}: its prompt is estimated at {prompt:,} tokens, and"
+                f" the limit is {title_of(limit, '')}.",
                 hint="Send a shorter prompt, or ask your operator to raise the limit.",
                 retry_after_s=RATE_WINDOW_S,
             )
@@ -298,8 +298,8 @@ class RateLimits:
     def _denial(self, plan: BoundLimits, share: Share, amount: int) -> RateLimited:
         limit, now = share.limit, self.shares.clock()
         wait_s = 1 if limit.kind is LimitKind.CONCURRENCY else max(1, -int(now - share.frees_at))
-        asked = f" This request needs {amount:,} tokens of it." if limit.kind is LimitKind.TPM else ""
-        when = "when one of them has ended" if limit.kind is LimitKind.CONCURRENCY else f"in {wait_s} s"
+        asked = f" This request needs {amount:,} tokens." if limit.kind is LimitKind.TPM else ""
+        when = "when one of them has finished" if limit.kind is LimitKind.CONCURRENCY else f"in {wait_s} s"
         return RateLimited(
             f"Rate limit reached for {scope_of(limit)}: {title_of(limit, '')}.{asked}",
             hint=f"Try again {when}.",

@@ -63,7 +63,7 @@ class Authenticator:
         if scheme != b"bearer" or not secret:
             secret = exchange.headers.get(b"x-api-key", b"")  # where Anthropic's clients put it
         if not secret:
-            raise InvalidKey("No API key was given.", hint="Send the header 'Authorization: Bearer sk-...'.")
+            raise InvalidKey("No API key was provided.", hint="Send the header 'Authorization: Bearer sk-...'.")
         principal = self.snapshot.keys.get(key_digest(secret.strip()))
         if principal is not None and principal.rules is not None:
             principal.rules.check(exchange, self._proxies)
@@ -90,7 +90,8 @@ class Authenticator:
         if principal is None:
             if self._renewing is not None or not self.answering:
                 raise Unavailable(
-                    "Your API key cannot be checked now: it is not known here yet, and the database does not answer.",
+                    "Your API key cannot be checked now: this gateway does not know it yet,"
+                    " and the database does not answer.",
                     hint="Try again in a moment.",
                 )
             raise InvalidKey("This API key does not exist or was revoked.", hint="Ask your operator for a key.")

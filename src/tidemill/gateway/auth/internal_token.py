@@ -48,12 +48,10 @@ class InternalAuth:
         """
         given = hashlib.sha256(secret.strip()).digest()
         if not self._digest or not hmac.compare_digest(given, self._digest) or not exchange.from_here:
-            raise InvalidInternalToken(
-                "This authorization is not accepted here.", hint="Send 'Authorization: Bearer sk-...'."
-            )
+            raise InvalidInternalToken("This authorization is not valid.", hint="Send 'Authorization: Bearer sk-...'.")
         named = _header(exchange, b"x-tidemill-request")
         if not _REQUEST_ID.fullmatch(named):
-            raise BadRequest("x-tidemill-request is not the id of a batch's line.")
+            raise BadRequest("x-tidemill-request must be the id of a batch line.")
         tenant_id, key_id = _header(exchange, b"x-tidemill-tenant"), _header(exchange, b"x-tidemill-key")
         self._look_up(snapshot)
         principal = self._by_key.get(key_id)

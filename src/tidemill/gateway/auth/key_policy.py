@@ -38,7 +38,7 @@ class KeyRules(msgspec.Struct, frozen=True):
             if address is None or not within(address, self.networks):
                 raise NotAllowed(
                     f"This API key may not be used from {address or 'an unknown address'}.",
-                    hint="Its operator has bound it to certain networks.",
+                    hint="Your operator has restricted it to certain networks.",
                 )
 
     def check_model(self, model: str) -> None:

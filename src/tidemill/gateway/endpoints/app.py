@@ -152,7 +152,7 @@ class GatewayApp:
         except BrokenBody as error:
             if exchange.gone:
                 return
-            raise HttpRefusal(f"The body is broken: {error}", status=400, code="invalid_http") from error
+            raise HttpRefusal(f"The request body is malformed: {error}", status=400, code="invalid_http") from error
         await self._table[route](exchange)
 
     async def _guard(self, exchange: Exchange, rest: Awaitable[None]) -> None:
@@ -173,7 +173,9 @@ class GatewayApp:
         else:
             self._metrics.refuse("gateway_failed")
             log.error("request failed", request_id=exchange.request_id, exc_info=error)
-            body = dialect.error_body(TidemillError("The gateway has failed; its log says why."), exchange.request_id)
+            body = dialect.error_body(
+                TidemillError("Internal error in the gateway; its log has the cause."), exchange.request_id
+            )
             exchange.respond(500, body, JSON)
 
     def _no_route(self, exchange: Exchange) -> HttpRefusal:
@@ -184,7 +186,9 @@ class GatewayApp:
         allowed = b", ".join(sorted(method for method, known_path in self._table if known_path == path))
         if known:
             exchange.extra += b"allow: %b\r\n" % allowed
-        return HttpRefusal(f"There is no {what} here. See GET / for what there is.", status=status, code="not_found")
+        return HttpRefusal(
+            f"There is no {what} on this server. GET / lists the endpoints.", status=status, code="not_found"
+        )
 
     async def _welcome(self, exchange: Exchange) -> None:
         routes = sorted(f"{method.decode()} {path.decode()}" for method, path in self._table)
@@ -204,7 +208,7 @@ class GatewayApp:
     async def _moderations(self, exchange: Exchange) -> None:
         await self._authenticator.authenticate(exchange)
         raise ModerationNotConfigured(
-            "No model that judges the safety of content is set up here.", hint="Ask your operator for one."
+            "No moderation model is configured on this server.", hint="Ask your operator for one."
         )
 
     async def _models(self, exchange: Exchange) -> None:

@@ -109,10 +109,10 @@ class BatchEndpoints(TenantApi):
         try:
             wish = _decode_create(body or b"{}")
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise BadRequest(f"The request is not one for a batch: {error}.") from error
+            raise BadRequest(f"The request is not valid for a batch: {error}.") from error
         if wish.endpoint not in self._endpoints:
             raise BadRequest(
-                f"The endpoint {wish.endpoint[:80]!r} is not offered for batches.",
+                f"The endpoint {wish.endpoint[:80]!r} is not supported for batches.",
                 hint=f"Choose one of: {', '.join(self._endpoints)}.",
                 param="endpoint",
             )
@@ -121,11 +121,11 @@ class BatchEndpoints(TenantApi):
         pairs, key_letters, value_letters = MAX_METADATA
         metadata = wish.metadata or {}
         if len(metadata) > pairs:
-            raise BadRequest(f"'metadata' has more than {pairs} pairs.", param="metadata")
+            raise BadRequest(f"'metadata' can have at most {pairs} pairs.", param="metadata")
         for key, value in metadata.items():
             if len(key) > key_letters or len(value) > value_letters:
                 raise BadRequest(
-                    f"'metadata' takes keys of {key_letters} and values of {value_letters} characters.",
+                    f"'metadata' keys can have at most {key_letters} characters, and values {value_letters}.",
                     param="metadata",
                 )
         return wish

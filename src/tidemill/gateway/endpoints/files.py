@@ -97,7 +97,7 @@ class FileEndpoints(TenantApi):
         limit = limit_of(query, default=10_000, highest=10_000)
         order = query.get("order", "desc")
         if order not in ("asc", "desc"):
-            raise BadRequest("'order' is 'asc' or 'desc'.", param="order")
+            raise BadRequest("'order' must be 'asc' or 'desc'.", param="order")
 
         def read() -> list[File]:
             with self._store.read() as connection:
@@ -149,7 +149,10 @@ class FileEndpoints(TenantApi):
         """Count an upload that is on its way."""
         sizes = self._uploading.setdefault(tenant_id, [])
         if len(sizes) >= UPLOADS_PER_TENANT:
-            raise TooManyUploads(f"You upload {len(sizes)} files at a time already.", hint="Wait for one to end.")
+            raise TooManyUploads(
+                f"You are already uploading {len(sizes)} files, the most at a time.",
+                hint="Wait until one has finished.",
+            )
         sizes.append(size)
         try:
             yield
@@ -163,7 +166,7 @@ class FileEndpoints(TenantApi):
         underway = sum(sum(sizes) for sizes in list(self._uploading.values()))
         if self._blobs.free_bytes() < underway + self._rules.reserve_bytes:
             raise InsufficientStorage(
-                "The platform's disk has no room for this file.", hint="Try again later, or ask your operator."
+                "The platform has no disk space for this file.", hint="Try again later, or ask your operator."
             )
         with self._store.read() as connection:
             count, stored = file_usage(connection, tenant_id)
@@ -175,7 +178,7 @@ class FileEndpoints(TenantApi):
         fields = form.fields
         purpose = fields.get("purpose")
         if purpose != "batch":
-            what = "is missing" if not purpose else f"{purpose[:40]!r} is not offered"
+            what = "is missing" if not purpose else f"{purpose[:40]!r} is not supported"
             raise BadRequest(f"The purpose of the file {what}.", hint="Upload with purpose 'batch'.", param="purpose")
         now = datetime.now(UTC)
         seconds = expiry_of(fields.get("expires_after[anchor]"), fields.get("expires_after[seconds]"), "expires_after")
@@ -220,11 +223,11 @@ def expiry_of(anchor: object, seconds: object, param: str) -> int | None:
     if anchor is None and seconds is None:
         return None
     if anchor != "created_at":
-        raise BadRequest(f"'{param}.anchor' is not 'created_at'.", param=param)
+        raise BadRequest(f"'{param}.anchor' must be 'created_at'.", param=param)
     low, high = EXPIRES_WITHIN_S
     text = str(seconds)
     if not (text.isascii() and text.isdecimal() and len(text) <= 9 and low <= int(text) <= high):
-        raise BadRequest(f"'{param}.seconds' is not a number from {low} to {high}.", param=param)
+        raise BadRequest(f"'{param}.seconds' must be a number from {low} to {high}.", param=param)
     return int(text)
 
 

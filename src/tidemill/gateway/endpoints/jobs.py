@@ -87,7 +87,9 @@ class JobEndpoints(TenantApi):
     async def _admit(self, exchange: Exchange) -> Principal:
         principal = await self.authenticate(exchange)
         if not self._rules.tenants:
-            raise NotForTenants("Jobs are submitted by the operator of this platform.", hint="Ask there.")
+            raise NotForTenants(
+                "On this platform, only the operator can submit jobs.", hint="Ask your operator to submit it."
+            )
         return principal
 
     async def _create(self, exchange: Exchange) -> None:
@@ -213,7 +215,7 @@ def _wish(body: bytes) -> Callable[[datetime], JobSubmission]:
     try:
         asked = _decode_create(body or b"{}")
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BadRequest(f"The request is not one for a job: {error}.") from error
+        raise BadRequest(f"The request is not valid for a job: {error}.") from error
     for name in ("deadline_seconds", "estimate_seconds"):
         value = getattr(asked, name)
         if value is not None and not 1 <= value <= LONGEST_S:

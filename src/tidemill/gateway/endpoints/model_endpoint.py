@@ -145,20 +145,20 @@ def refuse_what_is_ignored(request: ModelRequest, route: ModelRoute) -> None:
     """
     if request.ask.documents and not route.spec.ranks:
         raise NoRanking(
-            f"The model {request.model!r} ranks no documents.",
-            hint="Ask another model, or your operator to switch it on for it.",
+            f"The model {request.model!r} does not support reranking.",
+            hint="Use another model, or ask your operator to set reranking = true for this one.",
             param="model",
         )
     if not (request.ask.generates or request.ask.documents or route.spec.embeds):
         raise NoEmbeddings(
-            f"The model {request.model!r} gives no embeddings.",
-            hint="Ask another model, or your operator to switch them on for it.",
+            f"The model {request.model!r} does not support embeddings.",
+            hint="Use another model, or ask your operator to set embeddings = true for this one.",
             param="model",
         )
     refused = refusal(route.engine, route.spec.lacks, request.ask)
     if refused is not None:
         name = request.own_name(refused.parameter)
-        message = f"{request.model!r} cannot honour '{name}'."
+        message = f"The model {request.model!r} does not support '{name}'."
         raise UnsupportedParameter(message, hint=refused.hint, param=name)
 
 

@@ -12,7 +12,7 @@ def query_of(exchange: Exchange) -> dict[str, str]:
     try:
         return dict(parse_qsl(exchange.query.decode("latin-1"), max_num_fields=64))
     except ValueError as error:
-        raise BadRequest("The request's query has too many parameters.") from error
+        raise BadRequest("The query string has too many parameters.") from error
 
 
 def limit_of(query: dict[str, str], *, default: int, highest: int) -> int:

@@ -41,7 +41,7 @@ class ResponseEndpoints:
         if request.previous_id is not None:
             if self._response_store is None:
                 raise UnsupportedParameter(
-                    "No responses are kept here, so none can be gone on from.",
+                    "This server stores no responses, so 'previous_response_id' is not supported.",
                     hint="Send the conversation as 'input'.",
                     param="previous_response_id",
                 )
@@ -50,7 +50,9 @@ class ResponseEndpoints:
     async def _retrieve(self, exchange: Exchange) -> None:
         principal = await self._authenticator.authenticate(exchange)
         if b"stream=true" in exchange.query:
-            raise UnsupportedParameter("A kept response cannot be streamed.", hint="Leave it out.", param="stream")
+            raise UnsupportedParameter(
+                "A stored response cannot be streamed.", hint="Leave out 'stream'.", param="stream"
+            )
         response_id = _id_of(exchange)
         found = (
             await self._response_store.find(principal.tenant_id, response_id)
@@ -75,6 +77,6 @@ def _id_of(exchange: Exchange) -> str:
 
 def _not_found(response_id: str) -> ResponseNotFound:
     return ResponseNotFound(
-        f"There is no response {response_id!r}: it was not kept, was deleted, or is too old.",
-        hint='A response that is kept says "store": true.',
+        f"There is no response {response_id!r}: it was not stored, was deleted, or has expired.",
+        hint='Only a response with "store": true is stored.',
     )

@@ -36,7 +36,9 @@ class UploadForm(msgspec.Struct):
 
 
 def file_limit_error(limit: int) -> BodyTooLarge:
-    return BodyTooLarge(f"The file is larger than {limit // 2**20} MiB.", hint="Split it into several.", param="file")
+    return BodyTooLarge(
+        f"The file is larger than {limit // 2**20} MiB.", hint="Split it into several files.", param="file"
+    )
 
 
 async def take_form(exchange: Exchange, blobs: BlobStore, in_thread: InThread[None], *, max_bytes: int) -> UploadForm:
@@ -55,11 +57,11 @@ async def take_form(exchange: Exchange, blobs: BlobStore, in_thread: InThread[No
                     await taken.on(event)
             parser.close()
         except MultipartError as error:
-            raise BadRequest(f"The form cannot be read: {error}.", hint="Send multipart/form-data.") from error
+            raise BadRequest(f"The form is malformed: {error}.", hint="Send multipart/form-data.") from error
         except BrokenBody as error:
             if exchange.gone:
                 raise
-            raise BadRequest(f"The body is broken: {error}") from error
+            raise BadRequest(f"The request body is malformed: {error}") from error
         return await taken.end()
     except BaseException:
         if taken.incoming is not None:
@@ -73,12 +75,12 @@ def _parser(exchange: Exchange) -> PushMultipartParser:
     boundary = options.get("boundary", "")
     if kind != "multipart/form-data" or not 0 < len(boundary) <= 256:
         raise BadRequest(
-            "A file is uploaded as multipart/form-data.", hint="Send the parts 'purpose' and 'file'.", param="file"
+            "A file must be uploaded as multipart/form-data.", hint="Send the parts 'purpose' and 'file'.", param="file"
         )
     try:
         return PushMultipartParser(boundary, max_segment_count=MAX_PARTS)
     except MultipartError as error:
-        raise BadRequest(f"The form cannot be read: {error}.") from error
+        raise BadRequest(f"The form is malformed: {error}.") from error
 
 
 class _Taking:
@@ -103,7 +105,7 @@ class _Taking:
             self._pending += event
             if self._part is None or self._part.name != "file":
                 if len(self._pending) > MAX_FIELD_BYTES:
-                    raise BadRequest(f"A field of the form is longer than {MAX_FIELD_BYTES} bytes.")
+                    raise BadRequest(f"A form field is longer than {MAX_FIELD_BYTES} bytes.")
             elif self._part.bytes_received > self._max_bytes:
                 raise file_limit_error(self._max_bytes)
             elif len(self._pending) >= WRITE_BYTES:
@@ -120,7 +122,9 @@ class _Taking:
         if part.name != "file":
             return
         if self.incoming is not None:
-            raise BadRequest("The form has two parts 'file'.", hint="Upload one file a request.", param="file")
+            raise BadRequest(
+                "The form has more than one part 'file'.", hint="Upload one file per request.", param="file"
+            )
         self._filename = "".join(letter for letter in part.filename or "" if letter.isprintable())
 
         def create() -> None:

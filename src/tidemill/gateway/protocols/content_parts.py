@@ -179,7 +179,7 @@ class PartStream:
         try:
             chunk = _decode_chunk(payload)
         except msgspec.DecodeError as error:
-            raise BrokenStream(f"a chunk is not a JSON object of the right form: {error}") from error
+            raise BrokenStream(f"a chunk is not a chat completion chunk: {error}") from error
         if not is_null(chunk.error):
             self.failed = True
             self._start(out)
@@ -238,7 +238,7 @@ class PartStream:
         if not says_something(function.arguments):
             return
         if part is None or part.kind is not PartKind.CALL or index != self._call_index:
-            raise BrokenStream("it goes back to a tool call that was complete")
+            raise BrokenStream("it continues a tool call that was already complete")
         out.append(self._writer.piece(part, function.arguments, NULL))
 
     def _open(self, part: AnswerPart, out: list[bytes]) -> AnswerPart:
@@ -292,7 +292,7 @@ def _text_of(content: msgspec.Raw) -> msgspec.Raw:
     try:
         parts = _decode_content(content)
     except msgspec.DecodeError as error:
-        raise BrokenStream(f"the content is neither a text nor a list of parts: {error}") from error
+        raise BrokenStream(f"the content must be a string or a list of parts: {error}") from error
     return msgspec.Raw(b'"' + b"".join(inside(part.text) for part in parts if is_string(part.text)) + b'"')
 
 

@@ -27,11 +27,11 @@ _NULL = b"null"
 def parse_object(body: bytes) -> Fields:
     """The top-level members of a JSON object. Raises BadRequest."""
     if not body:
-        raise BadRequest("The request has no body.", hint="Send a JSON object.")
+        raise BadRequest("The request body is empty.", hint="Send a JSON object.")
     try:
         return _decode_object(body)
     except msgspec.ValidationError as error:
-        raise BadRequest("The request body is JSON, but not an object.", hint="Send {...}.") from error
+        raise BadRequest("The request body must be a JSON object.", hint="Send {...}.") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"The request body is not valid JSON: {error}.", hint="Check it with a linter.") from error
 
@@ -46,7 +46,7 @@ def read_fields(fields: Fields, read: Callable[[Fields], T]) -> T:
     try:
         return read(fields)
     except (msgspec.DecodeError, UnicodeError) as error:
-        raise BadRequest(f"The request body cannot be read: {error}.", hint="Send UTF-8.") from error
+        raise BadRequest(f"The request body is not valid UTF-8 text: {error}.", hint="Send UTF-8.") from error
 
 
 def kind(value: msgspec.Raw) -> int:
@@ -79,14 +79,14 @@ def scalar(fields: Fields, name: str) -> object:
     try:
         return _decode_any(value)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BadRequest(f"'{name}' cannot be read: {error}.", param=name) from error
+        raise BadRequest(f"'{name}' is not valid: {error}.", param=name) from error
 
 
 def string(fields: Fields, name: str) -> str:
     """A string that must be there and say something."""
     value = scalar(fields, name)
     if not isinstance(value, str) or not value:
-        what = "is missing" if name not in fields else "is not a non-empty string"
+        what = "is missing" if name not in fields else "must be a non-empty string"
         raise BadRequest(f"'{name}' {what}.", hint="GET /v1/models lists the models.", param=name)
     return value
 
@@ -97,7 +97,7 @@ def boolean(fields: Fields, name: str) -> bool:
     if value is None:
         return False
     if not isinstance(value, bool):
-        raise BadRequest(f"'{name}' is not true or false.", param=name)
+        raise BadRequest(f"'{name}' must be true or false.", param=name)
     return value
 
 
@@ -107,7 +107,7 @@ def integer(fields: Fields, name: str, *, low: int, high: int) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int):
-        raise BadRequest(f"'{name}' is not an integer.", hint=f"Send a number from {low} up.", param=name)
+        raise BadRequest(f"'{name}' must be an integer.", hint=f"Send an integer from {low} to {high}.", param=name)
     if not low <= value <= high:
         raise BadRequest(f"'{name}' is {value}, but must be from {low} to {high}.", param=name)
     return value
@@ -119,7 +119,7 @@ def word(fields: Fields, name: str, path: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise BadRequest(f"'{path}' is not a string.", param=path)
+        raise BadRequest(f"'{path}' must be a string.", param=path)
     return value
 
 
@@ -130,7 +130,7 @@ def object_of(fields: Fields, name: str) -> Fields:
     try:
         return _decode_object(fields[name])
     except msgspec.DecodeError as error:
-        raise BadRequest(f"'{name}' is not an object.", param=name) from error
+        raise BadRequest(f"'{name}' must be an object.", param=name) from error
 
 
 def refuse_all_but(harmless: dict[str, tuple[object, ...]], fields: Fields) -> None:
@@ -141,4 +141,4 @@ def refuse_all_but(harmless: dict[str, tuple[object, ...]], fields: Fields) -> N
     for name in harmless.keys() & fields.keys():
         value = _decode_any(fields[name])
         if value is not None and value not in harmless[name]:
-            raise UnsupportedParameter(f"'{name}' is not offered here.", hint="Leave it out.", param=name)
+            raise UnsupportedParameter(f"'{name}' is not supported.", hint="Leave it out.", param=name)

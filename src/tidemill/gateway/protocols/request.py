@@ -66,7 +66,7 @@ def read_chat(body: bytes) -> ModelRequest:
     if messages is None:
         raise BadRequest("'messages' is missing.", hint="Send a list of messages.", param="messages")
     if not is_filled_list(messages):
-        raise BadRequest("'messages' is not a list with at least one message.", param="messages")
+        raise BadRequest("'messages' must be a list with at least one message.", param="messages")
     field = "max_completion_tokens" if given(fields, "max_completion_tokens") else "max_tokens"
     return read_generation(b"/chat/completions", fields, len(body), max_tokens_field=field, prompts=1)
 
@@ -77,7 +77,9 @@ def read_completion(body: bytes) -> ModelRequest:
     if not given(fields, "prompt"):
         raise BadRequest("'prompt' is missing.", hint="Send a string, or a list of strings.", param="prompt")
     if integer(fields, "best_of", low=1, high=MAX_CHOICES) not in (None, 1):
-        raise BadRequest("'best_of' is not offered.", hint="Use 'n' and choose yourself.", param="best_of")
+        raise BadRequest(
+            "'best_of' is not supported.", hint="Use 'n', and choose among the answers yourself.", param="best_of"
+        )
     prompts = _prompt_count(fields["prompt"], "prompt")
     return read_generation(b"/completions", fields, len(body), max_tokens_field="max_tokens", prompts=prompts)
 
@@ -137,11 +139,11 @@ def _prompt_count(value: msgspec.Raw, name: str) -> int:
     if first == ord('"'):
         return 1
     if first != ord("[") or not is_filled_list(value):
-        raise BadRequest(f"'{name}' is neither a string nor a list with something in it.", param=name)
+        raise BadRequest(f"'{name}' must be a string or a non-empty list.", param=name)
     parts = _decode_list(value)
     if all(kind(part) in b'"[' for part in parts):
         if len(parts) > MAX_PROMPTS:
-            raise BadRequest(f"'{name}' has {len(parts)} entries; send at most {MAX_PROMPTS}.", param=name)
+            raise BadRequest(f"'{name}' has {len(parts)} entries; at most {MAX_PROMPTS} are allowed.", param=name)
         return len(parts)
     return 1
 
@@ -150,9 +152,11 @@ def _wants_usage(fields: Fields, stream: bool) -> bool:
     if not given(fields, "stream_options"):
         return False
     if not stream:
-        raise BadRequest("'stream_options' is only for streams.", hint='Set "stream": true.', param="stream_options")
+        raise BadRequest(
+            "'stream_options' is only allowed with 'stream'.", hint='Set "stream": true.', param="stream_options"
+        )
     try:
         options = _decode_options(fields["stream_options"])
     except msgspec.DecodeError as error:
-        raise BadRequest("'stream_options' is not an object.", param="stream_options") from error
+        raise BadRequest("'stream_options' must be an object.", param="stream_options") from error
     return boolean(options, "include_usage")

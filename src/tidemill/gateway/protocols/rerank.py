@@ -118,22 +118,24 @@ def _read(fields: Fields, body_bytes: int, version: str) -> RankRequest:
 def _query(fields: Fields) -> msgspec.Raw:
     query = fields.get("query")
     if query is None or kind(query) != ord('"') or bytes(query) == b'""':
-        what = "is missing" if query is None else "is not a non-empty string"
-        raise BadRequest(f"'query' {what}.", hint="Send the text that the documents are ranked by.", param="query")
+        what = "is missing" if query is None else "must be a non-empty string"
+        raise BadRequest(f"'query' {what}.", hint="Send the text to rank the documents by.", param="query")
     size = memoryview(query).nbytes
     if size > MAX_QUERY_BYTES:
-        raise BadRequest(f"'query' has {size} bytes; send at most {MAX_QUERY_BYTES}.", param="query")
+        raise BadRequest(f"'query' has {size} bytes; at most {MAX_QUERY_BYTES} are allowed.", param="query")
     return query
 
 
 def _documents(fields: Fields) -> list[msgspec.Raw]:
     value = fields.get("documents")
     if value is None or not is_filled_list(value):
-        what = "is missing" if value is None else "is not a list with something in it"
+        what = "is missing" if value is None else "must be a non-empty list"
         raise BadRequest(f"'documents' {what}.", hint="Send a list of strings.", param="documents")
     documents = _decode_list(value)
     if len(documents) > MAX_DOCUMENTS:
-        raise BadRequest(f"'documents' has {len(documents)} entries; send at most {MAX_DOCUMENTS}.", param="documents")
+        raise BadRequest(
+            f"'documents' has {len(documents)} entries; at most {MAX_DOCUMENTS} are allowed.", param="documents"
+        )
     return documents
 
 
@@ -142,7 +144,7 @@ def _text_of(document: msgspec.Raw, at: int) -> msgspec.Raw:
     name = f"documents[{at}]"
     size = memoryview(document).nbytes
     if size > MAX_DOCUMENT_BYTES:
-        raise BadRequest(f"'{name}' has {size} bytes; send at most {MAX_DOCUMENT_BYTES}.", param=name)
+        raise BadRequest(f"'{name}' has {size} bytes; at most {MAX_DOCUMENT_BYTES} are allowed.", param=name)
     first = kind(document)
     if first == ord('"'):
         return document
@@ -151,7 +153,7 @@ def _text_of(document: msgspec.Raw, at: int) -> msgspec.Raw:
             return msgspec.Raw(_encode(_decode_document(document).text))
         except msgspec.ValidationError:
             pass
-    raise BadRequest(f"'{name}' is neither a string nor an object with a 'text'.", param=name)
+    raise BadRequest(f"'{name}' must be a string or an object with a 'text'.", param=name)
 
 
 class _Result(msgspec.Struct):
@@ -183,9 +185,9 @@ class RerankReply(OpenAIReply):
         try:
             results = _decode_ranking(answer).results
         except msgspec.DecodeError as error:
-            raise BrokenStream(f"the answer is no ranking: {error}") from error
+            raise BrokenStream(f"the answer is not a ranking: {error}") from error
         if any(not 0 <= each.index < len(request.documents) for each in results):
-            raise BrokenStream("the answer ranks a document that there is not")
+            raise BrokenStream("the answer ranks a document that was not sent")
         if len({each.index for each in results}) < len(results):
             raise BrokenStream("the answer ranks a document twice")
         results.sort(key=lambda each: -each.relevance_score)

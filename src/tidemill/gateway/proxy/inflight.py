@@ -269,4 +269,4 @@ class InFlightRequest:
 
 
 def _unwritten(error: OSError) -> LogFull:
-    return LogFull(f"The usage of this request cannot be written down: {error.strerror}.")
+    return LogFull(f"The usage of this request cannot be recorded: {error.strerror}.")

@@ -53,7 +53,7 @@ class Activator:
         waiting = self._waiting.setdefault(route.name, set())
         if len(waiting) >= math.ceil(route.max_waiting / self._processes):
             raise TooManyWait(
-                f"The model {route.name!r} is being started, and too many requests wait for it.",
+                f"The model {route.name!r} is starting, and too many requests are waiting for it.",
                 hint="Try again in a few seconds.",
                 retry_after_s=_RETRY_AFTER_S,
             )
@@ -92,7 +92,7 @@ class Activator:
     def _too_long(self, future: "asyncio.Future[None]", route: WaitingModel) -> None:
         if not future.done():
             error = StillAsleep(
-                f"The model {route.name!r} has no replica, and none was ready within {route.wake_seconds:g} s.",
+                f"The model {route.name!r} has no replica, and none became ready within {route.wake_seconds:g} s.",
                 hint="Try again in a few seconds.",
             )
             error.retry_after_s = _RETRY_AFTER_S

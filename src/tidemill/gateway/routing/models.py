@@ -264,7 +264,7 @@ class ModelRoutes:
         route = self._by_any_name.get(name)
         if route is None:
             hint = did_you_mean(name[:128], self._by_any_name) or "GET /v1/models lists the models."
-            raise ModelNotFound(f"There is no model {name[:128]!r}.", hint=hint, param="model")
+            raise ModelNotFound(f"The model {name[:128]!r} does not exist.", hint=hint, param="model")
         return route
 
     def hear(self) -> None:

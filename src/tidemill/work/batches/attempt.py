@@ -92,7 +92,7 @@ def judge(answer: LineAnswer, request_id: str, tries: LineTries, *, alone: bool)
         return RetryLater(0.0)  # the others hold money that they will not need
     body = one_line(answer.body)
     if body is None and answer.status == 200:
-        return LineDone(None, LineFailure("invalid_answer", "The model's engine has answered with what is not JSON."))
+        return LineDone(None, LineFailure("invalid_answer", "The model's engine sent an answer that is not JSON."))
     if body is None:
         text = answer.body[:1000].decode(errors="replace")
         body = _encode({"error": {"message": text, "type": "server_error", "param": None, "code": None}})

@@ -76,7 +76,7 @@ class Lifecycle:
             self._fail(batch, error.errors)
             return None
         except FileNotFoundError:
-            self._fail(batch, [LineError("input_file_missing", "The content of the input file is gone.")])
+            self._fail(batch, [LineError("input_file_missing", "The content of the input file is missing.")])
             return None
         if new:
             model = index.models[0] if len(index.models) == 1 else None

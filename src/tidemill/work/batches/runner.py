@@ -231,7 +231,7 @@ class BatchRunner:
             active.put_back(place, now())
             raise
         except Exception:
-            log.exception("a line of a batch could not be worked on", batch=active.batch.batch_id, place=place)
+            log.exception("a line of a batch failed inside Tidemill", batch=active.batch.batch_id, place=place)
             active.put_back(place, now() + HOLD_S)
         finally:
             del active.running[place]
@@ -245,7 +245,7 @@ class BatchRunner:
         batch, tries = active.batch, active.tries(place)
         named = request_id(batch.batch_id, active.index.numbers[place])
         if bytes(_decode_stream(body).get("stream", b"false")) == b"true":
-            return custom_id, refused("A batch's answers are not streamed. Leave 'stream' out.", named, "stream")
+            return custom_id, refused("Streaming is not supported in batches. Leave out 'stream'.", named, "stream")
         call = LineCall(path=url, body=bytes(body), tenant_id=batch.tenant_id, key_id=batch.key_id, request_id=named)
         try:
             answer = await self._send(call)
@@ -261,7 +261,7 @@ class BatchRunner:
         except OSError as error:
             self._full = True
             active.unrecorded[place] = (custom_id, done)
-            log.error("a result cannot be recorded; no line is begun until it is", reason=error.strerror)
+            log.error("a result cannot be recorded; no line is started until it is", reason=error.strerror)
 
     def _succeeded(self, tenant_id: str, model: str) -> None:
         """The data plane has not turned a line away."""
@@ -325,7 +325,7 @@ class BatchRunner:
         except Exception as error:
             rest_s = 1.0 if isinstance(error, Unavailable) else HOLD_S
             self._held[batch_id] = asyncio.get_running_loop().time() + rest_s
-            log.exception("a batch cannot be worked on for now", batch=batch_id)
+            log.exception("a batch cannot continue for now", batch=batch_id)
         finally:
             del self._busy[batch_id]
             self._wake.set()

@@ -200,7 +200,7 @@ class JobController:
                     quiet_until = time.monotonic() + 10.0
                     log.warning("the store does not answer; jobs go on", reason=str(error))
             except Exception:
-                log.exception("looking after the jobs failed")
+                log.exception("the job controller failed")
 
     async def _look(self) -> None:
         """Take over what the store says: new jobs, cancellations, queues, reservations."""
@@ -251,10 +251,10 @@ class JobController:
                 continue
             if active.held:
                 self._attempts.request_stop(
-                    active, StopCause.EXPIRE, f"its deadline {deadline:%Y-%m-%d %H:%M:%S} UTC is over"
+                    active, StopCause.EXPIRE, f"its deadline {deadline:%Y-%m-%d %H:%M:%S} UTC has passed"
                 )
                 continue
-            reason = "its deadline was over before it could run" if not active.job.attempts else "its deadline is over"
+            reason = "its deadline passed before it could run" if not active.job.attempts else "its deadline has passed"
             await self._threads.do(self._write_off, active.job, reason, now)
             self._active.pop(active.job.job_id, None)
             changed = True

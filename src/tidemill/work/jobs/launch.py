@@ -121,7 +121,7 @@ class RunningAttempt:
         except TidemillError as error:
             return self._end((), cannot=error.message)
         except (OSError, KeyError) as error:
-            return self._end((), cannot=f"its directory cannot be made: {error}")
+            return self._end((), cannot=f"its directory cannot be created: {error}")
         self._began_ns = time.monotonic_ns()
         self.running.set()
         await asyncio.to_thread(self._note_pids)
@@ -150,7 +150,7 @@ class RunningAttempt:
         try:
             self._files.note_pids(self.job.job_id, self.attempt.attempt, [each.pid for each in self._processes])
         except OSError as error:
-            log.warning("a job's processes cannot be noted down", job=self.job.job_id, reason=str(error))
+            log.warning("a job's processes cannot be recorded", job=self.job.job_id, reason=str(error))
 
     def _end(self, ends: Sequence[ProcessEnd], cannot: str = "") -> RunEnd:
         failed = [end for end in ends if _bad(end)]

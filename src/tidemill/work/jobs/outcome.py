@@ -63,7 +63,7 @@ def _failed(job: Job, end: RunEnd, now: datetime) -> AttemptEnd:
     reason = end.cannot or _exit_text(end.exit_code)
     retries = job.spec.retries
     if job.failures >= retries:
-        tried = f", {retries} retries are used up" if retries else ""
+        tried = f", {retries} retries used up" if retries else ""
         return _ending(end, AttemptOutcome.FAILED, reason, JobState.FAILED, reason + tried)
     wait_s = min(RETRY_FIRST_S * 2**job.failures, RETRY_LONGEST_S)
     text = f"{reason}; retry {job.failures + 1} of {retries} in {wait_s:.0f} s"

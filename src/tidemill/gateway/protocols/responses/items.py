@@ -83,7 +83,7 @@ def translate_items(items: list[msgspec.Raw], instructions: msgspec.Raw | None, 
                 reasoning = _reasoning(item, path) if at > asked else []
             case _:
                 raise UnsupportedParameter(
-                    f"'{path}.type' is {item.type!r}, which is not offered here.",
+                    f"'{path}.type' is {item.type!r}, which is not supported.",
                     hint="Send messages, function calls and their outputs.",
                     param=f"{path}.type",
                 )
@@ -94,7 +94,7 @@ def _read(raw: msgspec.Raw, path: str) -> tuple[str, InputItem]:
     try:
         return path, _decode_item(raw)
     except msgspec.DecodeError as error:
-        raise BadRequest(f"'{path}' cannot be taken: {error}.", param=path) from error
+        raise BadRequest(f"'{path}' is not valid: {error}.", param=path) from error
 
 
 def _add_message(chat: list[ResponsesMessage], item: InputItem, path: str, reasoning: list[msgspec.Raw]) -> None:
@@ -105,7 +105,7 @@ def _add_message(chat: list[ResponsesMessage], item: InputItem, path: str, reaso
     if role == "assistant":
         message = _assistant(chat, reasoning)
         if not isinstance(content, msgspec.Raw) or not isinstance(message.content, msgspec.Raw):
-            raise BadRequest(f"'{path}.content' of an assistant is not text.", param=f"{path}.content")
+            raise BadRequest(f"'{path}.content' of an assistant message must be text.", param=f"{path}.content")
         said = bytes(message.content) != bytes(EMPTY)
         message.content = joined([message.content, content]) if said else content
         return
@@ -165,7 +165,7 @@ def _parts(value: msgspec.Raw, path: str) -> list[ContentPart]:
     try:
         return _decode_parts(value)
     except msgspec.DecodeError as error:
-        raise BadRequest(f"'{path}' is neither a string nor a list of parts: {error}.", param=path) from error
+        raise BadRequest(f"'{path}' must be a string or a list of parts: {error}.", param=path) from error
 
 
 def _content(value: msgspec.Raw, path: str) -> msgspec.Raw | list[dict[str, object]]:
@@ -195,7 +195,7 @@ def _part(part: ContentPart, path: str) -> dict[str, object]:
             return {"type": "input_audio", "input_audio": part.input_audio}
         case _:
             raise UnsupportedParameter(
-                f"'{path}' is of type {part.type!r}, and has nothing that can be taken.",
+                f"'{path}' is of type {part.type!r}, but has no supported content.",
                 hint="Send input_text, input_image with an image_url, or input_file with file_data.",
                 param=path,
             )

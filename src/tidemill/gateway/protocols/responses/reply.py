@@ -120,7 +120,7 @@ class ResponsesReply:
                 self._logprobs.append(chosen[1:-1])
                 self._kept_bytes += len(chosen)
         if self._kept_bytes > MAX_KEPT_BYTES:
-            raise BrokenStream(f"the response is longer than {MAX_KEPT_BYTES} bytes; ask for it by chat completions")
+            raise BrokenStream(f"the response is longer than {MAX_KEPT_BYTES} bytes; use chat completions for it")
         kind, where = _DELTAS[part.kind]
         self._number += 1
         return (

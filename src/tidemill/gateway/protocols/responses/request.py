@@ -140,7 +140,7 @@ def _read(fields: Fields) -> ResponsesRequest:
     _reasoning(fields, chat)
     instructions = fields.get("instructions", NULL)
     if not is_null(instructions) and not is_string(instructions):
-        raise BadRequest("'instructions' is not a string.", param="instructions")
+        raise BadRequest("'instructions' must be a string.", param="instructions")
     previous_id = word(fields, "previous_response_id", "previous_response_id") or None
     # With a history, the items are translated once that is known.
     own = [] if previous_id else items
@@ -148,7 +148,7 @@ def _read(fields: Fields) -> ResponsesRequest:
     base = read_generation(b"/chat/completions", chat, size_of(chat), max_tokens_field="max_tokens", prompts=1)
     store = fields.get("store", NULL)
     if bytes(store) not in (b"null", b"true", b"false"):
-        raise BadRequest("'store' is not true or false.", param="store")
+        raise BadRequest("'store' must be true or false.", param="store")
     return ResponsesRequest(
         **msgspec.structs.asdict(base),
         items=items,
@@ -167,7 +167,7 @@ def _items(fields: Fields) -> list[msgspec.Raw]:
     except msgspec.DecodeError:
         items = []
     if not items:
-        raise BadRequest("'input' is neither a string nor a list with something in it.", param="input")
+        raise BadRequest("'input' must be a string or a non-empty list.", param="input")
     return items
 
 
@@ -176,7 +176,7 @@ def _include(fields: Fields, chat: Fields) -> None:
     included = _decode_any(fields["include"]) if "include" in fields else None
     for at, item in enumerate(included if isinstance(included, list) else []):
         if item not in INCLUDABLE:
-            raise UnsupportedParameter(f"'include[{at}]' is {item!r}, which is not offered here.", param="include")
+            raise UnsupportedParameter(f"'include[{at}]' is {item!r}, which is not supported.", param="include")
     top = integer(fields, "top_logprobs", low=0, high=20)
     if top or (isinstance(included, list) and LOGPROBS in included):
         chat["logprobs"] = msgspec.Raw(b"true")
@@ -190,7 +190,7 @@ def _tools(fields: Fields, chat: Fields) -> None:
         try:
             tools = _decode_objects(fields["tools"])
         except msgspec.DecodeError as error:
-            raise BadRequest("'tools' is not a list of objects.", param="tools") from error
+            raise BadRequest("'tools' must be a list of objects.", param="tools") from error
     functions = [_function(tool, f"tools[{at}]") for at, tool in enumerate(tools)]
     if given(fields, "tool_choice"):
         functions = _tool_choice(fields["tool_choice"], functions, chat)
@@ -202,8 +202,8 @@ def _function(tool: Fields, path: str) -> Fields:
     kind = word(tool, "type", f"{path}.type")
     if kind != "function":
         raise UnsupportedParameter(
-            f"'{path}.type' is {kind!r}: only tools of type 'function' are offered here.",
-            hint="Give functions of your own.",
+            f"'{path}.type' is {kind!r}: only tools of type 'function' are supported.",
+            hint="Define your own functions.",
             param=f"{path}.type",
         )
     if not is_string(tool.get("name", NULL)):
@@ -227,7 +227,7 @@ def _tool_choice(value: msgspec.Raw, functions: list[Fields], chat: Fields) -> l
         chat["tool_choice"] = msgspec.Raw(_encode(choice.get("mode", "auto")))
         return [function for function in functions if _decode_any(function["name"]) in allowed]
     raise UnsupportedParameter(
-        "'tool_choice' is of a type that is not offered here.",
+        "'tool_choice' is of a type that is not supported.",
         hint="Send 'auto', 'none', 'required', a function or allowed_tools.",
         param="tool_choice",
     )
@@ -261,6 +261,6 @@ def _reasoning(fields: Fields, chat: Fields) -> None:
     for name in ("summary", "generate_summary"):
         if word(reasoning, name, f"reasoning.{name}") not in ("", "auto"):
             raise UnsupportedParameter(
-                f"'reasoning.{name}' is offered as 'auto' only: the whole reasoning is in the answer.",
+                f"'reasoning.{name}' must be 'auto': the full reasoning is in the answer.",
                 param=f"reasoning.{name}",
             )

@@ -166,9 +166,9 @@ class ResponseStore:
                 if loop.time() - failing_since < GIVE_UP_S:
                     await asyncio.sleep(TRY_AGAIN_S)
                     continue
-                log.error("responses could not be kept", count=len(batch), reason=str(error))
+                log.error("responses could not be stored", count=len(batch), reason=str(error))
             except Exception:
-                log.exception("responses could not be kept", count=len(batch))
+                log.exception("responses could not be stored", count=len(batch))
             for each in batch:
                 self._forget(each.response_id)
         self._writing = None
@@ -236,7 +236,7 @@ def _size(kept: KeptResponse) -> int:
 
 def _no_history(response_id: str) -> BadRequest:
     error = BadRequest(
-        f"There is no response {response_id[:64]!r} to go on from: it was not kept, was deleted, or is too old.",
+        f"There is no response {response_id[:64]!r} to continue: it was not stored, was deleted, or has expired.",
         hint="Send the conversation as 'input'.",
         param="previous_response_id",
     )
