@@ -149,7 +149,7 @@ async def test_an_answer_that_could_be_read_in_two_ways_poisons_no_connection(st
         else:
             await caller.send(b"HTTP/1.1 200 OK\r\n" + head + b"\r\n0\r\n\r\n" + whole_answer("smuggled"))
 
-    plane, upstream = await start(script, idle_timeout_seconds=0.5)
+    plane, upstream = await start(script, ttft_timeout_seconds=0.5, idle_timeout_seconds=0.5)
     first = await plane.ask()
     assert first.status in (200, 502) and b"smuggled" not in first.body.partition(b"\r\n\r\n")[0][:200]
     await asyncio.sleep(0.05)

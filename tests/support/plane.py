@@ -58,8 +58,8 @@ def model(port: int, name: str = "mock", **changes: Any) -> ModelSpec:
         context=None,
         max_output_tokens=256,
         drain_seconds=5.0,
-        ttft_timeout_seconds=5.0,
-        idle_timeout_seconds=5.0,
+        ttft_timeout_seconds=60.0,
+        idle_timeout_seconds=60.0,
     )
     return msgspec.structs.replace(spec, **changes)
 
