@@ -6,7 +6,7 @@ import msgspec
 
 
 class Histogram(msgspec.Struct):
-    """How often a time fell into each bucket. `bounds` are the upper ends in microseconds, ascending and inclusive;
+    """Counts of times per bucket. `bounds` are the upper ends in microseconds, ascending and inclusive;
     `counts` has one more, for what is longer than all of them.
     """
 
@@ -25,7 +25,7 @@ class Histogram(msgspec.Struct):
         self.sum_us += us
 
     def add(self, other: "Histogram") -> None:
-        """Add what another of the same bounds has counted. Raises ValueError for other bounds."""
+        """Add the counts of a histogram with the same bounds. Raises ValueError for other bounds."""
         if other.bounds != self.bounds:
             raise ValueError("histograms with different bounds cannot be added")
         self.counts = [own + its for own, its in zip(self.counts, other.counts, strict=True)]
@@ -33,5 +33,5 @@ class Histogram(msgspec.Struct):
 
 
 def milliseconds(*bounds: float) -> tuple[int, ...]:
-    """Bounds given in milliseconds."""
+    """Bounds in microseconds, from milliseconds."""
     return tuple(round(bound * 1000) for bound in bounds)

@@ -1,4 +1,4 @@
-"""Requests in flight, in a memory-mapped file: what survives `kill -9` to the token, without a system call.
+"""The live table: requests in flight, in a memory-mapped file that survives `kill -9` to the token.
 
 A request takes a slot when it is admitted and leaves it when its record is on disk. Its running token counts are
 stored into the slot as they pass. The pages belong to the kernel, so the death of the process does not lose them;
@@ -39,7 +39,7 @@ _ROOM = SLOT_BYTES - _BODY_AT
 
 
 class TooManyOpen(Unavailable):
-    """The gateway process has as many requests open as it can keep account of."""
+    """The gateway process has reached its limit of open requests."""
 
     code = "overloaded"
 
@@ -94,14 +94,14 @@ class LiveTable:
     def count(
         self, slot: int, prompt: int, cached: int, completion: int, first_token_us: int, hold: int, estimated: bool
     ) -> None:
-        """Note what has passed so far."""
+        """Record the token counts so far."""
         at = slot * SLOT_BYTES + _COUNTS_AT
         # Copied in, not packed in place: `pack_into` clears the place first, and a kill in that moment would leave
         # zeros. A kill within the copy leaves each figure either as it was or as it is.
         self._map[at : at + _COUNTS.size] = _COUNTS.pack(prompt, cached, completion, first_token_us, hold, estimated)
 
     def count_completion(self, slot: int, completion: int) -> None:
-        """Note the completion tokens that have passed so far, and nothing else, as nothing else has changed."""
+        """Record only the completion tokens so far, if nothing else has changed."""
         # One aligned word: a kill leaves it either as it was or as it is.
         self._words[slot * _SLOT_WORDS + _COMPLETION_WORD] = completion
 

@@ -1,4 +1,4 @@
-"""Draining usage logs into the store: what a gateway process has settled becomes records, charges and balances.
+"""Loads usage logs into the store: settlements become records, charges and balances.
 
 Exactly once, by two means in one transaction: the position in the log moves with the records, and a request id is
 stored at most once. So it may be killed anywhere and started anew from anywhere.
@@ -41,7 +41,7 @@ LOCK_FILE = "lock"
 
 
 class LoadResult(msgspec.Struct, frozen=True):
-    """What one pass over the logs has done."""
+    """The result of one pass over the logs."""
 
     records: int = 0
     recovered: int = 0

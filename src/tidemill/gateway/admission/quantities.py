@@ -1,4 +1,4 @@
-"""What a request is billed for beside tokens: what is known of it at admission, and what engines report."""
+"""Billed quantities beside tokens: known at admission, or reported by engines."""
 
 from collections.abc import Mapping
 
@@ -22,7 +22,7 @@ def counted(ask: Ask, price: Price) -> dict[Component, int]:
 
 
 def bound(ask: Ask, price: Price) -> Mapping[Component, int]:
-    """The most of each further component that a request can be billed for."""
+    """The maximum of each further component that a request can be billed for."""
     if not ask.documents and Component.REQUEST not in price.rates:
         return NOTHING
     return counted(ask, price) | ({Component.SEARCH: ask.searches_bound} if ask.documents else {})

@@ -1,4 +1,4 @@
-"""Replies: how an operation writes what an engine answers. The engine always speaks OpenAI's language."""
+"""Replies: write an engine's answer, which is in OpenAI's format, in the client's API."""
 
 from typing import Protocol
 
@@ -13,18 +13,18 @@ class Reply(Protocol):
     """Writes one answer in the form of its endpoint."""
 
     def events(self, events: bytes, counts: TokenCounts) -> bytes:
-        """Whole events of the engine's stream, as the client shall get them.
+        """Translate whole events of the engine's stream for the client.
 
         `counts` is what it counted so far.
         """
         ...
 
     def end(self, counts: TokenCounts) -> bytes:
-        """What ends a stream that is complete."""
+        """The last bytes of a complete stream."""
         ...
 
     def stopped(self, error: TidemillError) -> bytes:
-        """What ends a stream that an error has stopped."""
+        """The last bytes of a stream that an error has stopped."""
         ...
 
     def whole(self, answer: bytes, counts: TokenCounts) -> bytes:
@@ -37,7 +37,7 @@ class Reply(Protocol):
 
 
 class OpenAIReply:
-    """OpenAI's own form: everything passes as it is."""
+    """OpenAI's own format: everything passes unchanged."""
 
     def __init__(self, request: ModelRequest, request_id: str) -> None:
         pass
