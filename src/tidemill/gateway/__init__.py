@@ -1,1 +1,1 @@
-"""The data plane: door, admission, route, engine, settle, in that order."""
+"""The data plane: authenticate, route, admit, ask the engine, settle."""

@@ -7,26 +7,26 @@ from tidemill.errors import NotFound, TidemillError, Unavailable
 
 
 class BadRequest(TidemillError):
-    """The request cannot be taken as it is."""
+    """The request is not valid."""
 
     status = 400
     code = "invalid_request_error"
 
 
 class UnsupportedParameter(BadRequest):
-    """A parameter that cannot be honoured: better refused by its name than left out unseen."""
+    """A parameter that is not supported. It is refused by name, not ignored."""
 
     code = "unsupported_parameter"
 
 
 class NoEmbeddings(BadRequest):
-    """The model answers, and gives no embeddings."""
+    """The model does not support embeddings."""
 
     code = "model_gives_no_embeddings"
 
 
 class NoRanking(BadRequest):
-    """The model answers, and ranks no documents."""
+    """The model does not support reranking."""
 
     code = "model_ranks_no_documents"
 
@@ -53,14 +53,14 @@ class InsufficientQuota(TidemillError):
 
 
 class BodyTooLarge(TidemillError):
-    """The body is larger than the gateway takes."""
+    """The body is larger than the limit."""
 
     status = 413
     code = "request_too_large"
 
 
 class HttpRefusal(TidemillError):
-    """What was sent is not a request that anything here answers."""
+    """The request matches no route, or is not valid HTTP."""
 
     def __init__(self, message: str, *, status: int, code: str) -> None:
         super().__init__(message)
@@ -69,7 +69,7 @@ class HttpRefusal(TidemillError):
 
 
 class ModerationNotConfigured(TidemillError):
-    """The route is there, and no model behind it. Not a 501: clients try those again."""
+    """No moderation model is configured. Not a 501, as clients retry those."""
 
     status = 404
     code = "moderation_not_configured"
@@ -98,19 +98,19 @@ class BudgetExhausted(TidemillError):
 
 
 class QueueFull(RateLimited):
-    """More requests wait than may."""
+    """The queue of a full model is full."""
 
     code = "queue_full"
 
 
 class WaitedTooLong(Unavailable):
-    """A request has waited for a full model for as long as it may."""
+    """A request timed out in the queue of a full model."""
 
     code = "model_busy"
 
 
 class TooManyWait(RateLimited):
-    """More requests wait for a model that is being started than may."""
+    """Too many requests wait for a model that is starting."""
 
     code = "queue_full"
 
@@ -132,14 +132,14 @@ class NoReplica(Unavailable):
 
 
 class NotAllowed(TidemillError):
-    """The key is good, but not for this."""
+    """The key is valid, but does not allow this."""
 
     status = 403
     code = "not_allowed"
 
 
 class EngineError(TidemillError):
-    """The engine has refused the request."""
+    """The engine refused the request."""
 
     code = "engine_error"
 
@@ -150,7 +150,7 @@ class EngineError(TidemillError):
 
 
 class ResponseNotFound(NotFound):
-    """The tenant has no such response, or it was not kept."""
+    """The tenant has no such response, or it was not stored."""
 
     code = "response_not_found"
 
@@ -163,7 +163,7 @@ class NotForTenants(TidemillError):
 
 
 class TooManyUploads(TidemillError):
-    """The tenant uploads as many files at a time as it may."""
+    """The tenant has the maximum number of uploads running."""
 
     status = 429
     code = "too_many_uploads"

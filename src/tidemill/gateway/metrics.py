@@ -1,4 +1,4 @@
-"""What a gateway process counts for `/metrics`.
+"""Counters of a gateway process for `/metrics`.
 
 Plain integers on the way of a request, sent to the supervisor once a second, which adds up all processes.
 """
@@ -47,7 +47,7 @@ class ModelFigures(msgspec.Struct):
 
 
 class MetricsSnapshot(msgspec.Struct):
-    """All that gateway processes have counted in their lives."""
+    """The counters of gateway processes since their start."""
 
     models: dict[str, dict[str, ModelFigures]] = {}
     """By model, then by tier."""
@@ -65,7 +65,7 @@ class MetricsSnapshot(msgspec.Struct):
     """The usage log's writes to disk, each with its sync."""
 
     def add(self, other: "MetricsSnapshot") -> None:
-        """Add what another process has counted."""
+        """Add another process's counters."""
         for model, tiers in other.models.items():
             for tier, figures in tiers.items():
                 self.models.setdefault(model, {}).setdefault(tier, ModelFigures()).add(figures)
@@ -81,7 +81,7 @@ class MetricsSnapshot(msgspec.Struct):
 
 
 class ProcessGauges(msgspec.Struct):
-    """How a gateway process stands at the moment."""
+    """The gauges of a gateway process."""
 
     active: dict[str, int] = {}
     """Requests at each replica."""
@@ -126,12 +126,12 @@ class RequestMetrics:
         self._refused[code] = self._refused.get(code, 0) + 1
 
     def hedge(self, model: str, *, won: bool) -> None:
-        """Count a request that a second replica was asked for as well."""
+        """Count a hedged request."""
         _add_counts(self._hedges, {model: 1})
         _add_counts(self._hedges_won, {model: int(won)})
 
     def figures(self, leasing: BalanceLeases, log: UsageLog) -> MetricsSnapshot:
-        """All that was counted until now."""
+        """The counters as of now."""
         models: dict[str, dict[str, ModelFigures]] = {}
         for (model, tier), figures in self._by_model.items():
             models.setdefault(model, {})[tier.value] = figures
@@ -147,7 +147,7 @@ class RequestMetrics:
 
 
 def process_gauges(routes: ModelRoutes, queued: Mapping[str, int]) -> ProcessGauges:
-    """How a gateway process stands: its replicas and its queues."""
+    """The gauges of a gateway process: its replicas and its queues."""
     replicas = [replica for route in routes.by_name.values() for replica in route.replicas]
     return ProcessGauges(
         active={replica.spec.name: replica.clock.active for replica in replicas},

@@ -23,7 +23,7 @@ IDLE_CONNECTIONS = 1024
 
 
 class EngineAddress:
-    """Where an engine listens: base URL taken apart once."""
+    """An engine's base URL, parsed once."""
 
     __slots__ = ("base_url", "headers", "host", "path", "port", "prefix", "tls")
 
@@ -51,7 +51,7 @@ class EngineAddress:
 
 
 class AnswerOwner(Protocol):
-    """Whoever waits for an answer."""
+    """The waiter for an answer."""
 
     connection: EngineConnection | None
 
@@ -138,7 +138,7 @@ class ConnectionPool:
     def send(
         self, connection: EngineConnection, path: bytes, body: bytes, timeout_s: float, headers: bytes = b""
     ) -> None:
-        """Send a POST on a connection of one's own. A kept one may turn out to be closed by the engine
+        """Send a POST on an exclusive connection. A kept one may turn out to be closed by the engine
         (`EngineConnection.reused_and_silent`).
         """
         connection.expire_in(timeout_s)
@@ -168,7 +168,7 @@ class ConnectionPool:
         self._busy.discard(connection)
 
     def sweep(self, now: float) -> None:
-        """Give up on engines that have been silent past their deadline. Called a few times a second."""
+        """Abort connections whose engine is silent past its deadline. Called a few times a second."""
         late = [connection for connection in self._busy if connection.late(now)]
         for connection in late:
             connection.abort(EngineLost("The engine stopped sending data.", timed_out=True))

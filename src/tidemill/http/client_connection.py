@@ -28,7 +28,7 @@ MAX_MISSES = 64
 
 
 class EngineLost(Unavailable):
-    """The engine cannot be reached, went away in the middle, or sent what is not HTTP."""
+    """The engine cannot be reached, broke off its answer, or sent invalid HTTP."""
 
     status = 502
     code = "engine_lost"
@@ -47,10 +47,10 @@ def _size(line: bytes) -> int:
 
 
 class AnswerSink(Protocol):
-    """Who is called as an answer comes in. It is called no more once `EngineConnection.sink` is None."""
+    """Callbacks for an incoming answer; none after `EngineConnection.sink` is set to None."""
 
     def arrived(self) -> None:
-        """Told when anything has changed.
+        """Called when anything has changed.
 
         The head is there, bytes are there, the body is complete, or the engine is lost.
         """
@@ -146,7 +146,7 @@ class EngineConnection(asyncio.Protocol):
         return data
 
     def take(self) -> bytes:
-        """The body bytes that are there, which may be none."""
+        """The body bytes received so far, possibly none."""
         pieces = self._pieces
         data = pieces.popleft() if len(pieces) == 1 else b"".join(pieces)
         pieces.clear()
@@ -157,7 +157,7 @@ class EngineConnection(asyncio.Protocol):
         return data
 
     def give_back(self, data: bytes) -> None:
-        """Put bytes that were taken before those that are there: somebody else will take them."""
+        """Put taken bytes back before the unread ones, for another reader."""
         self._pieces.appendleft(data)
         self._buffered += len(data)
 
@@ -173,16 +173,16 @@ class EngineConnection(asyncio.Protocol):
 
     @property
     def lost(self) -> EngineLost | None:
-        """Why the body will not become complete."""
+        """Why the body stays incomplete; None while nothing has failed."""
         return self._failure
 
     @property
     def full(self) -> bool:
-        """So much has come that the engine has to wait until some of it is taken."""
+        """True if the buffer is full, so reading from the engine is paused."""
         return self._paused
 
     def pending(self) -> bytes:
-        """What has arrived and was not yet handed over; used to count what an aborted engine had produced."""
+        """The received but unread bytes; used to count what an aborted engine had produced."""
         data = b"".join(self._pieces)
         self._pieces.clear()
         return data
@@ -192,7 +192,7 @@ class EngineConnection(asyncio.Protocol):
         self.deadline = self._loop.time() + seconds
 
     async def finish(self, within_s: float) -> None:
-        """Read what ends the body, of which nothing more is wanted, so that the connection can be kept."""
+        """Read and discard the end of the body, so that the connection can be kept."""
         if self._transport is None:
             return
         self.expire_in(within_s)
@@ -224,7 +224,7 @@ class EngineConnection(asyncio.Protocol):
         return self._transport is not None and not self._transport.is_closing()
 
     def late(self, now: float) -> bool:
-        """The deadline has passed while the owner waits. An engine that waits for its owner is not late."""
+        """True if the deadline has passed while the owner waits; an engine that waits is not late."""
         waits = (self._waiter is not None or self.sink is not None) and not self._paused
         return waits and 0.0 < self.deadline < now
 

@@ -1,4 +1,4 @@
-"""An exchange: one request of a client, and the way to answer it."""
+"""An exchange: one request of a client, and its answer."""
 
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Protocol
@@ -8,11 +8,11 @@ from tidemill.http.request_body import RequestBody
 
 
 class ClientGone(Exception):
-    """The client has closed its connection, or takes nothing any more."""
+    """The client has closed its connection, or has stopped reading."""
 
 
 class OpenWork(Protocol):
-    """The server's account of what is worked on: it does not stop before that is done."""
+    """The server's open work, which a clean stop waits for."""
 
     date_lines: bytes
     """Header lines that every answer begins with, renewed each second."""
@@ -51,7 +51,7 @@ class ClientConnection(Protocol):
 
 
 class Exchange:
-    """One request and the way to answer it."""
+    """One request of a client, and the methods to answer it."""
 
     # What most exchanges never change is a default of the class: an exchange is made for each request.
     refusal: tuple[int, str] | None = None
@@ -95,7 +95,7 @@ class Exchange:
 
     @property
     def unread(self) -> bool:
-        """A part of the body is still to come: the connection cannot go on behind an answer to it."""
+        """True if part of the body is still to come, so the connection can't be reused after an answer."""
         return self.incoming is not None and not self.incoming.complete
 
     @property
@@ -113,12 +113,12 @@ class Exchange:
 
     @property
     def must_drain(self) -> bool:
-        """The client is slower than its answer."""
+        """True if the write buffer is full."""
         return self.carrier.blocked
 
     @property
     def work(self) -> OpenWork:
-        """Where work on this exchange is accounted for."""
+        """The server's account of open work."""
         return self.carrier.work
 
     def respond(self, status: int, body: bytes, headers: bytes = b"", *, close: bool = False) -> None:
@@ -170,7 +170,7 @@ class Exchange:
         self.carrier.write(b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
 
     async def drain(self) -> None:
-        """Wait while the client reads more slowly than it is written to. Raises ClientGone."""
+        """Wait until the write buffer has room. Raises ClientGone."""
         if self.carrier.blocked:
             await self.carrier.unblocked()
         if self.gone:
@@ -188,7 +188,7 @@ class Exchange:
         self.carrier.finished(self)
 
     def cut(self) -> None:
-        """Break a streamed answer off, so that the client sees that it is not whole."""
+        """Break off a streamed answer, so that the client sees that it is incomplete."""
         self.carrier.abort()
 
 

@@ -1,4 +1,4 @@
-"""Heads that were seen before.
+"""A cache of parsed request heads.
 
 A client sends the same head with each request, an engine with each answer, but for the length of the body and, once a
 second, the date.
@@ -18,7 +18,7 @@ MAX_DIGITS = 9
 
 
 class KnownHead:
-    """A head that was parsed, and how a message that begins with it is told."""
+    """A parsed head, and how to recognize a message that begins with it."""
 
     __slots__ = ("_after", "_before", "_digits", "headers")
 

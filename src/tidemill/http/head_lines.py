@@ -1,4 +1,4 @@
-"""Lines of an answer's head, as bytes.
+"""Status and header lines of an answer, as bytes.
 
 The status line for each status, and the content types that are sent often.
 """

@@ -1,4 +1,4 @@
-"""A request body that its handler takes piece by piece.
+"""A request body that its handler reads piece by piece.
 
 An upload is never held in memory, and what somebody sends who has no key is not taken at all.
 """
@@ -11,27 +11,27 @@ BUFFER_BYTES = 256 * 1024
 
 
 class BrokenBody(Exception):
-    """The body will not become whole: the client has left, or does not speak HTTP."""
+    """The body is incomplete: the client has left, or sent invalid HTTP."""
 
 
 class BodySource(Protocol):
     """The connection that a body comes by."""
 
     def hold_body(self) -> None:
-        """Take nothing more for now."""
+        """Pause reading the body."""
         ...
 
     def take_body(self) -> None:
-        """Go on."""
+        """Resume reading the body."""
         ...
 
     def invite_body(self) -> None:
-        """Tell the client that its body is wanted (`Expect: 100-continue`)."""
+        """Send `100 Continue` to a client that waits for it."""
         ...
 
 
 class RequestBodyTooLong(Exception):
-    """The body is longer than it may be."""
+    """The body is longer than the limit."""
 
 
 class RequestBody:
@@ -51,7 +51,7 @@ class RequestBody:
         self._waiter: asyncio.Future[None] | None = None
 
     async def next(self) -> bytes:
-        """What has arrived since the last call, or b"" when that was all of it. Raises BrokenBody."""
+        """The bytes since the last call, or b"" at the end of the body. Raises BrokenBody."""
         while not self._buffer:
             if self._failure is not None:
                 raise self._failure
@@ -73,7 +73,7 @@ class RequestBody:
         return data
 
     async def whole(self) -> bytes:
-        """All of it. Raises BrokenBody, and TooLong beyond the limit."""
+        """The whole body. Raises BrokenBody, and RequestBodyTooLong beyond the limit."""
         body = bytearray()
         while data := await self.next():
             body += data
@@ -96,7 +96,7 @@ class RequestBody:
         self._wake()
 
     def fail(self, reason: str) -> None:
-        """Nothing more will come. What came before that is still handed over."""
+        """Mark the body as broken. Bytes that came before are still returned."""
         if self._failure is None and not self.complete:
             self._failure = BrokenBody(reason)
             self._wake()

@@ -1,4 +1,4 @@
-"""Bytes of a connection become exchanges: llhttp's callbacks, and the bounds of a head and a body.
+"""Parses a connection's bytes into exchanges: llhttp's callbacks, and bounds of head and body.
 
 What an attacker may send raises: the connection answers with `refusal`, or 400, and closes.
 """
@@ -24,7 +24,7 @@ _OFFER = (b"upgrade", b"connection", b"http2-settings")
 
 
 class ParserRules(Protocol):
-    """What the server says of requests."""
+    """The server's limits and callbacks for requests."""
 
     max_body_bytes: int
     too_large_message: str
@@ -46,25 +46,25 @@ class ParserOwner(ClientConnection, BodySource, Protocol):
 
     @property
     def idle(self) -> bool:
-        """No exchange is worked on."""
+        """True if no exchange is open."""
         ...
 
     @property
     def sent_ahead(self) -> int:
-        """Requests that wait for the one that is worked on."""
+        """Number of pipelined requests that wait."""
         ...
 
     def received(self, exchange: Exchange) -> None:
-        """An exchange is whole, or its handler takes the body itself (`Exchange.incoming`)."""
+        """Called with an exchange that is complete, or whose handler reads the body (`Exchange.incoming`)."""
         ...
 
     def body_received(self, exchange: Exchange) -> None:
-        """The body that an exchange's handler takes itself is whole."""
+        """Called when a body that a handler reads itself is complete."""
         ...
 
 
 class RequestParser:
-    """The request that is being received on a connection."""
+    """The parser of the request that a connection is receiving."""
 
     def __init__(self, owner: ParserOwner, rules: ParserRules) -> None:
         self._owner = owner
@@ -90,7 +90,7 @@ class RequestParser:
         self._body_bytes = 0
 
     def feed(self, data: bytes) -> None:
-        """Parse more bytes; what is whole goes to the owner. Raises HttpParserError for what is not taken."""
+        """Parse more bytes; complete exchanges go to the owner. Raises HttpParserError."""
         before, data_bytes = (self.messages, self.in_head), len(data)
         while data:
             try:
@@ -105,7 +105,7 @@ class RequestParser:
                 raise httptools.HttpParserError("head too large")
 
     def _without_offer(self, rest: bytes) -> bytes:
-        """The head once more without an offer to change protocols, and what follows it.
+        """The head again without its `Upgrade` offer, and the bytes after it.
 
         Such as Java's `Upgrade: h2c`.
 
@@ -120,7 +120,7 @@ class RequestParser:
         return b"\r\n".join(lines) + b"\r\n\r\n" + rest
 
     def close(self) -> None:
-        """Leave no rings behind: the collector comes late to what is as old as a long stream."""
+        """Break reference cycles: the collector is late for objects as old as a long stream."""
         del self._parser, self._owner
 
     # httptools callbacks

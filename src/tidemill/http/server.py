@@ -22,7 +22,7 @@ MAX_CONNECTIONS = 10_000
 
 
 class HttpServer:
-    """The listening side: connections, their deadlines, and a clean stop.
+    """An HTTP/1.1 server: connections, their deadlines, and a clean stop.
 
     `handler` answers an exchange, also one that is not proper HTTP (`Exchange.refusal`), and never raises. What it
     cannot do at once it gives back as work to be waited for, or counts as `underway`.
@@ -70,30 +70,30 @@ class HttpServer:
         self._tick()
 
     async def listen(self, host: str, port: int, *, reuse_port: bool = False) -> None:
-        """Begin to accept. Raises OSError when the address is taken."""
+        """Start to accept connections. Raises OSError if the address is in use."""
         self._server = await self.loop.create_server(
             lambda: ServerConnection(self), host, port, backlog=4096, reuse_port=reuse_port
         )
 
     def start(self, exchange: Exchange) -> None:
-        """Have an exchange answered."""
+        """Start to answer an exchange."""
         rest = self.handler(exchange)
         if rest is not None:
             self.spawn(rest)  # type: ignore[arg-type]
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do what is left of the work on an exchange in a task."""
+        """Run the rest of the work on an exchange in a task."""
         task: asyncio.Task[None] = self.loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     @property
     def working(self) -> int:
-        """Requests that are worked on."""
+        """Number of requests in work."""
         return len(self._tasks) + self.underway
 
     async def stop(self, grace_s: float) -> bool:
-        """Accept nothing more, let open requests finish for `grace_s` seconds; True when all of them did."""
+        """Stop accepting, and give open requests `grace_s` seconds; True if all of them finished."""
         self.stopping = True
         if self._server is not None:
             self._server.close()
@@ -108,13 +108,13 @@ class HttpServer:
             await asyncio.sleep(0.01)
 
     async def cut_off(self) -> None:
-        """Break off what is still open, and wait for its settlement."""
+        """Break off open requests, and wait until they are settled."""
         for connection in list(self.connections):
             connection.abort()
         await self._finish(5.0)
 
     def _tick(self) -> None:
-        """Once a second: the date, and connections whose time is over."""
+        """Update the date header and close connections past their deadline, once a second."""
         self.now = self.loop.time()
         self.date_lines = b"date: %b\r\nserver: tidemill\r\n" % formatdate(time.time(), usegmt=True).encode()
         for connection in list(self.connections):

@@ -38,7 +38,7 @@ NEVER = float("inf")
 
 
 class ServerState(ParserRules, Protocol):
-    """The server, as its connections know it."""
+    """The part of the server that its connections use."""
 
     loop: asyncio.AbstractEventLoop
     connections: "set[ServerConnection]"
@@ -55,7 +55,7 @@ class ServerState(ParserRules, Protocol):
 
 
 class CachedHead(NamedTuple):
-    """A head that this client has sent before, and what it says beside its headers."""
+    """A cached head of this client, with its parsed properties."""
 
     head: KnownHead
     method: bytes
@@ -64,7 +64,7 @@ class CachedHead(NamedTuple):
 
 
 class ServerConnection(asyncio.Protocol):
-    """One client connection. Requests that a client sends ahead are worked on one after the other."""
+    """One client connection. Pipelined requests are answered one after the other."""
 
     def __init__(self, server: ServerState) -> None:
         self.work = server
@@ -156,7 +156,7 @@ class ServerConnection(asyncio.Protocol):
         self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _await_body(self) -> None:
-        """Of a body that is being taken piece by piece, the next piece must come in time."""
+        """Set the deadline for the next piece of a body that is read piece by piece."""
         working = self._working
         if working is not None and working.incoming is not None and not working.incoming.complete:
             self.deadline = self.work.now + BODY_TIMEOUT_S
@@ -206,9 +206,9 @@ class ServerConnection(asyncio.Protocol):
             self._unblock = None
 
     def finished(self, exchange: Exchange) -> None:
-        """The answer is complete: go on with the next request of the connection, or close it."""
+        """After a complete answer, go on with the connection's next request, or close it."""
         self._working = None
-        exchange.on_gone = None  # which has the flight, which has the exchange
+        exchange.on_gone = None  # which has the in-flight request, which has the exchange
         self.deadline = self.work.now + KEEP_ALIVE_S
         if self._transport is None:
             return
@@ -244,7 +244,7 @@ class ServerConnection(asyncio.Protocol):
         self.work.start(exchange)
 
     def _received_again(self, known: CachedHead, body: bytes) -> None:
-        """Take a request whose head is known, but for its length.
+        """Take a request whose head is cached, except for its length.
 
         The parser is where it was: between two requests.
         """
@@ -255,7 +255,7 @@ class ServerConnection(asyncio.Protocol):
         self._begin(exchange)
 
     def _learn(self, message: bytes, exchange: Exchange) -> None:
-        """Remember the head of a request that has come in one piece, if it is plain."""
+        """Cache the head of a request that came in one piece, if it is plain."""
         self._misses += 1
         if exchange.method == b"POST" and exchange.chunked and exchange.keep_alive:
             head = KnownHead.of(message, exchange.headers)
@@ -286,7 +286,7 @@ class ServerConnection(asyncio.Protocol):
             self.deadline = NEVER
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answer a request that is not taken, and close: what follows on the connection cannot be trusted."""
+        """Answer an invalid request and close, as the following bytes cannot be trusted."""
         self._deaf = True
         receiving = self._parser.receiving
         if receiving is not None and receiving.incoming is not None:  # its handler has it already

@@ -1,7 +1,7 @@
-"""Keeping the wallets filled: leases are taken from the store in the background, well before they are empty.
+"""Balance leases: wallets are refilled from the store in the background, before they are empty.
 
-Only a tenant's first request in a process, and one that meets an empty wallet, waits for the store, and not for long.
-A purse is a tenant's balance, or one period of a budget; a request holds what it may cost in each that binds it.
+Only a tenant's first request in a process, and one that finds an empty wallet, waits for the store, and not for long.
+A wallet is for a tenant's balance or one period of a budget; a request holds its maximum cost in each that pays for it.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ STORE_PATIENCE_S = 3.0
 
 
 class Purse:
-    """A wallet and the state of its refilling."""
+    """A wallet and the state of its refills."""
 
     __slots__ = (
         "asked_at",
@@ -63,7 +63,7 @@ class Purse:
 
 
 class BalanceLeases:
-    """The purses of one gateway process. All methods run on the event loop."""
+    """The wallets of one gateway process. All methods run on the event loop."""
 
     def __init__(
         self,
@@ -85,14 +85,14 @@ class BalanceLeases:
         """Holds that found too little at hand, and asked the store for more."""
 
     def purse(self, purse_id: PurseId) -> Purse:
-        """The purse of a tenant or budget, made empty at its first use."""
+        """The wallet of a tenant or budget, created empty at its first use."""
         purse = self._purses.get(purse_id)
         if purse is None:
             purse = self._purses[purse_id] = Purse(self._clock())
         return purse
 
     def hold_now(self, purse_id: PurseId, amount: int) -> bool:
-        """Hold `amount` if the wallet has it at hand; refill in the background when it runs low. The hot path."""
+        """Hold `amount` if the wallet covers it, and refill a low wallet in the background. The hot path."""
         purse = self.purse(purse_id)
         if not purse.wallet.hold(amount):
             return False
@@ -134,7 +134,7 @@ class BalanceLeases:
             purse.idle_since = self._clock()
 
     def hold_all_now(self, purse_ids: Sequence[PurseId], amount: int) -> bool:
-        """Hold `amount` in each purse, or in none. The hot path."""
+        """Hold `amount` in every wallet, or in none. The hot path."""
         for at, purse_id in enumerate(purse_ids):
             if not self.hold_now(purse_id, amount):
                 self.settle_all(purse_ids[:at], amount, 0)
@@ -142,7 +142,7 @@ class BalanceLeases:
         return True
 
     async def hold_all(self, purse_ids: Sequence[PurseId], amount: int) -> PurseId | None:
-        """Hold `amount` in each purse, or in none: then gives the first that does not cover it.
+        """Hold `amount` in every wallet, or in none; then returns the first that does not cover it.
 
         Raises Unavailable as `hold` does, with nothing held.
         """
@@ -163,7 +163,7 @@ class BalanceLeases:
             self.settle(purse_id, hold, charge)
 
     def let_go(self, purse_id: PurseId) -> None:
-        """A request was refused: give back, in the background, what is at hand, which is too little for it.
+        """After a refusal, give back the rest of the lease in the background.
 
         Else processes that each have a little of a tenant's money would all refuse what together they could pay for.
         """
@@ -174,7 +174,7 @@ class BalanceLeases:
             purse.refill = asyncio.create_task(self._give_back(purse_id, purse))
 
     def free(self, purse_id: PurseId) -> int:
-        """What this process has, or has just had, of a purse."""
+        """The amount available in this process's wallet, or just given back from it."""
         purse = self.purse(purse_id)
         return purse.wallet.available + purse.let_go
 
@@ -238,7 +238,7 @@ class BalanceLeases:
 
 
 def extend_lease_in(store: Store, worker_id: str, purse_id: PurseId, missing: int) -> int:
-    """Lease at least `missing` nanos if they are free, and up to a slice of the purse beyond."""
+    """Lease at least `missing` nanos if available, and up to a slice of the balance beyond."""
     with store.write() as connection:
         if isinstance(purse_id, BudgetPeriod):
             return extend_budget_lease(connection, worker_id=worker_id, period=purse_id, need=missing, slices=SLICES)
@@ -246,7 +246,7 @@ def extend_lease_in(store: Store, worker_id: str, purse_id: PurseId, missing: in
 
 
 def return_lease_in(store: Store, worker_id: str, purse_id: PurseId, amount: int) -> None:
-    """Give `amount` nanos of a lease back. Raises Unavailable when the store surely has not taken them."""
+    """Give `amount` nanos of a lease back. Raises Unavailable if the store has certainly not booked it."""
     asked = False
     try:
         with store.write() as connection:

@@ -25,7 +25,7 @@ Position = tuple[int, int]
 
 
 class ReadFrame(msgspec.Struct, frozen=True, gc=False):
-    """One intact frame and the position behind it."""
+    """One intact frame and the position after it."""
 
     payload: bytes
     after: Position

@@ -30,7 +30,7 @@ class Histogram(msgspec.Struct):
         self.sum_us += us
 
     def add(self, other: "Histogram") -> None:
-        """Add what another of the same bounds has counted. Raises ValueError for other bounds."""
+        """Add the counts of a histogram with the same bounds. Raises ValueError for other bounds."""
         if other.bounds != self.bounds:
             raise ValueError("histograms with different bounds cannot be added")
         self.counts = [own + its for own, its in zip(self.counts, other.counts, strict=True)]
@@ -38,5 +38,5 @@ class Histogram(msgspec.Struct):
 
 
 def milliseconds(*bounds: float) -> tuple[int, ...]:
-    """Bounds given in milliseconds."""
+    """Bounds in microseconds, from milliseconds."""
     return tuple(round(bound * 1000) for bound in bounds)

@@ -41,7 +41,7 @@ _ROOM = SLOT_BYTES - _BODY_AT
 
 
 class TooManyOpen(Unavailable):
-    """The gateway process has as many requests open as it can keep account of."""
+    """The gateway process has reached its limit of open requests."""
 
     code = "overloaded"
 
@@ -96,14 +96,14 @@ class LiveTable:
     def count(
         self, slot: int, prompt: int, cached: int, completion: int, first_token_us: int, hold: int, estimated: bool
     ) -> None:
-        """Note what has passed so far."""
+        """Record the token counts so far."""
         at = slot * SLOT_BYTES + _COUNTS_AT
         # Copied in, not packed in place: `pack_into` clears the place first, and a kill in that moment would leave
         # zeros. A kill within the copy leaves each figure either as it was or as it is.
         self._map[at : at + _COUNTS.size] = _COUNTS.pack(prompt, cached, completion, first_token_us, hold, estimated)
 
     def count_completion(self, slot: int, completion: int) -> None:
-        """Note the completion tokens that have passed so far, and nothing else, as nothing else has changed."""
+        """Record only the completion tokens so far, if nothing else has changed."""
         # One aligned word: a kill leaves it either as it was or as it is.
         self._words[slot * _SLOT_WORDS + _COMPLETION_WORD] = completion
 

@@ -43,7 +43,7 @@ LOCK_FILE = "lock"
 
 
 class LoadResult(msgspec.Struct, frozen=True):
-    """What one pass over the logs has done."""
+    """The result of one pass over the logs."""
 
     records: int = 0
     recovered: int = 0

@@ -1,4 +1,4 @@
-"""Writing the usage log: group commit on a thread of its own.
+"""The usage log's writer: group commit on its own thread.
 
 The event loop hands over frames and awaits; the thread writes all that has gathered with one pwrite and one
 fdatasync, so that one commit serves every request of that moment, and a slow disk never stops a stream.
@@ -139,7 +139,7 @@ class UsageLog:
             self._hand_over_in_time()
 
     def _hand_over_in_time(self) -> None:
-        """Hand over what has gathered: at once, or in a moment if records come in numbers."""
+        """Hand over pending records: at once, or shortly later if many records come."""
         early = self._last + PACE_S - self._loop.time()
         if early > 0.0 and self._crowd > 1:
             self._due = True
@@ -148,7 +148,7 @@ class UsageLog:
             self._hand_over()
 
     def _hand_over(self) -> None:
-        """Give the thread what has gathered. It has nothing else to write."""
+        """Hand over pending records to the idle thread."""
         self._due, self._out = False, True
         self._last = self._loop.time()
         batch, self._pending = self._pending, []

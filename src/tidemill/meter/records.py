@@ -1,4 +1,4 @@
-"""What the meter writes down: a request that was opened, and a request that was settled.
+"""The meter's log records: opened requests and settled requests.
 
 Both are MessagePack arrays, as they are written on the hot path: instants are integers of microseconds since 1970
 UTC, amounts are nanos. The first element is the format's number, so that no program takes what it only half
@@ -79,7 +79,7 @@ def settle(
     finished_us: int,
     device_ns: int,
 ) -> Settled:
-    """Rate what was used, never beyond the hold, and make the settled record. Pure.
+    """Price the usage, never beyond the hold, and make the settled record. Pure.
 
     What was counted at the beginning is used as soon as something of the answer is.
     The line of a batch is charged only for the answer that it got: an attempt that gave none is repeated, under the

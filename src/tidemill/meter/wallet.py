@@ -1,4 +1,4 @@
-"""A tenant's money inside one gateway process: the leased budget, what is held, what is spent.
+"""A tenant's wallet in one gateway process: leased, held and spent amounts.
 
     available = budget - spent - held
 
@@ -53,7 +53,7 @@ class LeasedBalance:
         self.spent += charge
 
     def grant(self, amount: int) -> None:
-        """The store has leased `amount` more to this process."""
+        """Add `amount` that the store has leased to this process."""
         self.budget += amount
 
     def take_back(self, keep: int = 0) -> int:

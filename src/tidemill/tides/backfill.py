@@ -1,4 +1,4 @@
-"""Batches: replicas for their deadlines, and replicas on what everybody else leaves."""
+"""Batch replicas: for deadlines, and as backfill on idle devices."""
 
 import heapq
 
@@ -42,7 +42,7 @@ def keep_deadlines(builder: PlanBuilder, serving: Serving) -> None:
 
 
 def fill(builder: PlanBuilder, serving: Serving) -> None:
-    """Give what is left to batches, where it pays to load a model for them."""
+    """Start batch replicas on idle devices, where loading a model is worth it."""
     occupancy, rules = builder.occupancy, builder.rules
     heap: list[tuple[float, str, int]] = []
     models = {model.name: model for model in builder.snapshot.models}
@@ -85,7 +85,7 @@ def _starting(builder: PlanBuilder, model: ModelView) -> int:
 
 
 def _weight(model: ModelView, need: DesiredBatchReplicas, have: int) -> float:
-    """The order of models to fill; the least goes first.
+    """The sort key of models to fill; the lowest goes first.
 
     That is the model with the most time that its batches still take, at the rate that they need.
     """
@@ -93,7 +93,7 @@ def _weight(model: ModelView, need: DesiredBatchReplicas, have: int) -> float:
 
 
 def _worth(model: ModelView, need: DesiredBatchReplicas, replicas: int, worth: float, gain: float) -> bool:
-    """Whether so many replicas for batches are kept busy for a good while after they have started."""
+    """True if the backlog keeps so many batch replicas busy long enough after their start."""
     if model.capacity <= 0:
         return replicas <= 1
     return need.work >= replicas * model.capacity * gain * worth * model.startup_s

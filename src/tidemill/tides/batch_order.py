@@ -1,4 +1,4 @@
-"""In which order the lines of batches are sent.
+"""The order in which lines of batches are sent.
 
 So that deadlines hold, and lines that begin alike come one after the other, so that the beginning is computed once
 (HyGen's and BlendServe's prefix sharing, arXiv 2501.14808, 2411.16102).
@@ -14,7 +14,7 @@ import msgspec
 
 
 class BatchLineView(msgspec.Struct, frozen=True, gc=False):
-    """A line that waits."""
+    """A waiting line."""
 
     work: float
     """Tokens of prefill that it is expected to cost."""
@@ -25,7 +25,7 @@ class BatchLineView(msgspec.Struct, frozen=True, gc=False):
 
 
 def order(lines: Sequence[BatchLineView], now: float, rate: float, margin: float = 0.7) -> list[int]:
-    """The places of the lines in the order to send them.
+    """The indexes of the lines, in the order to send them.
 
     `rate` is the work a second that batches get; of the time to a deadline, the share `margin` is counted on.
     """

@@ -29,7 +29,7 @@ def edge_of(bucket: int) -> int:
 
 
 def quantile_us(buckets: Mapping[int, int], quantile: float) -> float | None:
-    """The time that this share of the samples stays below, microseconds; None without samples."""
+    """The quantile of the samples, microseconds; None without samples."""
     total = sum(buckets.values())
     if not total:
         return None
@@ -42,6 +42,6 @@ def quantile_us(buckets: Mapping[int, int], quantile: float) -> float | None:
 
 
 def add_up(into: Buckets, more: Mapping[int, int]) -> None:
-    """Add the counts of buckets to others."""
+    """Add bucket counts to others."""
     for bucket, count in more.items():
         into[bucket] = into.get(bucket, 0) + count

@@ -1,4 +1,4 @@
-"""How many replicas a model needs for its interactive requests, and batches need for their deadlines."""
+"""The number of replicas that interactive requests and batch deadlines need."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ SERVING = (Phase.STARTING, Phase.WARMING, Phase.READY)
 
 
 class DesiredReplicas(msgspec.Struct, frozen=True, gc=False):
-    """How many replicas a model is meant to have for interactive requests, and why."""
+    """The desired number of interactive replicas of a model, and why."""
 
     count: int
     keep: int
@@ -24,7 +24,7 @@ class DesiredReplicas(msgspec.Struct, frozen=True, gc=False):
 
 
 def replicas_needed(model: ModelView, serving: Sequence[ReplicaView], now: float, rules: Rules) -> DesiredReplicas:
-    """The need of a model that has these replicas for interactive requests (starting ones included).
+    """The desired replicas of a model that has these interactive ones (starting ones included).
 
     The work that is expected or comes now, at the share of a replica's capacity that is planned with; more when
     requests wait or miss the objective; never fewer than the minimum, nor more than the maximum. On the way down,
@@ -61,7 +61,7 @@ def _by_work(model: ModelView, work: float, have: int, rules: Rules) -> int:
 
 
 def _too_late(model: ModelView, serving: Sequence[ReplicaView], now: float, ready: int, rules: Rules) -> bool:
-    """Whether missed objectives ask for one more replica.
+    """True if missed objectives call for one more replica.
 
     The last one has settled, and the others are busy.
     """
@@ -73,7 +73,7 @@ def _too_late(model: ModelView, serving: Sequence[ReplicaView], now: float, read
 
 
 def _keep(model: ModelView, serving: Sequence[ReplicaView], have: int, now: float, rules: Rules) -> int:
-    """How many of its replicas a model keeps, of those that it has."""
+    """The number of existing replicas that a model keeps."""
     if model.late > (1 - model.objective.percentile) / 2 and model.idle_s < model.scale_down_s:
         return have  # with fewer it would get worse
     work = max(model.now, model.demand.high)
@@ -104,7 +104,7 @@ def _requests(count: int) -> str:
 
 
 class DesiredBatchReplicas(msgspec.Struct, frozen=True, gc=False):
-    """What a model's batches need."""
+    """The replicas that a model's batches need."""
 
     work: float = 0.0
     """Left to do, tokens of prefill."""

@@ -1,4 +1,4 @@
-"""What each device does, until when and why, in words."""
+"""Explains in words what each device does, until when and why."""
 
 from tidemill.tides.plan_builder import PlanBuilder
 from tidemill.tides.serving import Serving

@@ -1,4 +1,4 @@
-"""Whose turn it is when a model is full: weighted fair queueing between tenants.
+"""Weighted fair queueing between the tenants of a full model.
 
 Start-time fair queueing (Goyal, Vin, Cheng, "Start-time Fair Queueing", SIGCOMM 1996) needs no idea of how fast the
 server is, which nobody has of an engine. A tenant's next request may start at the virtual time at which its last one
@@ -15,7 +15,7 @@ MAX_FLOWS = 4096
 
 
 class FairClock:
-    """The virtual time of one queue, and how far each flow (a tenant) has used its share."""
+    """The virtual clock of one queue, with the finish time of each flow (a tenant)."""
 
     __slots__ = ("_ends", "now")
 
@@ -28,11 +28,11 @@ class FairClock:
         return max(self.now, self._ends.get(flow, 0.0))
 
     def next_of(self, flows: Iterable[str]) -> str:
-        """The flow whose turn it is; of equals the first. `flows` must not be empty."""
+        """The flow to serve next; of equals the first. `flows` must not be empty."""
         return min(flows, key=self.start_of)
 
     def serve(self, flow: str, work: float, weight: float) -> None:
-        """A flow's request of so much work starts."""
+        """Account for a flow's request of so much work that starts."""
         start = self.start_of(flow)
         self.now = start
         self._ends[flow] = start + work / weight
@@ -40,6 +40,6 @@ class FairClock:
             self._ends = {each: end for each, end in self._ends.items() if end > self.now}
 
     def correct(self, flow: str, more_work: float, weight: float) -> None:
-        """A request turned out to be so much more work than it was served for, or less."""
+        """Correct a flow by the difference between a request's actual and assumed work."""
         if flow in self._ends:
             self._ends[flow] += more_work / weight

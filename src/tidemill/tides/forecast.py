@@ -1,4 +1,4 @@
-"""What interactive work is to be expected of a model.
+"""Forecast of a model's interactive work.
 
 From its own history, by time of day and weekday, corrected by how today goes, and with how wrong that was before.
 
@@ -22,7 +22,7 @@ MAX_DAYS = 28
 
 
 class DemandSeries(msgspec.Struct, frozen=True):
-    """Mean work a second in consecutive bins, the oldest first."""
+    """Mean work per second in consecutive bins, the oldest first."""
 
     end: float
     """Unix time at which the last bin ends, seconds."""
@@ -32,7 +32,7 @@ class DemandSeries(msgspec.Struct, frozen=True):
 
 
 class ForecastSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """How a forecast is made."""
+    """Settings of a forecast."""
 
     quantile: float = 0.95
     """That `Demand.high` is meant to be: so often it was not more."""
@@ -56,7 +56,7 @@ OUTLOOK = ForecastSettings()
 
 
 def forecast(history: DemandSeries, horizon_s: float, outlook: ForecastSettings = OUTLOOK) -> Demand:
-    """The most work a second that is expected until `horizon_s` from now, and its quantile.
+    """The highest work per second expected until `horizon_s` from now, and its quantile.
 
     It is the most of any bin until then, counted from the end of the history. Costs a few milliseconds for four weeks:
     ask once a bin.
@@ -107,7 +107,7 @@ class _View:
         return next((value for value in reversed(self._values[:known]) if value is not None), 0.0)
 
     def _profile(self, target: int) -> float | None:
-        """What came at this time on the days before; None when there was none."""
+        """The work at this time on earlier days; None without any."""
         if target in self._profiles:
             return self._profiles[target]
         outlook, values, day = self._outlook, self._values, self._day
@@ -148,7 +148,7 @@ class _View:
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The value that this share of the values do not exceed: of those with a rank, the next higher."""
+    """The quantile of the values: of those with a rank, the next higher."""
     ordered = sorted(values)
     return ordered[min(max(math.ceil(share * (len(ordered) + 1)) - 1, 0), len(ordered) - 1)]
 
@@ -170,5 +170,5 @@ def _weighted_median(weighted: list[tuple[float, float]]) -> float:
 
 
 def _level(values: Sequence[float]) -> float:
-    """Where the last bins lead without a profile: their middle, or the last two if they rise."""
+    """The level of the last bins, without a profile: their median, or the last two if they rise."""
     return max(_median(values), _median(values[-2:]))

@@ -18,12 +18,12 @@ Order = tuple[int, bool, float, tuple[bool, float, float, str]]
 
 
 def least(job: JobView) -> int:
-    """Devices without which a job doesn't begin."""
+    """The minimum number of devices for a job to start."""
     return max(job.devices, 1) if job.gang else 1
 
 
 class JobQueue:
-    """The jobs that wait, queue by queue."""
+    """The waiting jobs, queue by queue."""
 
     def __init__(self, builder: PlanBuilder, jobs: Iterable[JobView]) -> None:
         self._builder = builder
@@ -58,7 +58,7 @@ class JobQueue:
         heapq.heappush(self._heap, (order, queue))
 
     def _granted(self, job: JobView) -> bool:
-        """The last plan has given it all its devices, of which some are still being given back."""
+        """True if the last plan gave it all its devices, some of which are still being freed."""
         return len(self._builder.occupancy.promises_to.get(f"job {job.id}", ())) >= least(job)
 
     def next(self) -> JobView | None:
@@ -69,12 +69,12 @@ class JobQueue:
         return self._jobs[queue].pop()
 
     def advance(self, queue: str) -> None:
-        """Go on with the queue's next job."""
+        """Advance to the queue's next job."""
         self._push(queue)
 
 
 class GangReservation(msgspec.Struct, frozen=True):
-    """Devices of a kind that are kept for the gang that is first in the queue.
+    """Devices of a kind reserved for the first gang in the queue.
 
     And when it will have all of them.
     """
@@ -87,18 +87,18 @@ class GangReservation(msgspec.Struct, frozen=True):
 
 
 class GangReservations:
-    """What is kept together for gangs: one gang for each kind of device."""
+    """Device reservations for gangs: one gang for each kind of device."""
 
     def __init__(self, builder: PlanBuilder) -> None:
         self._builder = builder
         self.by_kind: dict[str, GangReservation] = {}
 
     def first_for(self, job: JobView) -> GangReservation | None:
-        """The gang that comes before a job."""
+        """The gang ahead of a job."""
         return next((each for kind, each in self.by_kind.items() if not job.kinds or kind in job.kinds), None)
 
     def reserve(self, job: JobView) -> GangReservation | None:
-        """Keep what there is of a kind for a gang that can't begin yet. None when others come first."""
+        """Reserve the available devices of a kind for a gang that can't start yet; None if others come first."""
         builder, occupancy = self._builder, self._builder.occupancy
         if not job.gang or job.devices < 2:
             return None
@@ -116,7 +116,7 @@ class GangReservations:
         return None
 
     def admits(self, job: JobView) -> bool:
-        """True if a job may run on what is kept: it ends before that is needed, or may be preempted then."""
+        """True if a job may run on reserved devices: it ends in time, or may be preempted."""
         return bool(self.by_kind) and all(self._admits(job, hold) for hold in self.by_kind.values())
 
     def _admits(self, job: JobView, hold: GangReservation) -> bool:
@@ -135,7 +135,7 @@ class GangReservations:
 
 
 def _together_at(builder: PlanBuilder, kind: str, missing: int, gang: JobView) -> float:
-    """When a gang will have as many devices more: of jobs that end, or that may be preempted by then."""
+    """The time at which a gang gets so many more devices, from jobs that end or may be preempted."""
     occupancy, rules = builder.occupancy, builder.rules
     freed: list[tuple[float, int]] = []
 

@@ -1,4 +1,4 @@
-"""Which jobs begin, and which are preempted for others."""
+"""Job scheduling: which jobs start, and which are preempted for others."""
 
 import math
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ MAX_ROUNDS = 4
 
 
 def offer_jobs(builder: PlanBuilder) -> None:
-    """Say which running jobs may be preempted."""
+    """Offer running jobs for preemption."""
     for job in builder.running:
         name = f"job {job.id}"
         if job.phase is not JobPhase.RUNNING or not job.preemptible or not job.on:
@@ -58,7 +58,7 @@ def run_jobs(builder: PlanBuilder) -> None:
 
 
 class SchedulingRound:
-    """One pass over the jobs that wait."""
+    """One pass over the waiting jobs."""
 
     def __init__(self, builder: PlanBuilder) -> None:
         self._builder = builder
@@ -75,7 +75,7 @@ class SchedulingRound:
         """What those wait for that don't begin."""
 
     def run(self, jobs: Iterable[JobView]) -> list[JobView]:
-        """Returns those that got nothing."""
+        """Run the pass; returns the jobs that got no devices."""
         builder, queue, waiting = self._builder, JobQueue(self._builder, jobs), []
         while (job := queue.next()) is not None:
             name, share = f"job {job.id}", builder.queues[job.queue]
@@ -128,7 +128,7 @@ class SchedulingRound:
 
 
 def _how_many(builder: PlanBuilder, job: JobView, zones: tuple[str, ...]) -> int:
-    """The devices that a job asks for.
+    """The number of devices that a job asks for.
 
     All, or when it can do with fewer, as many as are free and it may have.
     """
@@ -162,7 +162,7 @@ def _over_limit(share: QueueUse, job: JobView) -> str:
 
 
 def _no_firm_room(builder: PlanBuilder, job: JobView, firm: int) -> str:
-    """What can't be preempted must leave room for all that is guaranteed.
+    """Why a job that can't be preempted would take guaranteed devices; "" if it would not.
 
     It runs within its queue's quota, or on what is nobody's; and beside minimum replicas and reservations, also those
     to come.

@@ -1,4 +1,4 @@
-"""Who holds which device while a plan is being made, and what can be had.
+"""Device occupancy while a plan is made: free, being freed, preemptible.
 
 Free now, coming free, or from somebody who may be preempted.
 """
@@ -14,7 +14,7 @@ ORDINARY = ""
 
 
 class DevicePool:
-    """Devices that can be had, by kind and node."""
+    """Available devices, by kind and node."""
 
     __slots__ = ("_occupancy", "kinds")
 
@@ -27,7 +27,7 @@ class DevicePool:
         self.kinds.setdefault(view.kind, {}).setdefault(view.node, {})[device] = None
 
     def discard(self, device: str) -> bool:
-        """False when it was not in it."""
+        """Remove a device; False if it was not in the pool."""
         view = self._occupancy.device[device]
         nodes = self.kinds.get(view.kind)
         on_node = nodes.get(view.node) if nodes else None
@@ -43,7 +43,7 @@ class DevicePool:
 
 
 class Occupancy:
-    """The devices of a snapshot, as far as the plan has given them out.
+    """The devices of a snapshot, and who holds them in the plan.
 
     `free` and `coming` are by zone. `kept_*` are those that the last plan has promised to work that has not had its
     turn yet in this one; `held_*` those that are kept together for a gang that waits.
@@ -110,7 +110,7 @@ class Occupancy:
                 self.coming[self.zone[view.id]].add(view.id)
 
     def keep(self, promises: Iterable[DevicePromise], alive: Mapping[str, object]) -> None:
-        """Set aside what the last plan has promised to work that still waits for it."""
+        """Set aside devices that the last plan promised to work that still waits for them."""
         for promise in promises:
             device = promise.device
             if promise.work not in alive or device not in self.device:
@@ -124,7 +124,7 @@ class Occupancy:
             self.promises_to.setdefault(promise.work, []).append(device)
 
     def release(self, work: str) -> list[str]:
-        """It is this work's turn: what was promised to it can be had again. Returns it."""
+        """Release the devices promised to this work, and return them."""
         mine = []
         for device in self.promises_to.pop(work, ()):
             if self.kept_free.discard(device):
@@ -137,7 +137,7 @@ class Occupancy:
         return mine
 
     def keep_again(self, work: str, devices: Iterable[str]) -> None:
-        """What it did not take this time stays promised to it."""
+        """Promise the devices again that the work did not take."""
         for device in devices:
             if self.free[ORDINARY].discard(device):
                 self.kept_free.add(device)
@@ -152,7 +152,7 @@ class Occupancy:
             self.release(work)
 
     def offer(self, candidate: PreemptionCandidate) -> None:
-        """This job or replica may be preempted."""
+        """Mark a job or replica as preemptible."""
         if candidate.name in self.candidates:
             return
         self.candidates[candidate.name] = candidate
@@ -166,7 +166,7 @@ class Occupancy:
         return [each for name, each in self._candidates_on.get(node, {}).items() if name in self.candidates]
 
     def vacate(self, name: str, devices: Iterable[str]) -> None:
-        """Somebody was told to go: its devices are coming free."""
+        """Mark the devices of stopped work as being freed."""
         self.withdraw(name)
         self.gone.add(name)
         for device in devices:
@@ -174,7 +174,7 @@ class Occupancy:
                 self.coming[self.zone[device]].add(device)
 
     def take(self, devices: Iterable[str]) -> bool:
-        """They are given out. True when all of them are free now."""
+        """Assign devices. True if all of them are free now."""
         free = True
         for device in devices:
             zone = self.zone[device]
@@ -192,13 +192,13 @@ class Occupancy:
         return free
 
     def move(self, devices: Iterable[str], zone: str) -> None:
-        """Devices that were taken belong to a reservation from now on."""
+        """Move assigned devices to a reservation."""
         for device in devices:
             self.zone[device] = zone
             (self.coming if device in self.holder else self.free)[zone].add(device)
 
     def hold(self, devices: Iterable[str]) -> None:
-        """They are kept for a gang that waits; whom it may preempt may have them until then."""
+        """Reserve devices for a waiting gang; work that it may preempt can use them until then."""
         for device in devices:
             zone = self.zone[device]
             self.promised.pop(device, None)
@@ -208,7 +208,7 @@ class Occupancy:
                 self.held_coming.add(device)
 
     def unhold(self) -> None:
-        """What is kept for gangs that wait can be had again."""
+        """Release the devices that are reserved for waiting gangs."""
         for held, pool in ((self.held_free, self.free[ORDINARY]), (self.held_coming, self.coming[ORDINARY])):
             devices = [device for nodes in held.kinds.values() for on_node in nodes.values() for device in on_node]
             for device in devices:

@@ -1,4 +1,4 @@
-"""Which devices a piece of work gets.
+"""Placement: which devices a piece of work gets.
 
 The best kind, one node, and nodes that are in use already, so that whole ones are left for gangs. A model's minimum of
 replicas is spread instead, where that costs nobody more.
@@ -13,7 +13,7 @@ from tidemill.tides.preemption import PreemptionCandidate, PreemptionRule, minim
 
 
 class PlacementRequest(msgspec.Struct, frozen=True, gc=False):
-    """What a piece of work wants, and whom it may preempt."""
+    """A request for devices, and what it may preempt."""
 
     work: str
     """`job ID`, `model NAME`, `reservation ID`."""
@@ -38,12 +38,12 @@ class PlacementRequest(msgspec.Struct, frozen=True, gc=False):
     """None: nobody is preempted."""
 
     def among(self, devices: Collection[str]) -> Collection[str]:
-        """Those of these devices that it may have."""
+        """The devices among these that the request may use."""
         return devices if self.only is None else self.only.intersection(devices)
 
 
 class Placement(msgspec.Struct, frozen=True, gc=False):
-    """What it gets."""
+    """The result of a placement."""
 
     devices: tuple[str, ...]
     ready: bool
@@ -52,7 +52,7 @@ class Placement(msgspec.Struct, frozen=True, gc=False):
 
 
 def place(occupancy: Occupancy, request: PlacementRequest) -> Placement | None:
-    """Give devices out for a request; None when there are not so many to be had.
+    """Assign devices to a request; None if too few are available.
 
     Free ones, else with those that are coming, else with those of others who are preempted (the caller tells these).
     With None nothing has changed but promises released.
@@ -95,12 +95,12 @@ def place(occupancy: Occupancy, request: PlacementRequest) -> Placement | None:
 
 
 def kinds_of(occupancy: Occupancy, request: PlacementRequest) -> Sequence[str]:
-    """Kinds to try, the best first."""
+    """Kinds of devices to try, the preferred one first."""
     return request.kinds or sorted(occupancy.total, key=lambda kind: (-occupancy.total[kind], kind))
 
 
 def pick(occupancy: Occupancy, layers: Sequence[DevicePool], request: PlacementRequest) -> tuple[str, ...] | None:
-    """Devices for a claim from pools, the earlier pools rather; they are not taken yet."""
+    """Select devices for a claim, preferring earlier pools; they are not assigned yet."""
     kinds = kinds_of(occupancy, request)
     if not request.apart:
         tries = [(kind, request.apart) for kind in kinds]
@@ -145,7 +145,7 @@ def _must_span(occupancy: Occupancy, request: PlacementRequest, kind: str) -> bo
 
 
 def equal_parts(count: int, largest: int) -> tuple[int, int]:
-    """Nodes, and devices of each, for what is in equal parts on as few nodes as can be.
+    """Nodes, and devices of each, for equal parts on as few nodes as possible.
 
     `largest`: devices of the largest node, at least 1.
     """
@@ -199,7 +199,7 @@ def _equal_parts(
 def find_preemptions(
     occupancy: Occupancy, layers: Sequence[DevicePool], request: PlacementRequest
 ) -> list[PreemptionCandidate] | None:
-    """The jobs and replicas that lose least if a request preempts them.
+    """The jobs and replicas to preempt for a request, at the least loss.
 
     None when that is not enough either.
     """
@@ -279,7 +279,7 @@ def _gains(
     request: PlacementRequest,
     node: str | None = None,
 ) -> list[tuple[PreemptionCandidate, int]]:
-    """How many usable devices each candidate would free."""
+    """The number of usable devices that each candidate would free."""
     gains = []
     for candidate in candidates:
         gain = 0

@@ -1,4 +1,4 @@
-"""The plan of the fleet: from a snapshot, what is to be started, stopped and preempted now, and why.
+"""The plan of the fleet: what to start, stop and preempt now, and why, from a snapshot.
 
 In the order of importance: what tenants have reserved; replicas for people; replicas for batches whose deadlines need
 them; jobs, by quota, share, deadline and age; and batches on whatever is left. Each takes what is free, else what is
@@ -18,7 +18,7 @@ from tidemill.tides.state import DevicePromise, FleetSnapshot, JobPhase, Plan
 
 
 def plan(snapshot: FleetSnapshot, rules: Rules = RULES) -> Plan:
-    """What to do now. Every device of the snapshot is given to one holder at the most."""
+    """Make a plan from a snapshot. Every device has at most one holder in it."""
     builder = PlanBuilder(snapshot, rules)
     alive: dict[str, object] = {f"model {model.name}": None for model in snapshot.models}
     alive |= {f"job {job.id}": None for job in snapshot.jobs if job.phase is JobPhase.QUEUED}

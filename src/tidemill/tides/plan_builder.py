@@ -1,4 +1,4 @@
-"""A plan in the making."""
+"""Builds a plan step by step."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ from tidemill.tides.state import (
 
 
 class PlanBuilder:
-    """What has been decided so far, and the occupancy that it was decided on."""
+    """The decisions so far, and the occupancy that they are based on."""
 
     def __init__(self, snapshot: FleetSnapshot, rules: Rules) -> None:
         self.snapshot = snapshot
@@ -45,11 +45,11 @@ class PlanBuilder:
         self.searches = 0
 
     def on_reservation(self, job: JobView) -> bool:
-        """It runs on what its tenant has reserved, and that is in force."""
+        """True if a job runs on a reservation that is in force."""
         return job.reservation is not None and job.reservation in self.reserved
 
     def give(self, placement: Placement, work: str, why: str) -> bool:
-        """Preempt those that a placement needs gone.
+        """Preempt the work that a placement needs to preempt.
 
         True when it can start now; else its devices are promised.
         """

@@ -1,4 +1,4 @@
-"""Preemption: who may be preempted by whom, and in which order.
+"""Preemption: what may be preempted for what, and in which order.
 
 Everything that takes devices from somebody else goes through this file. Each kind of claimant has a rule below, from
 the most to the least important: reservations, jobs on a reservation, replicas for people, replicas for the deadlines
@@ -21,7 +21,7 @@ DRAIN_S = 30.0
 
 
 class PreemptionTier:
-    """Who is preempted first. Within a tier, those of lower priority and those that lose least."""
+    """The order of preemption. Within a tier, lower priority and less loss go first."""
 
     LENT = 0
     """Replicas lent to batches that will be done in time without them."""
@@ -37,7 +37,7 @@ class PreemptionTier:
 
 
 class PreemptionCandidate(msgspec.Struct, frozen=True, gc=False):
-    """What can be preempted as a whole: a job or a replica."""
+    """A job or a replica that can be preempted as a whole."""
 
     name: str
     """`job ID`, `replica ID`."""
@@ -51,7 +51,7 @@ class PreemptionCandidate(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def rank(self) -> tuple[int, int, float, str]:
-        """The order of preemption, the first first."""
+        """The sort key of preemption; the lowest goes first."""
         return (self.tier, self.priority, self.loss_s / len(self.devices), self.name)
 
 
@@ -75,7 +75,7 @@ def replica_candidate(replica: ReplicaView, tier: int, priority: int, loss_s: fl
 
 
 def preemptible_by_reservation(begins_in_s: float, rules: Rules) -> PreemptionRule:
-    """Everybody, as late as each one's grace time allows."""
+    """A rule that allows all candidates, each as late as its grace time allows."""
 
     def may_preempt(candidate: PreemptionCandidate) -> bool:
         needs_s = candidate.job.grace_s if candidate.job is not None else DRAIN_S
@@ -85,7 +85,7 @@ def preemptible_by_reservation(begins_in_s: float, rules: Rules) -> PreemptionRu
 
 
 def preemptible_by_reserved_job(reservation: str) -> PreemptionRule:
-    """Everybody to whom the reservation was lent: all but its own jobs."""
+    """A rule that allows all work on lent devices of the reservation, except its own jobs."""
 
     def may_preempt(candidate: PreemptionCandidate) -> bool:
         return candidate.job is None or candidate.job.reservation != reservation
@@ -94,7 +94,7 @@ def preemptible_by_reserved_job(reservation: str) -> PreemptionRule:
 
 
 def preemptible_by_model(model: ModelView, *, below_minimum: bool) -> PreemptionRule:
-    """Jobs and other models' replicas; what another model has above its minimum only for a minimum.
+    """A rule that allows jobs and other models' replicas; those above a minimum only for a minimum.
 
     Of its own replicas those that are lent to batches.
     """
@@ -108,7 +108,7 @@ def preemptible_by_model(model: ModelView, *, below_minimum: bool) -> Preemption
 
 
 def preemptible_by_batches(queues: QueueQuotas, now: float, rules: Rules) -> PreemptionRule:
-    """For batches that would miss their deadline.
+    """A rule for batches that would miss their deadline.
 
     Replicas that are lent to others, and jobs that borrow, are not urgent and have run for `Rules.min_run_s`.
     """
@@ -123,7 +123,7 @@ def preemptible_by_batches(queues: QueueQuotas, now: float, rules: Rules) -> Pre
 
 
 def preemptible_by_job(job: JobView, queues: QueueQuotas, now: float, rules: Rules) -> PreemptionRule:
-    """Other jobs as `may_preempt` says, and replicas that are lent for a while.
+    """A rule that allows jobs by `may_preempt`, and replicas that are lent for a while.
 
     They are lent to batches for `Rules.min_fill_s` or longer.
     """
@@ -139,7 +139,7 @@ def preemptible_by_job(job: JobView, queues: QueueQuotas, now: float, rules: Rul
 
 
 def may_preempt(job: JobView, victim: JobView, queues: QueueQuotas, now: float, rules: Rules) -> bool:
-    """True if a job that waits may preempt a running one.
+    """True if a waiting job may preempt a running one.
 
     A quota is reclaimed at once, but from a job that would soon be done and whose deadline is urgent: that is waited
     for as long as any job that has just begun.
@@ -207,7 +207,7 @@ def minimal_preemptions(
 
 
 def preemption_cost(candidates: Sequence[PreemptionCandidate], need: int) -> tuple[int, float, int]:
-    """How bad it is to preempt these: the highest tier, the work lost, and devices freed beyond the need."""
+    """The cost of preempting these: the highest tier, the work lost, and devices freed beyond the need."""
     if not candidates:
         return (-1, 0.0, 0)
     return (

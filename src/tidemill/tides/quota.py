@@ -16,7 +16,7 @@ from tidemill.tides.state import JobPhase, JobView, QueueView
 
 
 class QueueUse(msgspec.Struct):
-    """A queue, and the devices that its jobs have."""
+    """A queue, and the devices that its jobs use."""
 
     view: QueueView
     used: int = 0
@@ -28,7 +28,7 @@ class QueueUse(msgspec.Struct):
         return math.inf if self.view.borrow is None else self.view.quota + self.view.borrow
 
     def owns(self, more: int) -> bool:
-        """True if it is still within its quota with so many devices more."""
+        """True if the queue stays within its quota with so many more devices."""
         return self.used + more <= self.view.quota
 
     @property
@@ -36,12 +36,12 @@ class QueueUse(msgspec.Struct):
         return self.used > self.view.quota
 
     def weight_used(self, more: int = 0) -> float:
-        """Devices borrowed, relative to its weight, with so many devices more or fewer."""
+        """Borrowed devices relative to the weight, with so many more or fewer devices."""
         return max(self.used + more - self.view.quota, 0) / max(self.view.weight, 1e-9)
 
 
 class QueueQuotas:
-    """All queues; one that was not declared has no quota and borrows."""
+    """All queues; an undeclared one has no quota and borrows."""
 
     def __init__(self, views: Iterable[QueueView], running: Iterable[JobView]) -> None:
         self.by_name = {view.name: QueueUse(view) for view in views}
@@ -66,27 +66,27 @@ class QueueQuotas:
 
     @property
     def quota(self) -> int:
-        """Of all queues together."""
+        """The quota of all queues together."""
         return sum(share.view.quota for share in self.by_name.values())
 
     @property
     def firm(self) -> int:
-        """Devices of jobs that can't be preempted."""
+        """Number of devices of jobs that can't be preempted."""
         return sum(share.firm for share in self.by_name.values())
 
     @property
     def firm_borrowed(self) -> int:
-        """Devices beyond quotas that can't be got back."""
+        """Number of borrowed devices that can't be reclaimed."""
         return sum(max(share.firm - share.view.quota, 0) for share in self.by_name.values())
 
 
 def laxity_s(job: JobView, now: float) -> float | None:
-    """What a job could wait and still end in time; None without a deadline."""
+    """Seconds that a job can wait and still meet its deadline; None without a deadline."""
     return None if job.deadline is None else job.deadline - now - (job.remaining_s or 0.0)
 
 
 def is_urgent(job: JobView, now: float, rules: Rules) -> bool:
-    """True if a job's deadline is near enough that it goes before others, and not missed already."""
+    """True if a job's deadline is near enough to go before others, and can still be met."""
     laxity = laxity_s(job, now)
     if laxity is None:
         return False
@@ -99,7 +99,7 @@ def is_urgent(job: JobView, now: float, rules: Rules) -> bool:
 
 
 def priority_order(job: JobView, rules: Rules) -> tuple[float, str]:
-    """The order by priority and age: one level of priority is worth `ageing_s` of waiting.
+    """The sort key by priority and age: one level of priority is worth `ageing_s` of waiting.
 
     It doesn't change while time passes, so that no two jobs ever take devices from each other in turns.
     """
@@ -107,7 +107,7 @@ def priority_order(job: JobView, rules: Rules) -> tuple[float, str]:
 
 
 def queue_order(job: JobView, now: float, rules: Rules) -> tuple[bool, float, float, str]:
-    """The order of the jobs that wait in one queue: urgent ones by their slack, then the others."""
+    """The sort key of jobs in one queue: urgent ones by their slack, then the others."""
     urgent = is_urgent(job, now, rules)
     return (not urgent, (laxity_s(job, now) or 0.0) if urgent else 0.0, *priority_order(job, rules))
 

@@ -1,4 +1,4 @@
-"""Reservations: devices that a tenant rents are there when they begin.
+"""Reservations: a tenant's rented devices are available when the reservation starts.
 
 They are its alone unless it lends them.
 """
@@ -14,12 +14,12 @@ from tidemill.tides.state import AssignReservation, JobPhase, JobView, Reservati
 
 
 def unmarked(reservation: str) -> str:
-    """The zone of devices that will be a reservation's, but are not marked yet: they are not lent."""
+    """The zone of devices promised to a reservation but not marked yet; they are not lent."""
     return f"{reservation} unmarked"
 
 
 def keep_reservations(builder: PlanBuilder) -> None:
-    """Set aside what reservations in force, and those that begin soon, are owed.
+    """Set aside the devices of reservations in force and of those that start soon.
 
     Make others give it back in time.
     """
@@ -43,7 +43,7 @@ def keep_reservations(builder: PlanBuilder) -> None:
 
 
 def _its_own(builder: PlanBuilder, reservation: ReservationView) -> list[str]:
-    """The devices that are marked as its own, and those that its jobs are on; used ones first."""
+    """The devices marked as the reservation's, and those of its jobs; used ones first."""
     occupancy = builder.occupancy
     if reservation.id in builder.reserved:
         for job in builder.running:
@@ -57,7 +57,7 @@ def _its_own(builder: PlanBuilder, reservation: ReservationView) -> list[str]:
 
 
 def _hand_back(builder: PlanBuilder, device: str) -> None:
-    """It has more than it is owed."""
+    """Return a device that a reservation has beyond its number."""
     occupancy = builder.occupancy
     for pools in (occupancy.free, occupancy.coming):
         if pools[occupancy.zone[device]].discard(device):
@@ -66,7 +66,7 @@ def _hand_back(builder: PlanBuilder, device: str) -> None:
 
 
 def _call_back(builder: PlanBuilder, reservation: ReservationView, owed: int) -> list[str]:
-    """Free devices are kept for it from a while before its start.
+    """Reserve free devices for a reservation from a while before its start.
 
     Others are called back as late as is safe.
     """
@@ -102,7 +102,7 @@ def _call_back(builder: PlanBuilder, reservation: ReservationView, owed: int) ->
 
 
 def _clear(builder: PlanBuilder, reservation: ReservationView) -> None:
-    """Nobody else stays on devices that are not lent."""
+    """Preempt other work on devices that are not lent."""
     occupancy = builder.occupancy
     for candidate in list(occupancy.candidates.values()):
         if candidate.job is not None and candidate.job.reservation == reservation.id:
@@ -114,7 +114,7 @@ def _clear(builder: PlanBuilder, reservation: ReservationView) -> None:
 
 
 def run_reserved_jobs(builder: PlanBuilder) -> None:
-    """Jobs that run on what their tenants have reserved; what is lent is given back to them."""
+    """Start jobs on their tenants' reservations; lent devices are returned to them."""
     waiting: dict[str, list[JobView]] = defaultdict(list)
     for job in builder.snapshot.jobs:
         if job.phase is JobPhase.QUEUED and job.reservation in builder.reserved and job.not_before <= builder.now:
@@ -137,12 +137,12 @@ def run_reserved_jobs(builder: PlanBuilder) -> None:
 
 
 def lendable(builder: PlanBuilder) -> tuple[str, ...]:
-    """The zones that preemptible work may use."""
+    """The zones that preemptible work may use: the ordinary one, and reservations that are lent."""
     return (ORDINARY, *(name for name, each in sorted(builder.reserved.items()) if each.lend))
 
 
 def firm_room(builder: PlanBuilder) -> int:
-    """Devices that work which can't be preempted may have.
+    """The number of devices available to work that can't be preempted.
 
     Those up, less minimum replicas, and all that is reserved now or will be.
     """

@@ -1,4 +1,4 @@
-"""Where a request goes: the replica that is expected to give its first token soonest.
+"""Replica selection: the replica with the earliest expected first token.
 
 That moment is told by work, in tokens of prefill: what is in flight at a replica, and what of the prompt its cache
 does not hold. So a long prompt goes where its prefix is, a short one to the least loaded, and a crowd with one prefix
@@ -17,7 +17,7 @@ _MASK = (1 << 64) - 1
 
 
 class ReplicaHealth(IntEnum):
-    """Whether a replica should be sent requests; the lower, the rather."""
+    """The health of a replica; lower values are preferred."""
 
     READY = 0
     FULL = 1
@@ -29,7 +29,7 @@ class ReplicaHealth(IntEnum):
 
 
 class ReplicaCandidate(msgspec.Struct, frozen=True, gc=False):
-    """What is known of one replica when a request comes. All counts in tokens."""
+    """The state of one replica when a request comes. All counts in tokens."""
 
     health: ReplicaHealth = ReplicaHealth.READY
     cached: int = 0
@@ -43,7 +43,7 @@ class ReplicaCandidate(msgspec.Struct, frozen=True, gc=False):
 
 
 class RoutingPolicy(msgspec.Struct, frozen=True, gc=False):
-    """How work is weighed."""
+    """Weights of the routing decision."""
 
     decode_weight: int = 5
     """Tokens of prefill that cost a replica as much time as one token of an answer: DeepSeek's nodes did 73.7k of the
@@ -61,7 +61,7 @@ POLICY = RoutingPolicy()
 
 
 class RequestWork(msgspec.Struct, frozen=True, gc=False):
-    """What a request adds to a replica's work in flight.
+    """The work that a request adds to a replica.
 
     `prefill` until its first token, `decode` until its end.
     """
@@ -82,7 +82,7 @@ def work_of(
 
 
 def cost(view: ReplicaCandidate, prompt: int, policy: RoutingPolicy = POLICY) -> float:
-    """The work before the first token of a request with `prompt` tokens, were it sent there."""
+    """The work before the first token of a request with `prompt` tokens on this replica."""
     own = prompt - min(view.cached, prompt)
     return own + policy.load_weight * view.in_flight - (policy.session_tokens if view.home else 0)
 
@@ -112,7 +112,7 @@ def choose(
 
 
 def mixed(key: int, seat: int) -> int:
-    """64 bits that depend on all bits of two 64-bit numbers (the finisher of SplitMix64)."""
+    """A 64-bit hash of two 64-bit numbers (the finisher of SplitMix64)."""
     value = (key ^ seat) & _MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK

@@ -1,10 +1,10 @@
-"""The figures that the tide decides by. All times in seconds."""
+"""Settings of the planner. All times in seconds."""
 
 import msgspec
 
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True):
-    """What an operator may want to set otherwise.
+    """The planner's settings that an operator may change.
 
     The defaults are those of the simulated fleet (docs/tides.md).
     """

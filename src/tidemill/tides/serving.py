@@ -18,7 +18,7 @@ LINE_S = 10.0
 
 
 class Serving:
-    """The replicas of the models, sorted by what they are for, and what the models need."""
+    """The models' replicas by purpose, and the models' needs."""
 
     def __init__(self, builder: PlanBuilder) -> None:
         self.interactive: dict[str, list[ReplicaView]] = defaultdict(list)
@@ -60,7 +60,7 @@ class Serving:
         }
 
     def batch_replicas(self, builder: PlanBuilder, model: ModelView, times: float = 1.0) -> int:
-        """Replicas that the deadlines of a model's batches need beside the interactive ones.
+        """The number of batch replicas that deadlines need beside the interactive ones.
 
         At so many times the rate that they ask for.
         """
@@ -77,7 +77,7 @@ class Serving:
 
 
 def offer_replicas(builder: PlanBuilder, serving: Serving) -> None:
-    """Say which replicas may be preempted, and at what loss."""
+    """Offer replicas for preemption, with their losses."""
     for model in builder.snapshot.models:
         needed = serving.batch_replicas(builder, model, builder.rules.batch_keep)
         for rank, replica in enumerate(serving.lent[model.name]):
@@ -87,7 +87,7 @@ def offer_replicas(builder: PlanBuilder, serving: Serving) -> None:
 
 
 def _offer_interactive(builder: PlanBuilder, serving: Serving, model: ModelView) -> None:
-    """Those for people that may be preempted: what is not needed, and what is beyond the minimum."""
+    """Offer interactive replicas for preemption: unneeded ones, and those above the minimum."""
     need, occupancy = serving.needs[model.name], builder.occupancy
     ordered = in_order_of_leaving(builder, _staying(builder, serving.interactive[model.name]), model)
     for rank, replica in enumerate(ordered):
@@ -102,12 +102,12 @@ def _offer_interactive(builder: PlanBuilder, serving: Serving, model: ModelView)
 
 
 def _staying(builder: PlanBuilder, replicas: Iterable[ReplicaView]) -> list[ReplicaView]:
-    """Those that this plan has not told to go."""
+    """The replicas that this plan does not stop."""
     return [each for each in replicas if f"replica {each.id}" not in builder.occupancy.gone]
 
 
 def in_order_of_leaving(builder: PlanBuilder, replicas: Sequence[ReplicaView], model: ModelView) -> list[ReplicaView]:
-    """Those that are not ready yet, then the least busy, the youngest.
+    """The order of scaling down: not ready first, then the least busy, then the youngest.
 
     Last of all a minimum of them that is on as many nodes as it can be.
     """
@@ -130,7 +130,7 @@ def _nodes_of(builder: PlanBuilder, devices: Iterable[str]) -> frozenset[str]:
 
 
 def scale_down(builder: PlanBuilder, serving: Serving) -> None:
-    """Stop the replicas that nobody needs, or lend them to batches that have work for them.
+    """Stop replicas that are not needed, or lend them to batches with work.
 
     Take those back that people need again.
     """
@@ -166,7 +166,7 @@ def scale_down(builder: PlanBuilder, serving: Serving) -> None:
 
 
 def scale_up(builder: PlanBuilder, serving: Serving, sleepers: Sleepers) -> None:
-    """Start replicas where a model has too few; preempt others for them."""
+    """Start replicas for models that have too few, preempting others for them."""
     claims: list[tuple[tuple[bool, int, bool, float, str, int], ModelView]] = []
     on: dict[str, frozenset[str]] = {}
     """The nodes that the replicas of a model are on, or will be."""
@@ -221,7 +221,7 @@ def scale_up(builder: PlanBuilder, serving: Serving, sleepers: Sleepers) -> None
 
 
 def _take_back(builder: PlanBuilder, serving: Serving, model: ModelView) -> None:
-    """Replicas lent to batches are taken back where people lack some, which takes no time.
+    """Take back replicas lent to batches where interactive requests need them; it takes no time.
 
     For the minimum those on other nodes rather than those beside the ones that people have.
     """
@@ -268,7 +268,7 @@ def _say_who_waits(builder: PlanBuilder, serving: Serving, refused: Mapping[str,
 
 
 def _let_broken_go(builder: PlanBuilder, serving: Serving) -> None:
-    """A replica on a device that was taken out serves until there are others."""
+    """Stop replicas on drained devices once others are ready."""
     for replica in serving.broken:
         need = serving.needs.get(replica.model)
         ready = sum(1 for each in serving.interactive[replica.model] if each.phase is Phase.READY)

@@ -1,4 +1,4 @@
-"""How many filler requests may be in a replica now, beside its interactive ones.
+"""The number of batch requests that a replica can take beside its interactive ones.
 
 Three bounds, the least counts. *Room*: places and KV cache, less what the interactive requests of the next moment will
 want. *Prediction*: the time of a step is `a + b * prefill + c * batch + d * kv`, fitted as steps are measured; so many
@@ -31,7 +31,7 @@ class StepTime(msgspec.Struct, frozen=True):
 
 
 class ReplicaLoad(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of a replica at this moment."""
+    """The load of a replica at this moment."""
 
     interactive: int = 0
     """Interactive requests in flight."""
@@ -71,7 +71,7 @@ class ReplicaLoad(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SlackRules(msgspec.Struct, frozen=True, kw_only=True):
-    """How near to the objective filler requests may bring a replica."""
+    """How close to the objective filler requests may push a replica."""
 
     margin: float = 0.8
     """Share of the objective that a step may take with filler requests in, where the prompts to come are not known."""
@@ -103,7 +103,7 @@ SLACK = SlackRules()
 
 
 def filler_slots(load: ReplicaLoad, objective: Objective, rules: SlackRules = SLACK) -> int:
-    """How many filler requests may be in flight in a replica now, those that are there included.
+    """The number of filler requests that may be in flight in a replica now, including current ones.
 
     Fewer than are there means that none may enter.
     """
@@ -196,7 +196,7 @@ class StepFit:
         self.seen += 1
 
     def fitted(self, enough: int = 32) -> StepTime | None:
-        """What was found, none of it negative; None before `enough` steps."""
+        """The fitted step time, without negative terms; None before `enough` steps."""
         if self.seen < enough:
             return None
         base, prefill, batch, kv = (

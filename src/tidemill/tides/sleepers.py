@@ -1,4 +1,4 @@
-"""Replicas that sleep: their weights lie in the host's memory.
+"""Sleeping replicas: their weights are in host memory.
 
 Whoever else may have their devices meanwhile.
 
@@ -20,7 +20,7 @@ from tidemill.tides.state import Phase, ReplicaView, StopReplica
 
 
 class Sleepers:
-    """Those that sleep, by model, and which of them this plan wakes."""
+    """The sleeping replicas by model, and those that this plan wakes."""
 
     def __init__(self, builder: PlanBuilder) -> None:
         self._builder = builder
@@ -31,7 +31,7 @@ class Sleepers:
         self._woken: set[str] = set()
 
     def place(self, request: PlacementRequest, model: str) -> Placement | None:
-        """Devices for a replica of the model.
+        """Find devices for a replica of the model.
 
         Free ones, else such as are coming, else of somebody who is preempted, the least important first; each time a
         sleeper's own rather than others.
@@ -56,7 +56,7 @@ class Sleepers:
                 yield msgspec.structs.replace(request, may_preempt=partial(_up_to, most, may_preempt))
 
     def on(self, model: str, devices: tuple[str, ...]) -> str | None:
-        """The sleeper of the model whose devices these are; it is woken with that."""
+        """Wake the model's sleeping replica on these devices, and return it."""
         for each in self._by_model[model]:
             if each.id not in self._woken and set(each.devices) == set(devices):
                 self._woken.add(each.id)
@@ -64,7 +64,7 @@ class Sleepers:
         return None
 
     def settle(self) -> None:
-        """At the end of a plan: who is preempted may sleep rather than end, as many of a model as it says.
+        """Turn stops of preempted replicas into sleep, up to each model's number, at the end of a plan.
 
         And sleepers that cannot be woken any more end.
         """
@@ -99,7 +99,7 @@ class Sleepers:
             builder.stop_replicas[index] = msgspec.structs.replace(stop, sleep=True)
 
     def at(self, device: str) -> list[str]:
-        """Who sleeps at a device."""
+        """The replicas that sleep on a device."""
         return [
             each.id
             for sleepers in self._by_model.values()

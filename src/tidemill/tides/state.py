@@ -1,4 +1,4 @@
-"""What the tide sees: devices, models, replicas and work, at one moment.
+"""The planner's input: devices, models, replicas and work at one moment; and its output.
 
 Plain values, from the live fleet or a simulated one; instants are seconds of any clock that all of a snapshot shares
 (live: Unix time).
@@ -76,7 +76,7 @@ class ReplicaView(msgspec.Struct, frozen=True):
 
 
 class Demand(msgspec.Struct, frozen=True):
-    """Interactive work that is expected, in tokens of prefill a second.
+    """Expected interactive work, in tokens of prefill per second.
 
     Over the time that a new replica needs to get ready and the interval after it.
     """
@@ -87,7 +87,7 @@ class Demand(msgspec.Struct, frozen=True):
 
 
 class ModelView(msgspec.Struct, frozen=True, kw_only=True):
-    """A model that is served, and what it needs."""
+    """A served model, and its needs."""
 
     name: str
     devices: int = 1
@@ -136,7 +136,7 @@ class JobPhase(StrEnum):
 
 
 class JobView(msgspec.Struct, frozen=True, kw_only=True):
-    """A job that wants devices, or has them."""
+    """A job that waits for devices or has them."""
 
     id: str
     tenant: str
@@ -192,7 +192,7 @@ class ReservationView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BacklogView(msgspec.Struct, frozen=True, kw_only=True):
-    """Batches of one model that are not done, most urgent first.
+    """Unfinished batches of one model, most urgent first.
 
     Each part is (work left in tokens of prefill, deadline).
     """
@@ -202,7 +202,7 @@ class BacklogView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DevicePromise(msgspec.Struct, frozen=True):
-    """A device that is kept for a piece of work until all that it needs has come together."""
+    """A device kept for a piece of work until all its devices are free."""
 
     device: str
     work: str
@@ -210,7 +210,7 @@ class DevicePromise(msgspec.Struct, frozen=True):
 
 
 class FleetSnapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that a plan is made from."""
+    """The input of a plan."""
 
     now: float
     devices: tuple[DeviceView, ...]
@@ -237,7 +237,7 @@ class StartReplica(msgspec.Struct, frozen=True):
 
 
 class StopReplica(msgspec.Struct, frozen=True):
-    """Drain it, then end it."""
+    """Drain a replica, then stop it."""
 
     replica: str
     why: str
@@ -260,7 +260,7 @@ class StartJob(msgspec.Struct, frozen=True):
 
 
 class PreemptJob(msgspec.Struct, frozen=True):
-    """Let it checkpoint within its grace time, then end and requeue it."""
+    """Let a job checkpoint within its grace time, then stop and requeue it."""
 
     job: str
     why: str
@@ -276,7 +276,7 @@ class AssignReservation(msgspec.Struct, frozen=True):
 
 
 class DeviceNote(msgspec.Struct, frozen=True):
-    """What a device does, until when, and why."""
+    """A note about a device: what it does, until when, and why."""
 
     device: str
     holder: str
@@ -287,7 +287,7 @@ class DeviceNote(msgspec.Struct, frozen=True):
 
 
 class WaitNote(msgspec.Struct, frozen=True):
-    """What a piece of work waits for."""
+    """A note about waiting work: what it waits for."""
 
     work: str
     """`job ID`, `model NAME`, `batches of NAME`, `reservation ID`."""
@@ -295,7 +295,7 @@ class WaitNote(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What to do now, and the reasons. Empty tuples: nothing."""
+    """The actions to take now, and the reasons. Empty tuples: nothing."""
 
     start_replicas: tuple[StartReplica, ...] = ()
     stop_replicas: tuple[StopReplica, ...] = ()

@@ -1,4 +1,4 @@
-"""Admission: what a request takes of its tenant's limits, money and turn, before work starts.
+"""Admission: a request's rate limits, holds and queue slot, taken before work starts.
 
 All of it or nothing.
 
@@ -27,7 +27,7 @@ DO_NOT_RETRY = b"x-should-retry: false\r\n"
 
 
 class Admitted(msgspec.Struct):
-    """All that a request has taken. It is to be settled or cancelled, once."""
+    """Everything that an admitted request holds. Call `settle` or `cancel` on it, once."""
 
     hold: Hold
     started_us: int
@@ -36,7 +36,7 @@ class Admitted(msgspec.Struct):
     place: QueueSlot | None = None
 
     def settle(self, leasing: BalanceLeases, charge: int, used_tokens: int) -> None:
-        """The request has ended: it costs so much, and used so many tokens."""
+        """Settle an ended request with its cost and its tokens."""
         leasing.settle_all(self.hold.purses, self.hold.amount, charge)
         if self.stay is not None:
             self.stay.leave(used_tokens)
@@ -44,7 +44,7 @@ class Admitted(msgspec.Struct):
             self.place.leave(used_tokens)
 
     def cancel(self, leasing: BalanceLeases) -> None:
-        """The request is not worked on after all."""
+        """Release everything of a request that does not run after all."""
         leasing.settle_all(self.hold.purses, self.hold.amount, 0)
         if self.stay is not None:
             self.stay.cancel()
@@ -63,7 +63,7 @@ class Admission:
         self._queues = queues
 
     def admit_now(self, context: RequestContext) -> Admitted | None:
-        """Admit a request if all that it needs is at hand, else None. The hot path: nothing is waited for.
+        """Admit a request without waiting, or return None if it would have to wait. The hot path.
 
         Raises RateLimited for what can never be admitted.
         """
@@ -87,7 +87,7 @@ class Admission:
     def _take_now(
         self, admitted: Admitted, context: RequestContext, limits: BoundLimits | None, queue: ModelQueue | None
     ) -> bool:
-        """Take a place and permits beside the hold; False when one of them would have to be waited for."""
+        """Take a slot and permits beside the hold; False if it would have to wait for one of them."""
         if queue is not None:
             admitted.place = queue.enter_now(*_turn(context))
             if admitted.place is None:
@@ -101,7 +101,7 @@ class Admission:
         return True
 
     async def admit(self, context: RequestContext, count_prompt: CountPrompt) -> Admitted | None:
-        """Admit a request, waiting for what it needs; None when its client has left meanwhile.
+        """Admit a request, waiting for what it needs; None if its client leaves meanwhile.
 
         Raises RateLimited, BudgetExhausted, InsufficientQuota or QueueFull when there is no more of something, and
         Unavailable when the store does not answer.
@@ -128,7 +128,7 @@ class Admission:
         return admitted
 
     async def admit_count(self, exchange: Exchange, request: ModelRequest, principal: Principal) -> None:
-        """Let a request pass that only counts tokens: it takes a permit of each limit on requests per minute.
+        """Admit a request that only counts tokens: it takes a permit of each limit on requests per minute.
 
         Raises RateLimited when there is no more, Unavailable when the store does not answer.
         """
@@ -140,7 +140,7 @@ class Admission:
         return self._limits.plan(context.principal, context.request.model) if self._limits is not None else None
 
     def _queue(self, context: RequestContext) -> ModelQueue | None:
-        """Where the request may have to wait.
+        """The queue that the request may have to wait in; None if there is none.
 
         A line that goes to a replica lent to batches takes nobody's place.
         """
@@ -187,7 +187,7 @@ class Admission:
 
 
 def _turn(context: RequestContext) -> tuple[str, int, int, Priority]:
-    """What the queue has to know of a request.
+    """The request's priority, tenant and estimated work, for the queue.
 
     Whose it is, with what weight, how much work, of which class.
     """

@@ -1,4 +1,4 @@
-"""Waiting for a model that is full: interactive requests before batch ones, and tenants in turn.
+"""The queue of a full model: interactive requests before batch ones, fair between tenants.
 
 A model works on `max_concurrent` requests at a time, shared evenly among the gateway processes. What comes beyond
 waits here, where it has an order, and not in the engine, which takes first whoever came first. While several tenants
@@ -30,7 +30,7 @@ _MAX_RETRY_AFTER_S = 60
 
 
 class Priority(IntEnum):
-    """The class of a request; the lower goes first."""
+    """The class of a request; lower values go first."""
 
     INTERACTIVE = 0
     BATCH = 1
@@ -48,7 +48,7 @@ def priority_of(request: ModelRequest, principal: Principal) -> Priority:
 
 
 class QueueSlot:
-    """A request's place at a model, until it `leave`s."""
+    """A request's concurrency slot at a model, held until `leave`."""
 
     __slots__ = ("_queue", "began", "priority", "tenant", "weight", "work")
 
@@ -61,7 +61,7 @@ class QueueSlot:
         self.began = 0.0
 
     def leave(self, used_tokens: int) -> None:
-        """The request has ended, and was so much work."""
+        """Free the slot of an ended request, with the work that it took."""
         self._queue.left(self, used_tokens)
 
 
@@ -74,7 +74,7 @@ class _Waiter:
 
 
 class ModelQueue:
-    """The places and the queue of one model in one gateway process."""
+    """The concurrency slots and the queue of one model in one gateway process."""
 
     def __init__(self, model: str, clock: Callable[[], float]) -> None:
         self._model = model
@@ -92,7 +92,7 @@ class ModelQueue:
         self._service_s = 0.0
 
     def enter_now(self, tenant: str, weight: int, work: int, priority: Priority) -> QueueSlot | None:
-        """A place if one is free for this tenant. The hot path."""
+        """A slot if one is free for this tenant, else None. The hot path."""
         if (tenant, priority) != self._last_seen:
             if self._last_seen[0]:
                 self._crowded_until = self._clock() + CROWDED_S
@@ -108,7 +108,7 @@ class ModelQueue:
     async def enter(
         self, exchange: Exchange, tenant: str, weight: int, work: int, priority: Priority
     ) -> QueueSlot | None:
-        """Wait for a place; None when the client leaves meanwhile.
+        """Wait for a slot; None if the client leaves meanwhile.
 
         Raises QueueFull when too many wait, also later on when others have a better right to wait, and WaitedTooLong.
         """
@@ -139,7 +139,7 @@ class ModelQueue:
         return waiter.place
 
     def left(self, place: QueueSlot, used_tokens: int) -> None:
-        """A request has ended: correct its tenant's share by what it really was, and let the next one in."""
+        """Account for an ended request: correct its tenant's share by its actual work, and admit the next."""
         self.running -= 1
         rest = self._running_of[place.tenant] - 1
         if rest:
@@ -153,18 +153,18 @@ class ModelQueue:
             self._dispatch()
 
     def resize(self, capacity: int, max_queued: int, max_wait_s: float) -> None:
-        """Take over other bounds."""
+        """Change the bounds."""
         self.capacity, self.max_queued, self.max_wait_s = capacity, max_queued, max_wait_s
         self._dispatch()
 
     @property
     def people_waiting(self) -> int:
-        """Interactive requests that wait."""
+        """Number of interactive requests in the queue."""
         return sum(map(len, self._waiting[Priority.INTERACTIVE].values()))
 
     @property
     def retry_after_s(self) -> int:
-        """When it may be worth a try again: once those that wait have had their turns."""
+        """Seconds until a retry may succeed: the time to work off the queue."""
         return min(max(ceil(self.queued * self._service_s / self.capacity), 1), _MAX_RETRY_AFTER_S)
 
     def _has_room(self, tenant: str, priority: Priority) -> bool:
@@ -183,7 +183,7 @@ class ModelQueue:
         self._clocks[place.priority].serve(place.tenant, place.work, place.weight)
 
     def _dispatch(self) -> None:
-        """Let in whoever may come in, in order."""
+        """Admit queued requests in order, as far as slots are free."""
         while self.queued and self.running < self.capacity:
             waiter = self._next()
             if waiter is None:
@@ -225,7 +225,7 @@ class ModelQueue:
             waiter.future.set_exception(error)
 
     def _make_room(self, tenant: str, weight: int, priority: Priority) -> None:
-        """Let a request wait, if need be in the place of another. Raises QueueFull.
+        """Enqueue a request, if need be in place of another. Raises QueueFull.
 
         Who gives way is the newest request of the tenant that has the most waiting for its weight, of the lowest
         class; so a flood fills the queue only as far as nobody else wants to wait.
@@ -264,7 +264,7 @@ class FairQueues:
         self._by_model: dict[str, ModelQueue] = {}
 
     def update(self, specs: list[ModelSpec]) -> None:
-        """Take over what the supervisor announces."""
+        """Apply the supervisor's announcement."""
         known, self._by_model = self._by_model, {}
         for spec in specs:
             if spec.max_concurrent is not None:
@@ -277,13 +277,13 @@ class FairQueues:
         return max(whole // self._processes + (self._index < whole % self._processes), 1)
 
     def queued(self) -> dict[str, int]:
-        """Requests of all classes that wait, by model, where any do."""
+        """Queued requests of all classes, by model; models without any are left out."""
         return {name: queue.queued for name, queue in self._by_model.items() if queue.queued}
 
     def people_waiting(self) -> dict[str, int]:
-        """Interactive requests that wait, by model, where any do."""
+        """Queued interactive requests, by model; models without any are left out."""
         return {name: queue.people_waiting for name, queue in self._by_model.items() if queue.queued}
 
     def of(self, model: str) -> ModelQueue | None:
-        """The queue of a model; None when it takes as many requests as come."""
+        """The queue of a model; None if the model has no concurrency bound."""
         return self._by_model.get(model)

@@ -1,11 +1,11 @@
-"""Holds: the most that a request can cost is set aside before it runs.
+"""Holds: the maximum cost of a request is held before it runs.
 
-It is held in every purse that it is paid from, or in none.
+It is held in every wallet that pays for the request, or in none.
 
-A purse is the tenant's balance, or a budget. The prompt is bounded by its bytes, as a token has at least one. Only when
-a purse does not cover that bound is the engine asked to count the prompt exactly. What remains in a purse may still be
-used by one request at a time that asks for more than it pays for: its answer is limited to what the purse covers, and
-a stream that reaches the limit ends with an error event. Written down for tenants in docs/policies.md.
+A wallet is the tenant's balance, or a budget. The prompt is bounded by its bytes, as a token has at least one. The
+engine counts the prompt exactly only if a wallet does not cover that bound. If a wallet can't cover the maximum cost,
+one request at a time may run, capped at what it covers; a stream that reaches the cap ends with an error event. Written
+down for tenants in docs/policies.md.
 """
 
 from collections.abc import Awaitable, Callable
@@ -40,11 +40,11 @@ class Hold(msgspec.Struct, frozen=True, gc=False):
     purses: tuple[PurseId, ...]
     """What it is held in: the balance, and the budgets that bind the request."""
     scarce: PurseId | None = None
-    """The purse that cuts it short."""
+    """The wallet that limits the answer."""
 
 
 def output_bound(request: ModelRequest, route: ModelRoute) -> int:
-    """The most tokens that each choice can have: the client's limit or the model's, within the context."""
+    """The maximum tokens of each choice: the client's limit or the model's, within the context."""
     if not request.ask.generates:
         return 0
     asked = request.ask.max_tokens or route.spec.max_output_tokens
@@ -52,7 +52,7 @@ def output_bound(request: ModelRequest, route: ModelRoute) -> int:
 
 
 def prompt_bound(request: ModelRequest, route: ModelRoute) -> int:
-    """The most tokens that the prompt, or all prompts together, can have."""
+    """The maximum tokens of the prompt, or of all prompts together."""
     bound = request.body_bytes + TEMPLATE_TOKENS + route.engine.unseen_tokens(request.ask)
     return min(bound, route.spec.context * request.ask.prompts) if route.spec.context else bound
 
@@ -60,7 +60,7 @@ def prompt_bound(request: ModelRequest, route: ModelRoute) -> int:
 def hold_now(
     request: ModelRequest, route: ModelRoute, price: PricePoint, leasing: BalanceLeases, purses: tuple[PurseId, ...]
 ) -> Hold | None:
-    """Hold the bound from what this process has leased; None when that is not enough. The hot path."""
+    """Hold the maximum cost from this process's leases; None if they don't cover it. The hot path."""
     cap = output_bound(request, route)
     amount = hold_for(
         price.price,
@@ -74,7 +74,7 @@ def hold_now(
 
 
 class PurseTooSmall(Exception):
-    """A purse does not cover what a request may cost."""
+    """A wallet does not cover the maximum cost of a request."""
 
     def __init__(self, purse: PurseId, needed: int, available: int, prompt: int, output: int) -> None:
         super().__init__(purse)
@@ -93,7 +93,7 @@ async def hold_scarce(
     purses: tuple[PurseId, ...],
     count_prompt: CountPrompt,
 ) -> Hold:
-    """Hold what a request needs from purses that are nearly used up.
+    """Hold what a request needs from wallets that are nearly empty.
 
     Or that are not leased to this process yet.
 
@@ -143,7 +143,7 @@ def insufficient(principal: Principal, lack: PurseTooSmall) -> InsufficientQuota
 
 
 def mid_stream_stop(hold: Hold) -> TidemillError:
-    """The last event of a stream that has used the balance, or a budget, up."""
+    """The error for the end of a stream that has used up the balance or a budget."""
     if isinstance(hold.scarce, BudgetPeriod):
         return BudgetExhausted(
             "Your budget is used up; the answer was stopped here.",

@@ -1,4 +1,4 @@
-"""This process's shares of the limits.
+"""This process's leases of the limits.
 
 Renewed in the background, so that a request seldom waits for the store.
 
@@ -35,7 +35,7 @@ ROUND_LIMITS = 256
 
 
 class _Held:
-    """What a process knows of a limit, and of those who wait for it. Times are of this process's clock."""
+    """The state of a limit and of its waiters in one process. Times are of this process's clock."""
 
     __slots__ = (
         "denied_least",
@@ -103,11 +103,11 @@ class RateLease(_Held):
         return self.share.runs_low(BEAT_S)
 
     def stale(self, second: int) -> bool:
-        """There is something to report, or perhaps to give back."""
+        """True if there is something to report, or perhaps to give back."""
         return self.share.dirty or self.share.held > 0
 
     def remaining(self, second: int) -> int:
-        """What is left of the limit, as far as this process knows."""
+        """The permits left of the limit, as far as this process knows."""
         return self.share.at_hand(second) + self.free
 
 
@@ -137,7 +137,7 @@ class SlotLease(_Held):
         return False
 
     def stale(self, second: int) -> bool:
-        """There is something to report, or to give back, or the lease must be renewed."""
+        """True if there is something to report or to give back, or the lease must be renewed."""
         share = self.share
         return share.dirty or share.leased > share.used or (share.leased > 0 and share.valid < second + LEASE_S // 2)
 
@@ -146,7 +146,7 @@ Share = RateLease | SlotLease
 
 
 class LimitLeases:
-    """All shares of one gateway process. All methods run on the event loop."""
+    """All leases of limits of one gateway process. All methods run on the event loop."""
 
     def __init__(
         self,
@@ -175,7 +175,7 @@ class LimitLeases:
         self.rounds = 0
 
     def rate(self, limit: Limit) -> RateLease:
-        """This process's share of a limit per minute; empty at first."""
+        """This process's lease of a limit per minute; empty at first."""
         rate = self._rates.get(limit.limit_id)
         if rate is None:
             rate = self._rates[limit.limit_id] = RateLease(limit)
@@ -191,11 +191,11 @@ class LimitLeases:
         return slots
 
     def second(self) -> int:
-        """The second that it is at the store, or the next."""
+        """The store's current second, or the next one."""
         return int(self.clock() + self._skew)
 
     def refresh(self, known: Collection[str]) -> None:
-        """Limits have changed: forget refusals, and the shares of limits that are no longer `known`."""
+        """After a change of limits: forget refusals, and the leases of limits that are not `known`."""
         for shares in (self._rates, self._slots):
             for limit_id in [each for each in shares if each not in known]:
                 del shares[limit_id]
@@ -203,12 +203,12 @@ class LimitLeases:
             share.denied_until = share.dry_until = 0.0
 
     def nudge(self, share: Share) -> None:
-        """Have a share renewed in the background, unless the store has just had no more."""
+        """Renew a lease in the background, unless the store has just had no more to give."""
         if self.clock() >= share.dry_until:
             self._ask(share)
 
     async def renew(self, wanted: Collection[tuple[Share, int]]) -> None:
-        """Have shares renewed for a request that waits for these amounts. Raises Unavailable."""
+        """Renew leases for a request that waits for these amounts. Raises Unavailable."""
         for share, amount in wanted:
             share.waiting.append(amount)
         try:
@@ -229,7 +229,7 @@ class LimitLeases:
             )
 
     async def beat(self) -> None:
-        """Once a second: report what has changed, and give back what is not needed."""
+        """Report changes to the store and give back unused permits. Call it once a second."""
         for share in self._all():
             if share.stale(self.second()):
                 self._ask(share)
@@ -237,7 +237,7 @@ class LimitLeases:
             await asyncio.wait([self._task], timeout=self._patience_s)
 
     async def give_back(self) -> None:
-        """At the end of this process: keep no permits.
+        """Give all permits back, at the end of the process.
 
         What was spent goes on counting; slots are freed by whoever closes the process's log (`meter.loader`).
         """
@@ -248,7 +248,7 @@ class LimitLeases:
         return [*self._rates.values(), *self._slots.values()]
 
     def _ask(self, share: Share) -> "asyncio.Future[Unavailable | None]":
-        """Have a share in the next round; gives that round's end, with the failure if it failed."""
+        """Renew a lease in the next round; returns a future of that round's end, with its failure if any."""
         self._due[share] = None
         if self._next is None:
             self._next = asyncio.get_running_loop().create_future()
@@ -314,7 +314,7 @@ def exchange_in(
     slots: dict[str, SlotReport],
     clock: Callable[[], float],
 ) -> tuple[LimitReply, float]:
-    """Report to the store; gives its answers, and its clock less ours, rather more than less. Blocking."""
+    """Report to the store; returns its answers, and its clock less ours (an upper bound). Blocking."""
     before = clock()
     with store.write() as connection:
         answers = exchange(connection, worker_id, rates, slots)

@@ -26,7 +26,7 @@ def counted(ask: Ask, price: Price) -> dict[Component, int]:
 
 
 def bound(ask: Ask, price: Price) -> Mapping[Component, int]:
-    """The most of each further component that a request can be billed for."""
+    """The maximum of each further component that a request can be billed for."""
     if not ask.documents and Component.REQUEST not in price.rates:
         return NOTHING
     return counted(ask, price) | ({Component.SEARCH: ask.searches_bound} if ask.documents else {})

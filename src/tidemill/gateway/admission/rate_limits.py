@@ -1,4 +1,4 @@
-"""A tenant's limits at the door of a model.
+"""Rate limits and budgets, checked when a request is admitted.
 
 What a request takes of them, and what it is told when there is no more.
 
@@ -42,7 +42,7 @@ RECALL_EVERY_S = 0.2
 
 
 class BudgetLimit:
-    """A budget, with its period of now."""
+    """A budget, with its current period."""
 
     __slots__ = ("_period", "_until_us", "limit", "zone")
 
@@ -53,7 +53,7 @@ class BudgetLimit:
         self._until_us = 0
 
     def period(self, now_us: int) -> BudgetPeriod:
-        """The purse of the period that an instant (microseconds since 1970 UTC) falls in."""
+        """The wallet of the period that contains an instant (microseconds since 1970 UTC)."""
         period = self._period
         if period is None or not now_us < self._until_us:
             assert self.limit.per is not None
@@ -64,7 +64,7 @@ class BudgetLimit:
 
 
 class BoundLimits(msgspec.Struct, frozen=True):
-    """The limits that bind what one key asks of one model."""
+    """The limits that apply to one key's requests for one model."""
 
     principal: Principal
     requests: tuple[RateLease, ...]
@@ -78,7 +78,7 @@ class BoundLimits(msgspec.Struct, frozen=True):
         return min(rate.limit.amount for rate in self.tokens)
 
     def lacking(self, tokens: int, second: int) -> list[tuple[Share, int]]:
-        """What a request needs and is not at hand, with the amounts."""
+        """The limits that lack permits for a request, with the amounts needed."""
         missing: list[tuple[Share, int]] = [(rate, 1) for rate in self.requests if rate.share.at_hand(second) < 1]
         missing += [(rate, tokens) for rate in self.tokens if rate.share.at_hand(second) < tokens]
         missing += [(slots, 1) for slots in self.slots if slots.share.at_hand(second) < 1]
@@ -86,7 +86,7 @@ class BoundLimits(msgspec.Struct, frozen=True):
 
 
 class LimitReservation:
-    """What an admitted request has of its tenant's limits. `leave` or `cancel` it, once."""
+    """The permits of an admitted request. Call `leave` or `cancel` on it, once."""
 
     __slots__ = ("_plan", "_second", "_shares", "tokens")
 
@@ -108,7 +108,7 @@ class LimitReservation:
             slots.share.take(second)
 
     def leave(self, used_tokens: int) -> None:
-        """The request has ended, and has used so many tokens: these count from here on, not the estimate."""
+        """Release an ended request; its actual tokens replace the estimate."""
         for slots in self._plan.slots:
             slots.share.leave()
         for rate in self._plan.tokens:
@@ -119,7 +119,7 @@ class LimitReservation:
                 rate.share.overrun(used_tokens - self.tokens, self._shares.second())
 
     def cancel(self) -> None:
-        """The request was not let in after all: it counts for nothing."""
+        """Undo the reservation of a request that was not admitted; it counts for nothing."""
         for rate in self._plan.requests:
             rate.share.refund(1, self._second)
         self.leave(0)
@@ -139,13 +139,13 @@ class RateLimits:
         self._warned: frozenset[tuple[str, str]] = frozenset()
 
     def update(self, snapshot: AccessSnapshot) -> None:
-        """Take over the limits of a new snapshot."""
+        """Replace the limits by those of a new snapshot."""
         self._plans.clear()
         self._warned = snapshot.warned
         self.shares.refresh(snapshot.limit_ids)
 
     def plan(self, principal: Principal, model: str) -> BoundLimits | None:
-        """The limits that bind this request; None when none does.
+        """The limits that apply to this request; None if there are none.
 
         The lines of batches are bound by budgets only.
         """
@@ -169,13 +169,13 @@ class RateLimits:
         )
 
     def purses(self, plan: BoundLimits | None, principal: Principal, now_us: int) -> tuple[PurseId, ...]:
-        """What a request is paid from: the balance, and the budgets' periods of this instant."""
+        """The wallets that a request is paid from: the balance, and the budgets' current periods."""
         if plan is None or not plan.budgets:
             return (principal.tenant_id,)
         return (principal.tenant_id, *(budget.period(now_us) for budget in plan.budgets))
 
     def enter_now(self, plan: BoundLimits, request: ModelRequest, body: bytes) -> LimitReservation | None:
-        """Take what the request needs if all of it is at hand.
+        """Take all permits that the request needs without waiting; None if one is lacking.
 
         The hot path. Raises RateLimited when it never fits.
         """
@@ -193,7 +193,7 @@ class RateLimits:
         return LimitReservation(self.shares, plan, tokens, second)
 
     def plan_of_count(self, principal: Principal, model: str) -> BoundLimits | None:
-        """What binds a request that only counts.
+        """The limits that apply to a request that only counts tokens.
 
         Limits on requests per minute, the same as those of its messages.
         """
@@ -203,7 +203,7 @@ class RateLimits:
         return BoundLimits(principal, plan.requests, (), (), ())
 
     async def enter(self, plan: BoundLimits, request: ModelRequest, body: bytes) -> LimitReservation:
-        """The same, asking the store for what is missing.
+        """Take all permits that the request needs, asking the store for missing ones.
 
         Raises RateLimited when there is no more, Unavailable when the store does not answer.
         """
@@ -224,7 +224,7 @@ class RateLimits:
         return LimitReservation(shares, plan, tokens, second)
 
     async def _wait_for_others(self, plan: BoundLimits, denied: list[tuple[Share, int]], waited_s: float) -> None:
-        """Wait a moment if other processes hold enough that they may not use. Raises RateLimited if not."""
+        """Wait a moment if other processes hold enough unused permits. Raises RateLimited if not."""
         for share, amount in denied:
             if waited_s > RECALL_S or share.elsewhere < share.patient + amount:
                 raise self._denial(plan, share, amount)
@@ -237,7 +237,7 @@ class RateLimits:
                 share.patient -= amount
 
     def headers(self, plan: BoundLimits, dialect: Dialect = OPENAI) -> bytes:
-        """Header lines of limits, for every answer.
+        """The rate limit headers of an answer, as bytes.
 
         They are the tightest limits, as the API's clients read them, and the warnings of soft budgets.
         """
@@ -277,7 +277,7 @@ class RateLimits:
         return "".join(lines).encode("ascii", "replace")
 
     def _tokens(self, plan: BoundLimits, request: ModelRequest, body: bytes) -> int:
-        """The tokens to take of the limits on tokens per minute.
+        """The number of tokens to take from the limits on tokens per minute.
 
         Raises RateLimited for a prompt that never fits.
         """
@@ -308,7 +308,7 @@ class RateLimits:
 
 
 def estimate(request: ModelRequest, body: bytes) -> tuple[int, int]:
-    """How many tokens a request may be taken for before it is known: (prompt, answer)."""
+    """The estimated tokens of a request, before they are known: (prompt, answer)."""
     size = request.body_bytes
     prompt = size // BYTES_PER_TOKEN
     if len(body) > FILE_BYTES and (files := body.count(FILE_MARK)):
@@ -319,7 +319,7 @@ def estimate(request: ModelRequest, body: bytes) -> tuple[int, int]:
 
 
 def _tightest(what: bytes, rates: tuple[RateLease, ...], second: int) -> LimitState:
-    """The rate with the least left."""
+    """The limit with the least left."""
     tightest = min(rates, key=lambda rate: rate.remaining(second)) if len(rates) > 1 else rates[0]
     reset_s = max(tightest.share.last_used + RATE_WINDOW_S + 1 - second, 0)
     return LimitState(what, tightest.limit.amount, tightest.remaining(second), reset_s)

@@ -1,1 +1,1 @@
-"""From an API key to who is asking. The only package that reads the Authorization header."""
+"""API keys to principals. The only package that reads the Authorization header."""

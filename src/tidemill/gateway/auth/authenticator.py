@@ -1,4 +1,4 @@
-"""From an API key to who is asking: one dictionary look-up in a snapshot of the store."""
+"""API keys to principals: one dictionary look-up in a snapshot of the store."""
 
 import asyncio
 import time
@@ -24,7 +24,7 @@ ASK_EVERY_S = 0.2
 
 
 class Authenticator:
-    """Knows keys, tenants and prices as of a snapshot that is renewed in the background.
+    """Authenticates keys against a snapshot of the store that is refreshed in the background.
 
     While the store does not answer, the last snapshot stays in force: valid keys go on being valid.
     """
@@ -51,7 +51,7 @@ class Authenticator:
         """Called with each new snapshot."""
 
     def admit(self, exchange: Exchange) -> Principal | None:
-        """Who is asking; None for a key that is not in the snapshot.
+        """The principal of a request's key; None for a key that is not in the snapshot.
 
         Raises InvalidKey when there is none at all or it has expired, NotAllowed when it may not be used from there.
         """
@@ -70,7 +70,7 @@ class Authenticator:
         return principal
 
     async def authenticate(self, exchange: Exchange) -> Principal:
-        """Who is asking; the store is asked for a key that is not in the snapshot.
+        """The principal of a request's key; refreshes the snapshot for an unknown key.
 
         Raises InvalidKey, NotAllowed, or Unavailable when the store does not answer.
         """
@@ -98,7 +98,7 @@ class Authenticator:
         return principal
 
     def price(self, model: str, principal: Principal) -> PricePoint:
-        """The price in force for a tenant.
+        """The price of a model in force for a tenant.
 
         Raises BadRequest when the model is not sold in its currency, NotAllowed when it is not for this key.
         """
@@ -116,7 +116,7 @@ class Authenticator:
         return point
 
     async def renew(self) -> None:
-        """Take over what the store holds now, if it has changed; one read at a time."""
+        """Refresh the snapshot from the store, if the store has changed; one read at a time."""
         if self._renewing is not None:
             await asyncio.shield(self._renewing)  # it may have looked a moment before now
         await asyncio.shield(self._renewing or self._start_renewal())

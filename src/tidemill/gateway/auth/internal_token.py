@@ -1,4 +1,4 @@
-"""The platform's own credentials, by which lines of batches come in.
+"""The platform's internal token, which authenticates lines of batches.
 
 They come as any other request does, in their tenant's name.
 
@@ -27,13 +27,13 @@ _REQUEST_ID = re.compile(r"batch_[a-z0-9]{1,24}_[0-9]{1,9}")
 
 
 class InvalidInternalToken(InvalidKey):
-    """The token is not that of this platform's start."""
+    """The token is not the one of this run of the platform."""
 
     code = "invalid_internal_key"
 
 
 class InternalAuth:
-    """Admits the platform's own processes. Without a token it admits nobody."""
+    """Authenticates the platform's own processes. Without a token it rejects all."""
 
     def __init__(self, token: str = "") -> None:
         self._digest = hashlib.sha256(token.encode()).digest() if token else b""
@@ -42,7 +42,7 @@ class InternalAuth:
         self._by_tenant: dict[str, Principal] = {}
 
     def admit(self, exchange: Exchange, secret: bytes, snapshot: AccessSnapshot) -> Principal | None:
-        """In whose name the request comes; None when that tenant has no key in the snapshot.
+        """The principal that the request names; None if its tenant has no key in the snapshot.
 
         Gives the exchange the request's id. Raises NotOurs.
         """

@@ -1,4 +1,4 @@
-"""What a key is bound to: until when, from where, and to which models it may be used."""
+"""A key's policy: its expiry, the allowed networks and the allowed models."""
 
 import time
 from collections.abc import Collection
@@ -29,7 +29,7 @@ class KeyRules(msgspec.Struct, frozen=True):
     """Empty: from anywhere."""
 
     def check(self, exchange: Exchange, proxies: Collection[Network]) -> None:
-        """Raise InvalidKey for a key that has expired, NotAllowed for an address that is not the key's."""
+        """Raise InvalidKey for an expired key, NotAllowed for an address outside the key's networks."""
         if self.expires_at is not None and time.time() >= self.expires_at:
             when = datetime.fromtimestamp(self.expires_at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
             raise InvalidKey(f"This API key expired at {when}.", hint="Ask your operator for a new one.")
@@ -42,7 +42,7 @@ class KeyRules(msgspec.Struct, frozen=True):
                 )
 
     def check_model(self, model: str) -> None:
-        """Raise NotAllowed for a model that is not the key's."""
+        """Raise NotAllowed for a model that the key may not use."""
         if self.models and model not in self.models:
             allowed = ", ".join(sorted(self.models))
             raise NotAllowed(
@@ -51,7 +51,7 @@ class KeyRules(msgspec.Struct, frozen=True):
 
 
 def rules_of(policy: KeyPolicy) -> KeyRules | None:
-    """The rules of a policy; None for one that allows everything."""
+    """The parsed rules of a policy; None for one that allows everything."""
     if policy == ANYTHING:
         return None
     return KeyRules(
@@ -63,12 +63,12 @@ def rules_of(policy: KeyPolicy) -> KeyRules | None:
 
 @lru_cache(maxsize=1024)
 def networks_of(texts: tuple[str, ...]) -> tuple[Network, ...]:
-    """Networks in CIDR notation."""
+    """Parse networks in CIDR notation."""
     return tuple(ip_network(text) for text in texts)
 
 
 def within(address: IPv4Address | IPv6Address, networks: Collection[Network]) -> bool:
-    """Whether one of the networks has this address."""
+    """True if one of the networks contains this address."""
     return any(address in network for network in networks)
 
 

@@ -1,4 +1,4 @@
-"""What a gateway process knows by heart: keys, tenants and prices, as of one revision of the store."""
+"""A snapshot of keys, tenants and prices at one revision of the store."""
 
 import hashlib
 import time
@@ -22,7 +22,7 @@ from tidemill.store.tables import tenants as tables
 
 
 class Principal(msgspec.Struct, frozen=True):
-    """Who a key belongs to."""
+    """The tenant and the rights of a key."""
 
     tenant_id: str
     key_id: str
@@ -66,12 +66,12 @@ EMPTY = AccessSnapshot(-1, {}, {})
 
 
 def key_digest(secret: bytes) -> bytes:
-    """What `AccessSnapshot.keys` is keyed by."""
+    """The digest of a key, which is the key of `AccessSnapshot.keys`."""
     return hashlib.sha256(secret).digest()
 
 
 def read_snapshot(store: Store, known_revision: int = -1) -> AccessSnapshot | None:
-    """Read the store's current state; None when it still has the revision that is known. Blocking."""
+    """Read a snapshot from the store; None if its revision is the known one. Blocking."""
     with store.read() as connection:
         revision = current_revision(connection)
         if revision == known_revision:

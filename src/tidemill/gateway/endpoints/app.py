@@ -1,4 +1,4 @@
-"""The data plane's routes, and what every answer has in common."""
+"""The data plane's application: its routes, and the rendering of errors."""
 
 import secrets
 from collections.abc import Awaitable, Coroutine, Mapping
@@ -118,7 +118,7 @@ class GatewayApp:
         return None if rest is None else self._guard(exchange, rest)
 
     def lets_in(self, exchange: Exchange) -> bool:
-        """Whether it is known, by its head alone, that the body of this exchange is wanted."""
+        """True if the headers alone justify reading the body."""
         try:
             return self._route_of(exchange) in _KEYLESS or self._authenticator.admit(exchange) is not None
         except TidemillError:
@@ -141,7 +141,7 @@ class GatewayApp:
         return handler.begin(exchange, self._guard) if isinstance(handler, ModelEndpoint) else handler(exchange)
 
     async def _take(self, exchange: Exchange, route: tuple[bytes, bytes]) -> None:
-        """Take the body of one who is not known by its head alone, if it is wanted."""
+        """Authenticate an exchange whose headers did not justify reading the body, then read it."""
         assert exchange.incoming is not None
         if route not in _KEYLESS:
             await self._authenticator.authenticate(exchange)
@@ -156,7 +156,7 @@ class GatewayApp:
         await self._table[route](exchange)
 
     async def _guard(self, exchange: Exchange, rest: Awaitable[None]) -> None:
-        """Wait for the rest of an answer; what it raises is told to the client."""
+        """Wait for the rest of an answer; an exception is sent to the client as an error."""
         try:
             await rest
         except Exception as error:

@@ -1,4 +1,4 @@
-"""/v1/batches: the tenant's side of a batch. What works on it is `work.batches.runner`, a process of its own.
+"""/v1/batches: create, list and cancel batches. `work.batches.runner` runs them in its own process.
 
 Source: OpenAI API reference, "Batch".
 """

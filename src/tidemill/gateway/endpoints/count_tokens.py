@@ -1,4 +1,4 @@
-"""POST /v1/messages/count_tokens: how long a prompt is, without an answer. Nothing is billed.
+"""POST /v1/messages/count_tokens: the number of tokens of a prompt. Nothing is billed.
 
 Exact where the engine can count a chat (`Engine.count`), else an estimate; a header says which.
 """
@@ -24,7 +24,7 @@ ESTIMATED = JSON + b"x-token-count: estimate\r\n"
 
 
 class CountTokens:
-    """One counting endpoint of one gateway process."""
+    """The token counting endpoint of one gateway process."""
 
     def __init__(
         self,

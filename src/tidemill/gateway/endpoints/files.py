@@ -1,4 +1,4 @@
-"""/v1/files: uploads go to the disk as they come, downloads come from it as fast as the reader takes them.
+"""/v1/files: uploads are streamed to disk, downloads are streamed from it with back-pressure.
 
 Source: OpenAI API reference, "Files". Everything is a tenant's own: another's file does not exist.
 """
@@ -62,7 +62,7 @@ class FileEndpoints(TenantApi):
         self._rules = rules
         self._quota = FileQuota(rules.tenant_bytes, rules.tenant_files)
         self._uploading: dict[str, list[int]] = {}
-        """By tenant: the sizes of the uploads that are on their way."""
+        """By tenant: the sizes of running uploads."""
 
     @property
     def routes(self) -> Routes:
@@ -146,7 +146,7 @@ class FileEndpoints(TenantApi):
 
     @contextlib.contextmanager
     def _counted(self, tenant_id: str, size: int) -> Iterator[None]:
-        """Count an upload that is on its way."""
+        """Count a running upload."""
         sizes = self._uploading.setdefault(tenant_id, [])
         if len(sizes) >= UPLOADS_PER_TENANT:
             raise TooManyUploads(
@@ -162,7 +162,7 @@ class FileEndpoints(TenantApi):
                 del self._uploading[tenant_id]
 
     def _check_room(self, tenant_id: str, size: int) -> None:
-        """Refuse what would not fit, before it is sent. Raises QuotaExceeded, InsufficientStorage."""
+        """Refuse an upload that would not fit, before its body. Raises QuotaExceeded, InsufficientStorage."""
         underway = sum(sum(sizes) for sizes in list(self._uploading.values()))
         if self._blobs.free_bytes() < underway + self._rules.reserve_bytes:
             raise InsufficientStorage(
@@ -207,7 +207,7 @@ class FileEndpoints(TenantApi):
 
 
 def open_blobs(rules: FileRules) -> BlobStore:
-    """The blob store that the rules name, rid of what a killed process has left half-written."""
+    """Open the blob store that the rules name, and delete half-written files of a killed process."""
     blobs = BlobStore(Path(rules.directory))
     blobs.sweep_incoming()
     return blobs

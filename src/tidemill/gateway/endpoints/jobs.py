@@ -138,7 +138,7 @@ class JobEndpoints(TenantApi):
         self.answer(exchange, job_json(await self.in_thread(write)))
 
     async def _logs(self, exchange: Exchange) -> None:
-        """A part of a log, as it is; the header `x-next-cursor` leads to the next."""
+        """Answer with a part of a log as plain text; the header `x-next-cursor` leads to the next."""
         job = await self._find(exchange)
         query = query_of(exchange)
         attempt = _number(query, "attempt", job.attempts)
@@ -211,7 +211,7 @@ def job_json(job: Job) -> dict[str, object]:
 
 
 def _wish(body: bytes) -> Callable[[datetime], JobSubmission]:
-    """The wish in a body, once it is known what time it is. Raises BadRequest."""
+    """Parse the submission in a body; deadlines are relative to `now`. Raises BadRequest."""
     try:
         asked = _decode_create(body or b"{}")
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

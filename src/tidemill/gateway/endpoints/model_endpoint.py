@@ -1,5 +1,7 @@
-"""The way of a request: door, route, admission; then the engine (`gateway.proxy.fast_path`, `gateway.proxy.slow_path`).
-From the top."""
+"""Inference requests, in order: authenticate, route, admit, then proxy.
+
+The engine's part is in `gateway.proxy.fast_path` and `gateway.proxy.slow_path`.
+"""
 
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
@@ -31,7 +33,7 @@ COUNT_TIMEOUT_S = 10.0
 
 
 class ModelOperation(msgspec.Struct, frozen=True):
-    """An endpoint that has a model work: how its requests are read, and how its answers are written."""
+    """An inference endpoint: how its requests are read, and how its answers are written."""
 
     name: str
     read: Callable[[bytes], ModelRequest]
@@ -64,7 +66,7 @@ class ModelEndpoint:
         self._meter = meter
 
     def begin(self, exchange: Exchange, guard: Guard) -> Coroutine[Any, Any, None] | None:
-        """Answer one request; what has to be waited for is given back. Raises TidemillError when it is refused."""
+        """Answer one request; returns what remains to be awaited. Raises TidemillError if it is refused."""
         principal = self._authenticator.admit(exchange)
         if principal is None or self._prepare is not None:
             return self(exchange)
@@ -95,7 +97,7 @@ class ModelEndpoint:
         return RequestContext(exchange, request, principal, route, self._authenticator.price(request.model, principal))
 
     def _start_now(self, context: RequestContext, selector: RouteSelector) -> InFlightRequest | None:
-        """Admit a request and open its record; None when a replica, a permit or money has to be waited for."""
+        """Admit a request without waiting and open its record; None if it must wait."""
         try:
             attempt = selector.first()
         except NoReplica:
@@ -106,7 +108,7 @@ class ModelEndpoint:
         return None if admitted is None else self._open(context, selector, attempt, admitted)
 
     async def _wait_and_run(self, context: RequestContext, selector: RouteSelector) -> None:
-        """The same, waiting for what was not at hand, and the answer. Returns early when the client has left."""
+        """Admit a request, waiting as needed, and answer it. Returns early if the client leaves."""
         try:
             attempt = selector.first()
         except NoReplica:
@@ -163,7 +165,7 @@ def refuse_what_is_ignored(request: ModelRequest, route: ModelRoute) -> None:
 
 
 async def count_prompt(request: ModelRequest, route: ModelRoute, replica: RoutedReplica) -> int | None:
-    """Have the engine count a prompt exactly; None when it cannot or does not answer."""
+    """The exact token count of a prompt by the engine; None if it cannot count or does not answer."""
     ask, engine = request.ask_for(route.engine), route.engine
     counting = engine.count(ask, model=route.spec.upstream_model)
     if counting is None:

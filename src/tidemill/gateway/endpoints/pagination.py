@@ -1,4 +1,4 @@
-"""Lists that come in pages: `after` and `limit`, as OpenAI's clients turn them."""
+"""Cursor pagination in OpenAI's format: `after` and `limit`."""
 
 from collections.abc import Sequence
 from urllib.parse import parse_qsl
@@ -8,7 +8,7 @@ from tidemill.http.server import Exchange
 
 
 def query_of(exchange: Exchange) -> dict[str, str]:
-    """The parameters behind the question mark; of one given twice the last counts. Raises BadRequest."""
+    """The query parameters; of one given twice the last counts. Raises BadRequest."""
     try:
         return dict(parse_qsl(exchange.query.decode("latin-1"), max_num_fields=64))
     except ValueError as error:
@@ -16,7 +16,7 @@ def query_of(exchange: Exchange) -> dict[str, str]:
 
 
 def limit_of(query: dict[str, str], *, default: int, highest: int) -> int:
-    """How many entries a page shall have. Raises BadRequest."""
+    """The number of entries per page. Raises BadRequest."""
     text = query.get("limit", "")
     if not text:
         return default
@@ -26,7 +26,7 @@ def limit_of(query: dict[str, str], *, default: int, highest: int) -> int:
 
 
 def page(entries: Sequence[dict[str, object]], limit: int) -> dict[str, object]:
-    """The page, of one entry more than it shall have when there is another page behind it."""
+    """A page of a list, from one entry more than it has if there is another page."""
     shown = entries[:limit]
     return {
         "object": "list",

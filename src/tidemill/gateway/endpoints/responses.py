@@ -1,4 +1,4 @@
-"""/v1/responses/{id}: kept responses, read again and forgotten. Neither asks a model, so neither is billed.
+"""/v1/responses/{id}: retrieve and delete stored responses. Neither is billed.
 
 Source: OpenAI API reference, "Responses", "Get a model response", "Delete a model response".
 """
@@ -19,7 +19,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 class ResponseEndpoints:
-    """What there is of the Responses API beside creating one."""
+    """Retrieval and deletion of stored responses."""
 
     def __init__(self, authenticator: Authenticator, response_store: ResponseStore | None) -> None:
         self._authenticator = authenticator
@@ -33,9 +33,9 @@ class ResponseEndpoints:
         }
 
     async def prepare(self, request: ModelRequest, principal: Principal) -> None:
-        """Give a request its tenant's shelf, and what was said before it. Raises BadRequest, Unavailable."""
+        """Attach the response store and the history to a request. Raises BadRequest, Unavailable."""
         assert isinstance(request, ResponsesRequest)
-        # Lines of batches have their output file; thousands of them would push all else off the shelf.
+        # Lines of batches have their output file; thousands of them would push all others out of the store.
         request.response_store = self._response_store if principal.tier is PriceTier.STANDARD else None
         request.tenant_id = principal.tenant_id
         if request.previous_id is not None:

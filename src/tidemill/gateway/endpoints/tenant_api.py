@@ -1,4 +1,4 @@
-"""What endpoints that read and write the store for a tenant have in common: who asks, work in threads, JSON answers."""
+"""Base of endpoints that read and write the store for a tenant: authentication, threads, JSON."""
 
 import asyncio
 import os
@@ -42,11 +42,11 @@ class TenantApi:
         raise NotImplementedError
 
     async def authenticate(self, exchange: Exchange) -> Principal:
-        """Who is asking. Raises InvalidKey, NotAllowed, Unavailable."""
+        """The principal of the request. Raises InvalidKey, NotAllowed, Unavailable."""
         return await self._authenticator.authenticate(exchange)
 
     async def in_thread(self, call: Callable[[], T]) -> T:
-        """What `call` gives, which may block on the store or the disk."""
+        """Run a blocking `call` in a thread and return its result."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, call)
 
     def answer(self, exchange: Exchange, body: object) -> None:

@@ -1,4 +1,4 @@
-"""Taking an upload: a multipart form, from the socket to the disk, piece by piece.
+"""Uploads: a multipart form, streamed from the socket to disk.
 
 The pieces are written by a thread, and the client waits while the disk does. Whatever goes wrong, nothing is left.
 Source: RFC 7578; OpenAI API reference, "Upload file".
@@ -28,7 +28,7 @@ InThread = Callable[[Callable[[], T]], Awaitable[T]]
 
 
 class UploadForm(msgspec.Struct):
-    """What came: the fields, and the file on disk, not yet under a name."""
+    """A received form: its fields, and the file on disk, not yet under its id."""
 
     fields: dict[str, str]
     filename: str
@@ -42,7 +42,7 @@ def file_limit_error(limit: int) -> BodyTooLarge:
 
 
 async def take_form(exchange: Exchange, blobs: BlobStore, in_thread: InThread[None], *, max_bytes: int) -> UploadForm:
-    """Read the form that an exchange sends, the part `file` onto the disk.
+    """Read an exchange's multipart form; the part `file` is written to disk.
 
     Raises BadRequest, BodyTooLarge, InsufficientStorage, and BrokenBody when the client leaves; nothing is left then.
     """
@@ -84,7 +84,7 @@ def _parser(exchange: Exchange) -> PushMultipartParser:
 
 
 class _Taking:
-    """The state between two pieces of the body."""
+    """The state of an upload between two pieces of its body."""
 
     def __init__(self, blobs: BlobStore, in_thread: InThread[None], max_bytes: int) -> None:
         self.incoming: PendingBlob | None = None

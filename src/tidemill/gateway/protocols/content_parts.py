@@ -1,4 +1,4 @@
-"""What a model answers, as a row of parts: thinking, text and tool calls.
+"""A model's answer as a list of parts: thinking, text and tool calls.
 
 OpenAI's chat chunks are taken apart here.
 
@@ -21,7 +21,7 @@ from tidemill.gateway.protocols.json_strings import NULL, inside, is_null, is_st
 
 
 class PartKind(Enum):
-    """What a part is."""
+    """The kind of a part."""
 
     THINKING = "thinking"
     TEXT = "text"
@@ -110,11 +110,11 @@ class StreamWriter(Protocol):
     """Writes the events of one API's stream. Each method gives whole events, or b""."""
 
     def start(self, counts: TokenCounts) -> bytes:
-        """The answer begins; `counts` are what the engine has counted so far, if it counts as it goes."""
+        """The start of the answer; `counts` are the engine's counts so far, if it sends any."""
         ...
 
     def alive(self) -> bytes:
-        """The engine has sent a sign of life and nothing else."""
+        """The event for a keep-alive of the engine."""
         ...
 
     def open(self, part: AnswerPart) -> bytes: ...
@@ -126,12 +126,12 @@ class StreamWriter(Protocol):
     def close(self, part: AnswerPart) -> bytes: ...
 
     def failed(self, message: str, code: str) -> bytes:
-        """The engine has said in mid-stream that it failed; nothing follows."""
+        """The event for an engine's error in mid-stream; nothing follows."""
         ...
 
 
 class PartStream:
-    """Reads the chunks of a chat stream and has a writer write them."""
+    """Reads the chunks of a chat stream and passes its parts to a writer."""
 
     def __init__(self, writer: StreamWriter) -> None:
         self._writer = writer
@@ -147,11 +147,11 @@ class PartStream:
 
     @property
     def called(self) -> bool:
-        """The answer has a tool call."""
+        """True if the answer has a tool call."""
         return self._calls > 0
 
     def feed(self, events: bytes, counts: TokenCounts) -> bytes:
-        """Take whole events; give what they are in the writer's form. Raises BrokenStream."""
+        """Translate whole events to the writer's API. Raises BrokenStream."""
         out: list[bytes] = []
         self._counts = counts
         try:
@@ -167,7 +167,7 @@ class PartStream:
         return b"".join(out)
 
     def end(self) -> bytes:
-        """Close what is open."""
+        """Close the open part."""
         out: list[bytes] = []
         self._start(out)
         self._close(out)

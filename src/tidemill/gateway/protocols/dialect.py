@@ -1,4 +1,4 @@
-"""The APIs that clients speak here, as far as every answer differs by them: how errors look."""
+"""Which API a client speaks; it decides the format of errors."""
 
 import msgspec
 
@@ -11,7 +11,7 @@ ANTHROPIC_PATHS = b"/v1/messages"
 
 
 class Dialect(msgspec.Struct, frozen=True):
-    """One API's manners."""
+    """The error format of one API."""
 
     name: str
 
@@ -26,7 +26,7 @@ ANTHROPIC = Dialect("anthropic")
 
 
 def dialect_of(exchange: Exchange) -> Dialect:
-    """What a client speaks: its path says it, or the version header that Anthropic's clients always send."""
+    """The API of a request, by its path or the version header that Anthropic's clients always send."""
     if exchange.path.startswith(ANTHROPIC_PATHS) or b"anthropic-version" in exchange.headers:
         return ANTHROPIC
     return OPENAI

@@ -1,4 +1,4 @@
-"""Reading the members of a JSON object that is left undecoded.
+"""Readers for the members of a JSON object that is left undecoded.
 
 One pass, and only what is asked for is decoded.
 
@@ -37,7 +37,7 @@ def parse_object(body: bytes) -> Fields:
 
 
 def read_object(body: bytes, read: Callable[[Fields], T]) -> T:
-    """Have `read` take a body apart. What it finds to be no proper text is a BadRequest, too."""
+    """Parse a body with `read`. Raises BadRequest, also for invalid UTF-8."""
     return read_fields(parse_object(body), read)
 
 
@@ -50,12 +50,12 @@ def read_fields(fields: Fields, read: Callable[[Fields], T]) -> T:
 
 
 def kind(value: msgspec.Raw) -> int:
-    """The first letter of a JSON value, which tells what it is."""
+    """The first byte of a JSON value, which tells its type."""
     return memoryview(value)[0]
 
 
 def is_filled_list(value: msgspec.Raw) -> bool:
-    """A JSON array with something in it, told by its first two letters without a copy."""
+    """True for a non-empty JSON array, judged by its first two characters without a copy."""
     view = memoryview(value)
     if view[0] != ord("["):
         return False
@@ -66,13 +66,13 @@ def is_filled_list(value: msgspec.Raw) -> bool:
 
 
 def given(fields: Fields, name: str) -> bool:
-    """It is there, and not null."""
+    """True if the member exists and is not null."""
     value = fields.get(name)
     return value is not None and bytes(value) != _NULL
 
 
 def scalar(fields: Fields, name: str) -> object:
-    """The decoded value, unless it is long; None when it is not there."""
+    """The decoded value, or the raw one if it is long; None if it is missing."""
     value = fields.get(name)
     if value is None or memoryview(value).nbytes > MAX_SCALAR_BYTES:
         return value
@@ -83,7 +83,7 @@ def scalar(fields: Fields, name: str) -> object:
 
 
 def string(fields: Fields, name: str) -> str:
-    """A string that must be there and say something."""
+    """A required, non-empty string. Raises BadRequest."""
     value = scalar(fields, name)
     if not isinstance(value, str) or not value:
         what = "is missing" if name not in fields else "must be a non-empty string"
@@ -92,7 +92,7 @@ def string(fields: Fields, name: str) -> str:
 
 
 def boolean(fields: Fields, name: str) -> bool:
-    """True or false; false when it is not there."""
+    """A boolean; false if it is missing. Raises BadRequest."""
     value = scalar(fields, name)
     if value is None:
         return False
@@ -102,7 +102,7 @@ def boolean(fields: Fields, name: str) -> bool:
 
 
 def integer(fields: Fields, name: str, *, low: int, high: int) -> int | None:
-    """A whole number within bounds; None when it is not there."""
+    """An integer within bounds; None if it is missing. Raises BadRequest."""
     value = scalar(fields, name)
     if value is None:
         return None
@@ -114,7 +114,7 @@ def integer(fields: Fields, name: str, *, low: int, high: int) -> int | None:
 
 
 def word(fields: Fields, name: str, path: str) -> str:
-    """A string that may be missing, which is "". `path` is what an error calls it."""
+    """An optional string; "" if it is missing. `path` is its name in errors."""
     value = _decode_any(fields[name]) if name in fields else None
     if value is None:
         return ""
@@ -124,7 +124,7 @@ def word(fields: Fields, name: str, path: str) -> str:
 
 
 def object_of(fields: Fields, name: str) -> Fields:
-    """A member that is an object; empty when it is not there."""
+    """The members of an object; empty if it is missing. Raises BadRequest."""
     if not given(fields, name):
         return {}
     try:
@@ -134,7 +134,7 @@ def object_of(fields: Fields, name: str) -> Fields:
 
 
 def refuse_all_but(harmless: dict[str, tuple[object, ...]], fields: Fields) -> None:
-    """Raise UnsupportedParameter for a parameter of the table that asks for something.
+    """Raise UnsupportedParameter for a parameter of the table with another value than those listed.
 
     The table has the values that ask for nothing; null always does.
     """

@@ -19,12 +19,12 @@ LINE_BREAK = b"\\n"
 
 
 def is_string(value: msgspec.Raw) -> bool:
-    """It is a JSON string."""
+    """True for a JSON string."""
     return memoryview(value)[0] == 0x22
 
 
 def says_something(value: msgspec.Raw) -> bool:
-    """It is a JSON string with something in it."""
+    """True for a non-empty JSON string."""
     view = memoryview(value)
     return view[0] == 0x22 and view.nbytes > 2
 
@@ -34,7 +34,7 @@ def is_null(value: msgspec.Raw) -> bool:
 
 
 def inside(value: msgspec.Raw) -> bytes:
-    """What is between the quotation marks of a JSON string, escapes and all."""
+    """The content of a JSON string without its quotation marks, still escaped."""
     return bytes(value)[1:-1]
 
 
@@ -49,7 +49,7 @@ def prefixed(start: str, value: msgspec.Raw) -> msgspec.Raw:
 
 
 def quoted(text: str | bytes) -> msgspec.Raw:
-    """A text, or JSON that shall be carried as a text, as a JSON string. Bytes must be UTF-8."""
+    """Encode a text, or JSON sent as text, as a JSON string. Bytes must be UTF-8."""
     return msgspec.Raw(_encode(text if isinstance(text, str) else text.decode()))
 
 

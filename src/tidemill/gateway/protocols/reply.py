@@ -20,18 +20,18 @@ class Reply(Protocol):
         ...
 
     def events(self, events: bytes, counts: TokenCounts) -> bytes:
-        """Whole events of the engine's stream, as the client shall get them.
+        """Translate whole events of the engine's stream for the client.
 
         `counts` is what it counted so far.
         """
         ...
 
     def end(self, counts: TokenCounts) -> bytes:
-        """What ends a stream that is complete."""
+        """The last bytes of a complete stream."""
         ...
 
     def stopped(self, error: TidemillError) -> bytes:
-        """What ends a stream that an error has stopped."""
+        """The last bytes of a stream that an error has stopped."""
         ...
 
     def whole(self, answer: bytes, counts: TokenCounts) -> bytes:
@@ -44,7 +44,7 @@ class Reply(Protocol):
 
 
 class OpenAIReply:
-    """OpenAI's own form: everything passes as it is."""
+    """OpenAI's own format: everything passes unchanged."""
 
     def __init__(self, request: ModelRequest, request_id: str) -> None:
         pass

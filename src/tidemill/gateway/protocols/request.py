@@ -1,4 +1,4 @@
-"""Reading requests: one pass over the JSON, which leaves undecoded what only the engine needs.
+"""Request parsing: one pass over the JSON, which leaves undecoded what only the engine needs.
 
 A prompt of 128k tokens is half a megabyte of JSON. It is checked for being JSON and cut into its top-level members;
 the messages themselves are never decoded here.
@@ -55,12 +55,12 @@ class ModelRequest(msgspec.Struct):
         return fields.get("prompt_cache_key") or fields.get("user")
 
     def own_name(self, parameter: str) -> str:
-        """What a chat parameter is called in the API that the client speaks."""
+        """The name of a chat parameter in the client's API."""
         return parameter
 
 
 def read_chat(body: bytes) -> ModelRequest:
-    """Take the body of POST /v1/chat/completions apart. Raises BadRequest, which names the parameter."""
+    """Parse the body of POST /v1/chat/completions. Raises BadRequest, which names the parameter."""
     fields = parse_object(body)
     messages = fields.get("messages")
     if messages is None:
@@ -72,7 +72,7 @@ def read_chat(body: bytes) -> ModelRequest:
 
 
 def read_completion(body: bytes) -> ModelRequest:
-    """Take the body of POST /v1/completions apart. Raises BadRequest."""
+    """Parse the body of POST /v1/completions. Raises BadRequest."""
     fields = parse_object(body)
     if not given(fields, "prompt"):
         raise BadRequest("'prompt' is missing.", hint="Send a string, or a list of strings.", param="prompt")
@@ -85,7 +85,7 @@ def read_completion(body: bytes) -> ModelRequest:
 
 
 def read_embeddings(body: bytes) -> ModelRequest:
-    """Take the body of POST /v1/embeddings apart. Raises BadRequest."""
+    """Parse the body of POST /v1/embeddings. Raises BadRequest."""
     fields = parse_object(body)
     model = string(fields, "model")
     if not given(fields, "input"):
@@ -126,12 +126,12 @@ def read_generation(
 
 
 def size_of(fields: Fields) -> int:
-    """How many bytes an object of these members has as JSON."""
+    """The size in bytes of an object of these members as JSON."""
     return 1 + sum(len(name) + memoryview(value).nbytes + 4 for name, value in fields.items())
 
 
 def _prompt_count(value: msgspec.Raw, name: str) -> int:
-    """How many prompts a `prompt` or `input` holds: a string or a list of token ids is one.
+    """The number of prompts in a `prompt` or `input`; a string or a list of token ids is one.
 
     Raises BadRequest.
     """

@@ -1,4 +1,4 @@
-"""Rankings: POST /v1/rerank, as Jina's clients and Cohere's send it, and /v2/rerank, Cohere's later form.
+"""Reranking: POST /v1/rerank of Jina and Cohere, and /v2/rerank of Cohere.
 
 Both ask alike, and an answer has what either looks for: `usage` of Jina, `meta` of Cohere. Engines are sent texts only,
 and which documents go back is decided here, so that each engine does the same. Sources: Jina's "Reranker API", Cohere's
@@ -60,7 +60,7 @@ class RankRequest(ModelRequest, kw_only=True):
 
 
 def read_rerank(body: bytes) -> ModelRequest:
-    """Take the body of POST /v1/rerank apart. Raises BadRequest."""
+    """Parse the body of POST /v1/rerank. Raises BadRequest."""
     return read_object(body, _reader(len(body), "1"))
 
 

@@ -1,4 +1,4 @@
-"""The circuit breaker of one replica: what the outcomes of requests say of its health.
+"""The circuit breaker of one replica, fed by the outcomes of requests.
 
 Two kinds of trouble are kept apart. A replica that cannot be *reached* is not used at all until it can be again. One
 that *fails* (errors of its own, answers that break off, silence past a limit) is avoided while there is anything
@@ -27,7 +27,7 @@ MAX_BUSY_S = 30.0
 
 
 class CircuitBreaker:
-    """Told of outcomes, says how a replica stands. `now` is any one monotonic clock, in seconds.
+    """The health of a replica, from outcomes of requests. `now` is any one monotonic clock, in seconds.
 
     `calm` is True while there is nothing to look at: no trouble, no votes. Then a success need not be told.
     """
@@ -61,11 +61,11 @@ class CircuitBreaker:
 
     @property
     def is_open(self) -> bool:
-        """The replica is in trouble, and it has not been seen to be well since."""
+        """True if the replica has failed and no request has succeeded since."""
         return bool(self._open_until)
 
     def health(self, now: float) -> ReplicaHealth:
-        """READY, AVOID or DOWN. A breaker whose wait is over lets one request through, to see."""
+        """READY, AVOID or DOWN. After its wait, an open breaker lets one trial request through."""
         if self._open_until:
             if now < self._open_until or now < self._trial_until:
                 return ReplicaHealth.DOWN if self._hard else ReplicaHealth.AVOID
@@ -81,12 +81,12 @@ class CircuitBreaker:
         return max(self._open_until - now, self._busy_until - now, 0.0)
 
     def begun(self, now: float) -> None:
-        """A request is sent. When the breaker is open, it is the trial."""
+        """Note that a request is sent. If the breaker is open, it is the trial."""
         if self._open_until and now >= self._open_until:
             self._trial_until = now + TRIAL_S
 
     def succeeded(self, tenant: str) -> None:
-        """An answer has come, be it that the request was refused for a fault of its own."""
+        """Note an answer, including one that refuses the request for its own fault."""
         self._refused = 0
         if self._open_until:
             self._close()
@@ -97,23 +97,23 @@ class CircuitBreaker:
                 self._clear_votes()
 
     def undecided(self) -> None:
-        """The client has left before there was an outcome: a trial is still to be made."""
+        """Note that the client left before an outcome; a trial is still to be made."""
         self._trial_until = 0.0
 
     def unreachable(self, now: float) -> None:
-        """No connection could be made."""
+        """Note that no connection could be made."""
         self._refused += 1
         if self._refused >= UNREACHABLE_AFTER and not (self._hard and now < self._open_until):
             self._open(now, hard=True)
 
     def reached(self) -> None:
-        """A probe got through: whoever waits for that need not wait longer."""
+        """Note that a probe succeeded; the next trial need not wait longer."""
         self._refused = 0
         if self._hard:
             self._close()
 
     def failed(self, tenant: str, now: float) -> None:
-        """The replica has failed a request of `tenant` after it had been reached."""
+        """Note that the replica failed a request of `tenant` after a connection was made."""
         if now - self._votes_at > STALE_S:
             self._clear_votes()
             self._votes_at = now
@@ -127,7 +127,7 @@ class CircuitBreaker:
             self._open(now, hard=False)
 
     def busy(self, now: float, retry_after_s: float | None) -> None:
-        """The replica has refused a request because it has too many."""
+        """Note that the replica refused a request because it is overloaded."""
         self._refused = 0
         wait = BUSY_S if retry_after_s is None else min(max(retry_after_s, 0.1), MAX_BUSY_S)
         self._busy_until = max(self._busy_until, now + wait)

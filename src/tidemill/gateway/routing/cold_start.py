@@ -1,4 +1,4 @@
-"""Waiting for a model that has no replica now.
+"""Requests that wait for a model to be started from zero replicas.
 
 The request that asks for it is what wakes it, and is answered.
 
@@ -20,13 +20,13 @@ _RETRY_AFTER_S = 5
 
 
 class WaitingModel(Protocol):
-    """What waiting needs to know of a model (`gateway.routing.models.ModelRoute`)."""
+    """The part of a model's route that waiting needs (`gateway.routing.models.ModelRoute`)."""
 
     @property
     def name(self) -> str: ...
     @property
     def asleep(self) -> bool:
-        """It has no replica that people's requests can go to, and will have one when somebody waits for it."""
+        """True if the model has no replica for interactive requests, and a waiting request starts one."""
         ...
 
     @property
@@ -36,7 +36,7 @@ class WaitingModel(Protocol):
 
 
 class Activator:
-    """Those that wait for models to be woken, in one gateway process of `processes`."""
+    """The requests that wait for models to start, in one gateway process of `processes`."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, processes: int = 1) -> None:
         self._loop = loop
@@ -46,7 +46,7 @@ class Activator:
         """Called when a model is waited for that nobody waited for before."""
 
     async def woken(self, route: WaitingModel, exchange: Exchange) -> bool:
-        """Wait until the model has a replica; False when the client has left meanwhile.
+        """Wait until the model has a replica; False if the client leaves meanwhile.
 
         Raises TooManyWait, and StillAsleep when it takes too long.
         """
@@ -76,7 +76,7 @@ class Activator:
         return not exchange.gone
 
     def update(self, routes: Mapping[str, WaitingModel]) -> None:
-        """The models as they are now: whoever waits for one that is awake, or will not wake, goes on."""
+        """Apply the models' current state; requests for a model that is ready, or won't start, go on."""
         for name, waiting in self._waiting.items():
             route = routes.get(name)
             if route is None or not route.asleep:
@@ -86,7 +86,7 @@ class Activator:
 
     @property
     def waiting(self) -> dict[str, int]:
-        """How many wait, by model, where any do."""
+        """Number of waiting requests by model; models without any are left out."""
         return {name: len(waiting) for name, waiting in self._waiting.items() if waiting}
 
     def _too_long(self, future: "asyncio.Future[None]", route: WaitingModel) -> None:

@@ -1,4 +1,4 @@
-"""What a gateway process sees of each model's traffic, as the tide needs it.
+"""Each model's traffic in one gateway process, as input of the planner.
 
 Counts since the last report.
 
@@ -18,7 +18,7 @@ _LOST = frozenset((RequestStatus.ENGINE_LOST.value, RequestStatus.ENGINE_ERROR.v
 
 
 class ModelSeen(msgspec.Struct):
-    """What was seen of one model since the last report. Lines of batches are not in it."""
+    """One model's traffic since the last report, without lines of batches."""
 
     arrivals: int = 0
     """Interactive requests that were admitted."""
@@ -36,7 +36,7 @@ class ModelSeen(msgspec.Struct):
 
 
 class ReplicaUse(msgspec.Struct):
-    """What a gateway process has in flight at a replica, and has had done by it."""
+    """The work of a gateway process at a replica: in flight, and done."""
 
     people: int = 0
     """Interactive requests in flight."""
@@ -47,7 +47,7 @@ class ReplicaUse(msgspec.Struct):
 
 
 class DemandReport(msgspec.Struct):
-    """A gateway process's report to the tide."""
+    """A gateway process's report to the planner."""
 
     replicas: dict[str, ReplicaUse] = {}
     seen: dict[str, ModelSeen] = {}
@@ -63,17 +63,17 @@ class DemandCounter:
         self.aim(objective)
 
     def aim(self, objective: Objective) -> None:
-        """Measure against this objective from now on."""
+        """Set the objective that latencies are measured against."""
         self._ttft_us = round(objective.ttft_s * 1e6)
         self._tpot_us = round(objective.tpot_s * 1e6)
 
     def arrived(self, work: int) -> None:
-        """An interactive request was sent to an engine; it is expected to be so much work."""
+        """Count an interactive request that was sent to an engine, with its expected work."""
         self._seen.arrivals += 1
         self._seen.work += work
 
     def ended(self, expected: int, settled: Settled, waited_us: int) -> None:
-        """It has ended. `waited_us`: what it waited before it was admitted."""
+        """Count an ended request. `waited_us`: the time that it waited before admission."""
         seen = self._seen
         seen.work += work_done(settled) - expected
         if settled.status not in _DELIVERED:
@@ -97,7 +97,7 @@ class DemandCounter:
         seen.late += late
 
     def take(self) -> ModelSeen | None:
-        """What was seen since the last time; None: nothing."""
+        """The traffic since the last call; None if there was none."""
         seen = self._seen
         if not (seen.arrivals or seen.ended or seen.work):
             return None
@@ -106,5 +106,5 @@ class DemandCounter:
 
 
 def work_done(settled: Settled) -> int:
-    """The work that a request was, in tokens of prefill."""
+    """The work of a request, in tokens of prefill."""
     return settled.prompt - settled.cached + POLICY.decode_weight * settled.completion

@@ -83,17 +83,17 @@ HEDGE_BURST = 10.0
 
 
 class HedgeBudget:
-    """How many more requests of a model may be asked twice."""
+    """The budget of hedges of a model."""
 
     def __init__(self) -> None:
         self._left = HEDGE_BURST
 
     def earn(self) -> None:
-        """A request of the model came that might be hedged."""
+        """Add the share of a hedge that one request earns."""
         self._left = min(self._left + HEDGE_SHARE, HEDGE_BURST)
 
     def spend(self) -> bool:
-        """Take one; False when none is left."""
+        """Spend one hedge; False if none is left."""
         if self._left < 1.0:
             return False
         self._left -= 1.0
@@ -101,7 +101,7 @@ class HedgeBudget:
 
 
 class ModelRoute:
-    """A model: how its engine is spoken to, and its replicas."""
+    """A model's route: how to speak to its engine, and its replicas."""
 
     def __init__(self, spec: ModelSpec, loop: asyncio.AbstractEventLoop) -> None:
         self.spec = spec
@@ -129,7 +129,7 @@ class ModelRoute:
 
     @property
     def lends(self) -> bool:
-        """A replica is lent to batches now."""
+        """True if a replica is lent to batches now."""
         return any(replica.spec.ready for replica in self.batch_only)
 
     @property
@@ -142,7 +142,7 @@ class ModelRoute:
 
     @property
     def asleep(self) -> bool:
-        """No request can be answered, until a replica is started for those that wait."""
+        """True if the model has no replica, and a waiting request starts one."""
         return self.spec.wakes and not self.ready
 
     @property
@@ -162,17 +162,17 @@ class ModelRoute:
 
     @property
     def active(self) -> int:
-        """Requests in flight from this gateway process, beside those at replicas that are lent to batches."""
+        """Requests in flight from this gateway process, except at replicas lent to batches."""
         return sum(replica.clock.active for replica in self.ordinary)
 
     @property
     def decides(self) -> bool:
-        """Where a request goes depends on how its replicas do."""
+        """True if a request's replica depends on the replicas' state."""
         return len(self.ordinary) > 1 or self.spec.overflow
 
     @property
     def only_replica(self) -> RoutedReplica | None:
-        """The one replica that people's requests go to while it is well: nothing has to be decided."""
+        """The single replica for interactive requests; None if one must be selected."""
         spec = self.spec
         if len(self.ordinary) != 1 or spec.overflow or spec.split:
             return None
@@ -192,14 +192,14 @@ class ModelRoute:
         return min(ready, key=lambda replica: replica.clock.active)
 
     def no_replica(self, now: float) -> NoReplica:
-        """The error when nothing is left, with the time until something may be."""
+        """The error when no replica is left, with the time until one may be ready."""
         starting = not self.ready and ENGINES[self.spec.engine].runs_here
         what = "is starting" if starting else "cannot be reached now"
         waits = [replica.breaker.opens_in(now) for replica in self.ordinary if replica.spec.ready]
         return NoReplica(f"The model {self.spec.name!r} {what}.", retry_after_s=max(1, round(min(waits, default=1.0))))
 
     def update(self, spec: ModelSpec, loop: asyncio.AbstractEventLoop) -> None:
-        """Take over what the supervisor announces; a replica that lives on keeps its connections."""
+        """Apply the supervisor's announcement; a replica that stays keeps its connections."""
         known = {
             (replica.spec.name, replica.spec.incarnation, replica.spec.base_url): replica for replica in self.replicas
         }
@@ -234,7 +234,7 @@ class ModelRoutes:
         self._by_any_name: dict[str, ModelRoute] = {}
 
     def update(self, specs: list[ModelSpec]) -> None:
-        """Replace what is known by what the supervisor announces."""
+        """Replace all models by the supervisor's announcement."""
         routes = {}
         for spec in specs:
             route = self.by_name.get(spec.name)
@@ -268,7 +268,7 @@ class ModelRoutes:
         return route
 
     def hear(self) -> None:
-        """Take over what the other gateway processes have sent where."""
+        """Note the prefixes that the other gateway processes sent to replicas."""
         if self._board is not None:
             self._board.hear(self._heard)
 
@@ -278,7 +278,7 @@ class ModelRoutes:
             replica.prefix.note(keys)
 
     def take_load(self) -> DemandReport:
-        """What is in flight now, and what was seen since the last time."""
+        """The load now, and the traffic since the last call."""
         replicas: dict[str, ReplicaUse] = {}
         seen: dict[str, ModelSeen] = {}
         for name, route in self.by_name.items():

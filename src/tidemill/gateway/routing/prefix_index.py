@@ -1,4 +1,4 @@
-"""What the caches of the engines hold, as far as the requests that went there tell.
+"""An index of the prefixes in the engines' caches, inferred from the requests sent to them.
 
 Hashes of prompts' beginnings.
 
@@ -13,7 +13,7 @@ from tidemill.engines.protocol import Ask
 
 BLOCK_BYTES = 256
 FINENESS = 16
-"""An edge lies at least a FINENESS-th of the way behind the edge before."""
+"""Each edge is at least 1/FINENESS further from the start than the edge before."""
 MAX_PROMPT_BYTES = 4 * 1024 * 1024
 """Bytes of a prompt that are looked at; beyond that a prompt is mostly pictures."""
 CAPACITY = 32_768
@@ -63,7 +63,7 @@ def prompt_keys(ask: Ask) -> list[int]:
 
 
 class PrefixIndex:
-    """The keys that were sent to one replica lately. Bounded: what was not used for longest is forgotten.
+    """The prefix keys recently sent to one replica. Bounded, least recently used first out.
 
     Two generations stand in for an order of use: what is touched moves to the young one; when that is full, the old
     one is dropped and the young one grows old. No entry is ever moved by itself, and a prompt's keys age together.
@@ -80,7 +80,7 @@ class PrefixIndex:
         return len(self._young) + len(self._old)
 
     def match(self, keys: Keys) -> int:
-        """How many of a prompt's leading keys are known here."""
+        """The number of a prompt's leading keys in the index."""
         young, old = self._young, self._old
         known = 0
         for key in keys:
@@ -90,12 +90,12 @@ class PrefixIndex:
         return known
 
     def note(self, keys: Keys) -> None:
-        """A prompt with these keys was sent here."""
+        """Note a prompt with these keys, sent to the replica."""
         self._young.update(dict.fromkeys(keys))
         if len(self._young) > self._half:
             self._old, self._young = self._young, {}
 
 
 def matched_bytes(known: int) -> int:
-    """How many bytes of a prompt its first `known` keys cover."""
+    """The bytes of a prompt that its first `known` keys cover."""
     return EDGES[known - 1] if known else 0

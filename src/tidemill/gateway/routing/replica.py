@@ -1,4 +1,4 @@
-"""Replicas: where a model runs, how each does, and what a request on it adds to its load."""
+"""Replicas of a model: address, health and load."""
 
 import asyncio
 import hashlib
@@ -27,7 +27,7 @@ class ReplicaSpec(msgspec.Struct, frozen=True):
 
 
 def spread_key(text: bytes) -> int:
-    """64 bits of a text, evenly spread, the same in every process."""
+    """A 64-bit hash of a text, the same in every process."""
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
@@ -55,13 +55,13 @@ class RoutedReplica:
         self._row = 0
 
     def share(self, board: SharedReplicaState | None, row: int) -> None:
-        """Tell the other gateway processes of this machine, and hear of them, in a row of the board."""
+        """Share this replica's load with the machine's other gateway processes, in a row of shared memory."""
         self._board = board if row < MAX_REPLICAS else None
         self._row = row
         self._tell_load()
 
     def add_work(self, tokens: int) -> None:
-        """More work (or less) is in flight from here."""
+        """Add to the work in flight from this process; negative work is subtracted."""
         self.in_flight += tokens
         if self._board is not None:
             self._tell_load()
@@ -71,13 +71,13 @@ class RoutedReplica:
             self._board.tell_load(self._row, self.board_id, self.in_flight, self.clock.active)
 
     def note(self, keys: Keys) -> None:
-        """A prompt with these keys goes there."""
+        """Note a prompt with these keys, sent to this replica."""
         self.prefix.note(keys)
         if self._board is not None:
             self._board.tell_prompt(self.board_id, keys)
 
     def load(self) -> tuple[int, int]:
-        """Work and requests in flight there, as far as this machine's gateway processes know."""
+        """The work and requests in flight at the replica, of all gateway processes of this machine."""
         if self._board is None:
             return self.in_flight, self.clock.active
         work, active = self._board.others_load(self._row, self.board_id)
@@ -95,7 +95,7 @@ class RoutedReplica:
         self._spec = spec
 
     def health(self, now: float, slots: int | None, active: int = 0) -> ReplicaHealth:
-        """How it stands now; of `slots` requests that it works on at a time, `active` are taken."""
+        """The replica's health now; `active` of its `slots` concurrent requests are in use."""
         if not self._spec.ready:
             return ReplicaHealth.DOWN
         if not self.breaker.calm:
@@ -108,7 +108,7 @@ class RoutedReplica:
 class ReplicaAttempt:
     """One attempt of a request, on one replica: its share of the replica's time, and its load there.
 
-    A request has one leg at a time, and most have one in all; where the first is late, there is a second beside it
+    Attempts follow one another, and most requests need only one; a hedged request has two at a time
     (`gateway.proxy.hedge`). `keys` are the prompt's, where there was a choice; `filler`: it is a batch's line.
     """
 
@@ -132,7 +132,7 @@ class ReplicaAttempt:
         self._ticket: Ticket | None = None
 
     def start(self, now: float, output_bound: int, choices: int) -> None:
-        """The request is sent; `now` is the loop's time."""
+        """Note that the request is sent; `now` is the loop's time."""
         replica = self.replica
         work = work_of(self._prompt, self._cached, output_bound, choices)
         self._prefill, self._decode = work.prefill, work.decode
@@ -146,21 +146,21 @@ class ReplicaAttempt:
 
     @property
     def started(self) -> bool:
-        """The request was sent there, and is not over."""
+        """True if the request was sent and the attempt is not over."""
         return self._ticket is not None
 
     @property
     def work(self) -> int:
-        """What of it is in flight, in tokens of prefill."""
+        """The attempt's work in flight, in tokens of prefill."""
         return self._prefill + self._decode
 
     def first_token(self) -> None:
-        """The prompt is computed; what is left is the answer."""
+        """Note the first token: the prompt is computed, the answer is left."""
         self.replica.add_work(-self._prefill)
         self._prefill = 0
 
     def finish(self) -> int:
-        """The attempt is over; its share of the replica's time, ns."""
+        """End the attempt; returns its share of the replica's time, in ns."""
         assert self._ticket is not None
         replica = self.replica
         ticket, self._ticket = self._ticket, None

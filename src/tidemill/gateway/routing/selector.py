@@ -1,7 +1,8 @@
-"""The way of one request: which models may answer it, in which order, and on which of their replicas.
+"""Route selection: which models may answer a request, in which order, and on which replicas.
 
 The order is the split's arm, the model itself, its fallbacks; a model that would be sold below its cost is left out
-(docs/routing.md). Among replicas `tides.routing` decides. Where there is nothing to decide, nothing is looked at.
+(docs/routing.md). Among replicas `tides.routing` decides. A model with one replica and no alternatives needs no
+decision.
 """
 
 from tidemill.engines.capabilities import refusal
@@ -20,11 +21,11 @@ MAX_SESSION_BYTES = 512
 
 _WITH_QUEUE = (ReplicaHealth.FULL, ReplicaHealth.AVOID)
 _WITH_OVERFLOW = (ReplicaHealth.READY, ReplicaHealth.FULL, ReplicaHealth.AVOID)
-"""How bad a replica may stand: each step is tried with all models before the next."""
+"""Worst acceptable health; each level is tried on all models before the next."""
 
 
 class RouteSelector:
-    """Where one request may go. `route` is that of the current leg."""
+    """Selects the models and replicas for one request. `route` is that of the current attempt."""
 
     __slots__ = (
         "_asked",
@@ -51,22 +52,22 @@ class RouteSelector:
 
     @property
     def has_alternatives(self) -> bool:
-        """There may be another place to go to than that of the first leg."""
+        """True if there may be another replica than that of the first attempt."""
         spec = self._asked.spec
         return bool(len(self._asked.ordinary) > 1 or spec.fallbacks or spec.split)
 
     @property
     def demand(self) -> DemandCounter | None:
-        """Where it counts as demand; None for a batch's line, which is none."""
+        """The counter of the demand of the request; None for a batch line, which is not counted."""
         return None if self._filler else self._asked.demand
 
     @property
     def rerouted(self) -> bool:
-        """The current leg is on another model than the one that was asked for."""
+        """True if the current attempt is on another model than the requested one."""
         return self.route is not self._asked
 
     def first(self) -> ReplicaAttempt:
-        """The leg to begin with. Raises NoReplica."""
+        """The first attempt. Raises NoReplica."""
         replica = self._asked.only_replica
         if replica is not None and not (self._filler and self._asked.batch_only):
             self.route = self._asked
@@ -78,7 +79,7 @@ class RouteSelector:
         return attempt
 
     async def woken(self) -> bool:
-        """Wait for a replica of the model to be started; False when the client has left meanwhile. Raises."""
+        """Wait for a replica of the model to start; False if the client leaves meanwhile. Raises."""
         began = self._routes.loop.time()
         try:
             return await self._routes.activator.woken(self._asked, self._context.exchange)
@@ -86,12 +87,12 @@ class RouteSelector:
             self.waited_us = round((self._routes.loop.time() - began) * 1e6)
 
     def another(self, failed: RoutedReplica) -> ReplicaAttempt | None:
-        """A leg on a replica that was not tried and is well, or None. `route` is then that of the new leg."""
+        """An attempt on a healthy, untried replica, or None. `route` is then that of the new attempt."""
         self._tried.append(failed)
         return self._choose(_WITH_QUEUE[:1], self._routes.loop.time())
 
     def hedge(self, first: RoutedReplica) -> ReplicaAttempt | None:
-        """A leg on another replica of the same model that has room now, while the first one goes on."""
+        """An attempt on another replica of the model with a free slot, while the first one goes on."""
         self._tried.append(first)
         try:
             return self._choose_replica(self.route, ReplicaHealth.READY, self._routes.loop.time())
@@ -109,7 +110,7 @@ class RouteSelector:
         return None
 
     def _candidates(self) -> list[ModelRoute]:
-        """The models that may answer, the likeliest first."""
+        """The models that may answer, in order of preference."""
         asked = self._asked
         spec = asked.spec
         candidates = [asked]
@@ -136,7 +137,7 @@ class RouteSelector:
         return cost.currency == self._context.principal.currency and covers(self._context.price.price, cost.price)
 
     def _fits(self, route: ModelRoute) -> bool:
-        """It takes what the client asks for: one that does not would turn an outage into a refusal."""
+        """True if the model supports all that the request asks for, so that failover does not refuse it."""
         spec = route.spec
         if spec.context is not None and self._prompt + (self._context.request.ask.max_tokens or 0) >= spec.context:
             return False
@@ -185,7 +186,7 @@ class RouteSelector:
         return ReplicaAttempt(replicas[chosen], self._prompt, views[chosen].cached, keys, filler=self._filler)
 
     def _session(self) -> int | None:
-        """What the client says belongs together, within its tenant.
+        """The session that the client names, within its tenant.
 
         Requests that share a session share a home.
         """
@@ -198,7 +199,7 @@ class RouteSelector:
         return spread_key(b"%b\0%b" % (self._context.principal.tenant_id.encode(), given))
 
     def _split_key(self) -> int:
-        """A session stays in its arm.
+        """The key for a weighted split; all requests of a session get the same arm.
 
         Without one, the tenant does (for vectors always: they must be comparable).
         """

@@ -1,4 +1,4 @@
-"""What the gateway processes of one machine tell each other of replicas.
+"""State of replicas that the gateway processes of one machine share in memory.
 
 Prompts that were sent, and work in flight.
 
@@ -37,7 +37,7 @@ _MAX_KEYS = 1024
 
 
 def create_board(path: Path, processes: int) -> None:
-    """Make the file for so many processes, empty. Before any of them opens it."""
+    """Create the empty file for so many processes, before any of them opens it."""
     path.unlink(missing_ok=True)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
@@ -48,7 +48,7 @@ def create_board(path: Path, processes: int) -> None:
 
 
 class SharedReplicaState:
-    """The board as process `index` of `processes` sees it."""
+    """The shared state, as process `index` of `processes` sees it."""
 
     def __init__(self, path: Path, index: int, processes: int) -> None:
         fd = os.open(path, os.O_RDWR)
@@ -64,12 +64,12 @@ class SharedReplicaState:
             self.tell_load(row, 0, 0, 0)
 
     def tell_load(self, row: int, replica: int, work: int, active: int) -> None:
-        """Write down what this process has in flight at a replica."""
+        """Publish what this process has in flight at a replica."""
         at = self._own + _ROWS_AT + row * _ROW.size
         self._map[at : at + _ROW.size] = _ROW.pack(replica, work, active)
 
     def others_load(self, row: int, replica: int) -> tuple[int, int]:
-        """Work and requests that the other processes have in flight at a replica."""
+        """The work and requests that the other processes have in flight at a replica."""
         work = active = 0
         for peer in self._peers:
             named, its_work, its_active = _ROW.unpack_from(self._map, peer + _ROWS_AT + row * _ROW.size)

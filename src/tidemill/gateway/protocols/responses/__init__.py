@@ -1,1 +1,1 @@
-"""OpenAI's Responses API, translated to a chat and back; the store of kept responses."""
+"""OpenAI's Responses API, translated to a chat and back; the store of responses."""

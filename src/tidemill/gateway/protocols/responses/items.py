@@ -1,4 +1,4 @@
-"""Translating the items of OpenAI's Responses API to the messages of an OpenAI chat.
+"""Translates items of OpenAI's Responses API to the messages of an OpenAI chat.
 
 What an assistant said and which tools it called are items of their own there, and one message in a chat. Reasoning is
 sent on only while the calls that followed it are being answered; that of earlier turns is left out, as OpenAI does.
@@ -44,7 +44,7 @@ class ContentPart(msgspec.Struct):
 
 
 class ResponsesMessage(msgspec.Struct, omit_defaults=True):
-    """A message of the chat in the making."""
+    """A message of the translated chat."""
 
     role: str
     content: msgspec.Raw | list[dict[str, object]]

@@ -1,4 +1,4 @@
-"""Writing answers in the form of OpenAI's Responses API, whole and as a stream.
+"""Writes answers in the format of OpenAI's Responses API, whole and as a stream.
 
 The events that end a part, and the one that ends the stream, say again all that was said. So this is the one reply
 that keeps what has passed, within `MAX_KEPT_BYTES`.

@@ -1,4 +1,4 @@
-"""Reading requests of OpenAI's Responses API.
+"""Parses requests of OpenAI's Responses API.
 
 Translated to an OpenAI chat, so that every engine understands them.
 
@@ -99,7 +99,7 @@ class ResponsesRequest(ModelRequest, kw_only=True):
         return OWN_NAMES.get(parameter, parameter)
 
     def follow(self, history: list[msgspec.Raw]) -> None:
-        """Put the items of the responses before this one before its own. Raises BadRequest."""
+        """Prepend the items of earlier responses to the input. Raises BadRequest."""
         fields = self.ask.fields
         instructions = self.echo["instructions"]
         fields["messages"] = translate_items(
@@ -111,7 +111,7 @@ class ResponsesRequest(ModelRequest, kw_only=True):
 
     @property
     def keeps(self) -> bool:
-        """The response is to be kept, as the client asks or as the operator has it."""
+        """True if the response is to be stored, by the request or the operator's default."""
         return self.response_store is not None and self.response_store.keeps(self.store)
 
     def keep(self, response_id: str, response: bytes) -> bool:
@@ -123,7 +123,7 @@ class ResponsesRequest(ModelRequest, kw_only=True):
 
 
 def read_responses(body: bytes) -> ResponsesRequest:
-    """Take the body of POST /v1/responses apart. Raises BadRequest, which names the parameter."""
+    """Parse the body of POST /v1/responses. Raises BadRequest, which names the parameter."""
     return read_object(body, _read)
 
 

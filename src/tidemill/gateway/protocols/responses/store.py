@@ -1,4 +1,4 @@
-"""The store of kept responses.
+"""The store of responses.
 
 It is filled behind the answers, off their way, and read when a client comes back.
 
@@ -58,7 +58,7 @@ _decode_output = msgspec.json.Decoder(_Output).decode
 
 
 class ResponseStoreRules(msgspec.Struct, frozen=True):
-    """What the operator wants to be kept."""
+    """The operator's rules for storing responses."""
 
     keep_s: int = KEPT_S
     """Seconds; 0: nothing is kept."""
@@ -77,7 +77,7 @@ class FinishedResponse(msgspec.Struct, frozen=True):
 
 
 class ResponseStore:
-    """The kept responses of all tenants, as one gateway process sees them."""
+    """The stored responses of all tenants, as one gateway process sees them."""
 
     def __init__(self, store: Store, rules: ResponseStoreRules = ResponseStoreRules()) -> None:  # noqa: B008
         self._store = store
@@ -90,15 +90,15 @@ class ResponseStore:
 
     @property
     def open(self) -> bool:
-        """Anything is kept at all."""
+        """True if responses are stored at all."""
         return self._rules.keep_s > 0
 
     def keeps(self, asked: bool | None) -> bool:
-        """Whether a response is to be kept whose request says so, or does not say (None)."""
+        """True if a response is to be stored, given the request's `store` (None: not given)."""
         return self.open and (self._rules.by_default if asked is None else asked)
 
     def keep(self, kept: FinishedResponse) -> bool:
-        """Keep a response; False when there is no room for it now."""
+        """Store a response; False if the write queue is full."""
         response = KeptResponse(
             response_id=kept.response_id,
             tenant_id=kept.tenant_id,
@@ -128,7 +128,7 @@ class ResponseStore:
         return found
 
     async def delete(self, tenant_id: str, response_id: str) -> bool:
-        """Forget a response; False when there was none. Raises Unavailable."""
+        """Delete a response; False if there was none. Raises Unavailable."""
         found = await self.find(tenant_id, response_id)
         if found is None:
             return False
@@ -144,11 +144,11 @@ class ResponseStore:
         return await loop.run_in_executor(self._executor, self._history, tenant_id, response_id)
 
     async def sweep(self) -> None:
-        """Forget what is too old. Raises Unavailable."""
+        """Delete expired responses. Raises Unavailable."""
         await asyncio.get_running_loop().run_in_executor(self._executor, self._sweep)
 
     async def close(self, within_s: float) -> None:
-        """Write down what waits."""
+        """Write all pending responses."""
         if self._writing is not None:
             await asyncio.wait([self._writing], timeout=within_s)
         self._executor.shutdown(wait=False, cancel_futures=True)
