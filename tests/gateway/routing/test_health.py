@@ -36,6 +36,7 @@ from tests.support.upstream import (
     usage,
     word,
 )
+from tests.support.waiting import until
 from tidemill.gateway.proxy.retry import MAX_ATTEMPTS
 from tidemill.gateway.routing.circuit_breaker import FAILING_AFTER, UNREACHABLE_AFTER
 from tidemill.gateway.routing.replica import RoutedReplica
@@ -358,10 +359,10 @@ async def test_a_client_that_leaves_is_not_looked_after(fleet: Fleet) -> None:
         await asyncio.sleep(0.4)
         await caller.whole({"error": {"message": "busy"}}, 503)
 
-    plane, (_, other) = await of(fleet, refuses_late, either)
+    plane, (first, other) = await of(fleet, refuses_late, either)
     line = await plane.line()
     await line.send(plane.request())
-    await asyncio.sleep(0.1)
+    await until(lambda: first.asked)
     line.close()
     records = await plane.settled()
     assert len(records) == 1 and records[0].charge == 0
