@@ -134,7 +134,9 @@ class ConnectionPool:
                 raise
 
     def send(self, connection: EngineConnection, path: bytes, body: bytes, timeout_s: float) -> None:
-        """Send a POST on an exclusive connection. A kept one may turn out to be closed by the engine
+        """Send a POST on an exclusive connection.
+
+        A kept one may turn out to be closed by the engine
         (`EngineConnection.reused_and_silent`).
         """
         connection.expire_in(timeout_s)

@@ -1,4 +1,4 @@
-"""A histogram for hot paths: counts in a list, found by bisection; a thousandth of a millisecond an observation."""
+"""A histogram for hot paths: counts in a list, found by bisection; about 1 us per observation."""
 
 from bisect import bisect_left
 
@@ -6,7 +6,9 @@ import msgspec
 
 
 class Histogram(msgspec.Struct):
-    """Counts of times per bucket. `bounds` are the upper ends in microseconds, ascending and inclusive;
+    """Counts of times per bucket.
+
+    `bounds` are the upper ends in microseconds, ascending and inclusive;
     `counts` has one more, for what is longer than all of them.
     """
 
