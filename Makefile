@@ -1,5 +1,6 @@
 # make up     set up and run the platform on its embedded engine and SQLite
 # make test   set up and run all tests
+# make test-fast  those that need neither a platform nor PostgreSQL, in a minute or two
 # make check  formatting, lint, types and import rules
 # make bench-gateway
 # make bench-routing
@@ -15,14 +16,22 @@ STAMP := $(VENV)/.tidemill-installed
 ALL_STAMP := $(VENV)/.tidemill-all-installed
 UV_VERSION := 0.13.9
 ARGS ?=
+# Tests wait more than they work; those of one file may share a platform.
+WORKERS ?= 4
+PARALLEL = -n $(WORKERS) --dist loadfile
+FAST = not platform and not processes and not postgres and not slow
+FAST_PATHS = --ignore tests/e2e --ignore tests/field --ignore tests/crash
 
-.PHONY: up test check format demo bench-gateway bench-routing bench-tides bench-tides-sim soak lock clean
+.PHONY: up test test-fast check format demo bench-gateway bench-routing bench-tides bench-tides-sim soak lock clean
 
 up: $(STAMP)
 	@exec $(BIN)/tidemill up $(ARGS)
 
 test: $(ALL_STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest $(PARALLEL) --hypothesis-profile=fast -m "$(FAST)" $(FAST_PATHS) $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

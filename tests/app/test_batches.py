@@ -29,7 +29,7 @@ class Kept:
             token="t",
             specs=lambda: self.specs,
         )
-        self.process._tell = self.said.append  # type: ignore[method-assign]
+        self.process._tell = self.said.append  # type: ignore[method-assign,assignment]
 
 
 TWO = tuple(ReplicaSpec(f"mock/{index}", "http://127.0.0.1:1/v1", ready=True) for index in range(2))

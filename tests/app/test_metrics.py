@@ -23,7 +23,7 @@ class Page:
 def samples(standing: PlatformMetrics) -> dict[str, float]:
     """The page as Prometheus reads it: `name{label=value,...}` -> value."""
     registry = CollectorRegistry()
-    registry.register(Page(list(families(standing))))  # type: ignore[arg-type]
+    registry.register(Page(list(families(standing))))
     text = generate_latest(registry).decode()
     return {
         each.name + "".join(f"{{{name}={value}}}" for name, value in sorted(each.labels.items())): each.value

@@ -1,11 +1,13 @@
 """The look at upstreams."""
 
 import asyncio
+from collections.abc import Mapping
 
 import pytest
 
 from tidemill.app import probes
 from tidemill.app.probes import UpstreamProbe
+from tidemill.engines.registry import engine_of
 
 Status = int | None
 
@@ -17,16 +19,23 @@ class Pages:
         self.pages = pages
         self.asked: list[tuple[str, str]] = []
 
-    async def __call__(self, base_url: str, path: bytes, timeout_s: float, api_key: str | None) -> Status:
+    async def __call__(self, base_url: str, path: bytes, timeout_s: float, headers: Mapping[str, str]) -> Status:
         self.asked.append((base_url, path.decode()))
-        assert api_key == "key"
+        assert headers in ({"Authorization": "Bearer key"}, {"x-api-key": "key", "anthropic-version": "2023-06-01"})
         return self.pages.get(path.decode().strip("/"))
 
 
-def probe(pages: Pages, every_s: float = 10.0) -> tuple[UpstreamProbe, list[bool]]:
+def probe(pages: Pages, every_s: float = 10.0, kind: str = "openai") -> tuple[UpstreamProbe, list[bool]]:
     seen: list[bool] = []
+    engine = engine_of(kind)
     made = UpstreamProbe(
-        "x/0", "http://x/v1", "key", every_s=every_s, changed=lambda: seen.append(made.ready), get=pages
+        "x/0",
+        "http://x/v1",
+        engine.auth_headers("key"),
+        engine.probes,
+        every_s=every_s,
+        changed=lambda: seen.append(made.ready),
+        get=pages,
     )
     return made, seen
 
@@ -58,6 +67,14 @@ async def test_a_page_that_is_not_there_is_not_asked_for_again() -> None:
     assert pages.asked == [("http://x", "/health"), *[("http://x/v1", "/models")] * 3]
 
 
+@pytest.mark.parametrize(("status", "well"), [(200, True), (401, True), (429, True), (529, False), (None, False)])
+async def test_anthropics_api_is_asked_for_its_models(status: Status, well: bool) -> None:
+    pages = Pages(**{"models?limit=1": status})
+    asked, _ = probe(pages, kind="anthropic")
+    assert await asked.ask() is well
+    assert pages.asked == [("http://x/v1", "/models?limit=1")]
+
+
 async def test_two_failures_in_a_row_take_it_out_and_one_answer_brings_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "AGAIN_S", 0.01)
     pages = Pages(health=200)
@@ -66,11 +83,11 @@ async def test_two_failures_in_a_row_take_it_out_and_one_answer_brings_it_back(m
     await asyncio.sleep(0.1)
     assert watched.ready and seen == []
     pages.pages = {}
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while watched.ready:
             await asyncio.sleep(0.005)
     pages.pages = {"health": 200}
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not watched.ready:
             await asyncio.sleep(0.005)
     await watched.stop()

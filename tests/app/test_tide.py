@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from tests.support.no_jobs import NoJobs
+from tests.support.stores import migrated_store
 from tidemill.app.batches import BatchProcess
 from tidemill.app.config.schema.models import ModelConfig, ObjectiveConfig
 from tidemill.app.config.schema.platform import Config
@@ -20,8 +21,7 @@ from tidemill.fleet.backend import Device, Node
 from tidemill.fleet.history import DemandHistory
 from tidemill.fleet.replica import Replica
 from tidemill.gateway.routing.demand import DemandReport, ModelSeen, ReplicaUse
-from tidemill.store.engine import Store, open_store, store_url
-from tidemill.store.migrate import migrate
+from tidemill.store.engine import Store
 from tidemill.tides.buckets import bucket_of
 from tidemill.tides.state import BacklogView, ModelView, Phase
 
@@ -43,8 +43,7 @@ class World:
                 **model,
             }
         )
-        self.store: Store = open_store(store_url(None, path))
-        migrate(self.store)
+        self.store: Store = migrated_store(path)
         data = DataDir(path / "data")
         everything = Config(models={"m": config})
         self.config = everything

@@ -13,10 +13,8 @@ from typing import Any, NamedTuple
 import pytest
 from litestar.testing import TestClient
 
-from tests.control.world import TOKEN, FakePlatform, open_world
+from tests.control.world import TOKEN, FakePlatform, app_of, open_world
 from tidemill.cli import main
-from tidemill.control.api import create_app
-from tidemill.store.keys import digest_of
 
 
 class Outcome(NamedTuple):
@@ -86,7 +84,7 @@ def up(data: Path, platform: FakePlatform) -> Iterator[Up]:
     lock = os.open(data / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     (data / "admin-token").write_text(TOKEN + "\n")
-    app = create_app(platform, digest_of(TOKEN))
+    app = app_of(platform)
     with TestClient(app, raise_server_exceptions=False) as client, serve(client, requests) as url:
         (data / "runtime.json").write_text(json.dumps({"pid": 1, "control_url": url}))
         yield Up(platform, data, url, requests)

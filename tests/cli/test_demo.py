@@ -18,7 +18,7 @@ from tidemill.cli import demo_burst
 
 WITHIN_S = 600.0
 """A good deal more than the minute that it takes, for a machine on which other tests run."""
-pytestmark = pytest.mark.timeout(WITHIN_S + 60)
+pytestmark = [pytest.mark.platform, pytest.mark.timeout(WITHIN_S + 60)]
 
 
 def demo(tmp_path: Path, *arguments: str | Path) -> "subprocess.Popen[str]":

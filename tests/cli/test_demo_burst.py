@@ -28,7 +28,8 @@ def test_all_requests_have_as_many_bytes() -> None:
 def test_ten_are_let_in_whatever_the_order(seed: int) -> None:
     """Each is held for by the bound, or by its exact prompt; answers end at any time, with any share of it cached."""
     chance = random.Random(seed)
-    free, held, answered = BALANCE, [], 0
+    free, answered = BALANCE, 0
+    held: list[tuple[Nanos, int]] = []
     for _ in range(demo_burst.BURST):
         while held and chance.random() < 0.3:
             hold, prompt = held.pop(chance.randrange(len(held)))
@@ -36,10 +37,10 @@ def test_ten_are_let_in_whatever_the_order(seed: int) -> None:
             free = Nanos(free + hold - rate(usage, demo.PRICE).total)
         prompt = chance.randint(1, 139)
         counted = hold_for(demo.PRICE, prompt_tokens=prompt, output_tokens=demo_burst.TOKENS)
-        hold = next((amount for amount in (MOST, counted) if amount <= free), None)
-        if hold is not None:
-            free = Nanos(free - hold)
-            held.append((hold, prompt))
+        fits = next((amount for amount in (MOST, counted) if amount <= free), None)
+        if fits is not None:
+            free = Nanos(free - fits)
+            held.append((fits, prompt))
             answered += 1
     assert answered == demo_burst.ENOUGH_FOR
 

@@ -4,9 +4,10 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.examples import examples
 from tidemill.cli.demo_picture import _template, picture_of
 from tidemill.cli.demo_stage import DemoStage
 
@@ -37,7 +38,7 @@ def played(stage: DemoStage, text: str) -> DemoStage:
 
 
 @given(text=TEXTS, title=TEXTS)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(0.6)
 def test_a_picture_is_well_formed_whatever_it_shows(text: str, title: str, tmp_path: Path) -> None:
     stage = played(DemoStage(quiet=True), text)
     whole, part = tmp_path / "whole.svg", tmp_path / "part.svg"

@@ -5,9 +5,7 @@ from typing import Any
 import pytest
 from litestar.testing import TestClient
 
-from tests.control.world import TOKEN, FakePlatform, open_world
-from tidemill.control.api import create_app
-from tidemill.store.keys import digest_of
+from tests.control.world import TOKEN, FakePlatform, app_of, open_world
 
 
 class Api:
@@ -46,7 +44,7 @@ def platform(tmp_path: Path) -> Iterator[FakePlatform]:
 
 @pytest.fixture
 def client(platform: FakePlatform) -> Iterator[TestClient[Any]]:
-    with TestClient(create_app(platform, digest_of(TOKEN)), raise_server_exceptions=False) as client:
+    with TestClient(app_of(platform), raise_server_exceptions=False) as client:
         client.headers["authorization"] = f"Bearer {TOKEN}"
         yield client
 

@@ -4,12 +4,13 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from litestar.testing import TestClient
 
 from tests.control.conftest import Api
 from tests.control.world import TOKEN, FakePlatform
+from tests.support.examples import examples
 from tidemill.errors import Unavailable
 
 
@@ -113,7 +114,7 @@ def test_a_bug_is_logged_and_tells_nothing(
     assert "secret detail" in capsys.readouterr().out
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(1.5)
 @given(data=st.data())
 def test_nothing_that_is_sent_makes_it_fail(api: Api, data: st.DataObject) -> None:
     """Whatever the values: an answer, or an error that says what is wrong; never a 500."""

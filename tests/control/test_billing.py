@@ -6,11 +6,12 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.control.conftest import Api
 from tests.control.world import LONG_AGO, OCTOBER, FakeModel, FakePlatform, record
+from tests.support.examples import examples
 from tests.support.prices import token_price
 from tidemill.ledger.devices import DeviceMeter, DeviceTier
 from tidemill.ledger.money import Nanos, format_amount, parse_amount
@@ -19,7 +20,7 @@ from tidemill.ledger.usage import RequestStatus, TokenUsage
 from tidemill.store.device_meters import MeterReading, MeterStart, begin_meters, read_meters
 from tidemill.store.device_prices import current_device_prices, set_device_price
 
-in_a_world = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+in_a_world = examples(0.3)
 numbers = count()
 COUNTS = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens")
 

@@ -4,17 +4,18 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.control.conftest import Api
 from tests.control.world import FakePlatform, record
+from tests.support.examples import examples
 from tidemill.ledger.money import format_amount, parse_amount
 from tidemill.store.accounts import verify_books
 from tidemill.store.keys import digest_of
 from tidemill.store.tables.tenants import keys as keys_table
 
-in_a_world = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+in_a_world = examples(0.4)
 NAMES = ["acme", "华东/智算中心", "a b&c=d?e#f%2F", "[red]", "ünï", "../etc", "x" * 128]
 
 

@@ -1,14 +1,19 @@
 """A platform to test the control plane against: a real store, and a supervisor that only keeps count."""
 
+import functools
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import msgspec
+from litestar import Litestar
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from tests.support.prices import token_price
+from tests.support.stores import migrated_store
+from tidemill.control.api import create_app
 from tidemill.errors import NotFound
 from tidemill.fleet.recipe import WeightsVersion
 from tidemill.fleet.roll import RollState
@@ -16,10 +21,10 @@ from tidemill.fleet.status import DeviceStatus, FleetStatus, ModelStatus, NodeSt
 from tidemill.ledger.money import Nanos, parse_amount
 from tidemill.ledger.pricing import Price, PriceVersion, rate_capped
 from tidemill.ledger.usage import RequestStatus, TokenUsage, UsageRecord
-from tidemill.store.engine import Store, open_store, store_url
+from tidemill.store.engine import Store
 from tidemill.store.job_files import JobFiles
 from tidemill.store.job_submission import JobLimits
-from tidemill.store.migrate import migrate
+from tidemill.store.keys import digest_of
 from tidemill.store.prices import set_price
 from tidemill.store.revision import current_revision, set_setting
 from tidemill.store.usage import store_records
@@ -183,8 +188,7 @@ class FakePlatform:
 
 def open_world(directory: Path) -> FakePlatform:
     """A platform on a new SQLite store, with the models `mock` (USD, CNY) and `big` (USD)."""
-    store = open_store(store_url(None, directory))
-    migrate(store)
+    store = migrated_store(directory)
     with store.write() as connection:
         for name, value in (("currency", "USD"), ("zone", ZONE), ("issuer", "Tide Cloud")):
             set_setting(connection, name, value)
@@ -245,3 +249,28 @@ def record(
         finished_at=at,
         device_ns=device_ns,
     )
+
+
+class _Current:
+    """Whatever platform is served now: an application takes longer to make than most tests take with it."""
+
+    def __init__(self) -> None:
+        self.platform: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.platform, name)
+
+
+_current = _Current()
+
+
+@functools.cache
+def _app() -> Litestar:
+    platform: Any = _current
+    return create_app(platform, digest_of(TOKEN))
+
+
+def app_of(platform: FakePlatform) -> Litestar:
+    """The control plane's application on this platform; there is one at a time."""
+    _current.platform = platform
+    return _app()

@@ -161,7 +161,7 @@ class Reader:
         watched = f"trap 'echo \"<failed: $BASH_COMMAND>\"' ERR\n{commands}\ntrap - ERR\n"
         self._shell.stdin.write(watched + "printf '\\n<end>\\n'\n")
         self._shell.stdin.flush()
-        lines = []
+        lines: list[str] = []
         while (line := self._shell.stdout.readline()) != "<end>\n":
             assert line, f"{where}: the shell ended:\n{''.join(lines)}"
             lines.append(line)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.examples import steps_of
+from tests.docs.examples import steps_of
 
 ROOT = Path(__file__).parents[2]
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from support.chromium import document, look
+from tests.support.chromium import document, look
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("README*.md")), *sorted(ROOT.glob("docs/**/*.md"))]

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
@@ -21,7 +21,7 @@ from openai.types import Batch
 from tests.support.mock import Mock
 from tests.support.platform import Platform, start_platform, wait_until
 
-CHAT = "/v1/chat/completions"
+CHAT: Literal["/v1/chat/completions"] = "/v1/chat/completions"
 MODEL = "smollm2-135m-instruct"
 OVER = ("completed", "failed", "expired", "cancelled")
 
@@ -303,7 +303,7 @@ def test_people_go_first(platform: Platform, client: OpenAI) -> None:
     """While interactive requests wait for a full model, no line of a batch is begun."""
     slow: Any = {"model": "narrow", "messages": [{"role": "user", "content": "hi"}], "extra_body": _SLOW}
     with ThreadPoolExecutor(10) as people:
-        asked = [people.submit(client.chat.completions.create, **slow) for _ in range(10)]
+        asked = [people.submit(lambda: client.chat.completions.create(**slow)) for _ in range(10)]
         wait_until(lambda: sum(each.done() for each in asked) >= 2)
         batch = submit(client, [line("a", model="narrow")])
         while sum(each.done() for each in asked) < 8:

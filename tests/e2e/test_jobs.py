@@ -257,8 +257,9 @@ def test_a_tenant_with_its_key(tmp_path: Path) -> None:
         assert ours.get(f"jobs/{job}/artifact", params={"path": "../work"}).status_code == 404
         assert [each["id"] for each in ours.get("jobs").json()["data"]] == [job]
         assert ours.post(f"jobs/{job}/cancel").status_code == 409
-        for wrong in ({"command": []}, {"command": ["x"], "workdir": "/"}, {"command": ["x"], "deadline_seconds": 0}):
-            assert ours.post("jobs", json=wrong).status_code == 400
+        mistakes: list[dict[str, Any]] = [{"command": []}, {"workdir": "/"}, {"deadline_seconds": 0}]
+        for wrong in mistakes:
+            assert ours.post("jobs", json={"command": ["x"], **wrong}).status_code == 400
         assert theirs.get("jobs").json()["data"] == []
         for path in (f"jobs/{job}", f"jobs/{job}/logs", f"jobs/{job}/artifacts", "jobs/mine"):
             assert theirs.get(path).status_code == 404, path

@@ -10,11 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.store.databases import PostgresServer, postgres_server
+from tests.store.databases import PostgresServer
 from tests.support.mock import Mock
 from tests.support.platform import Platform, start_platform, wait_until
-
-__all__ = ["postgres_server"]
 
 LONGEST_WAIT_S = 6.0
 

@@ -144,7 +144,7 @@ def test_the_metrics_count_what_the_ledger_counts_over_the_death_of_a_gateway(pl
 
         def agrees() -> bool:
             page = scrape(platform)
-            return value(page, "requests_total", **of_model, status="ok") == usage["requests"]
+            return bool(value(page, "requests_total", **of_model, status="ok") == usage["requests"])
 
         wait_until(agrees, 10)
         page = scrape(platform, "application/openmetrics-text; version=1.0.0")

@@ -145,7 +145,11 @@ def test_log_probabilities(client: OpenAI, seen: Seen, stream: bool) -> None:
 
 
 def test_json_schema(client: OpenAI, seen: Seen) -> None:
-    schema = {"type": "object", "properties": {"n": {"type": "integer", "enum": [1, 2]}}, "required": ["n"]}
+    schema: dict[str, object] = {
+        "type": "object",
+        "properties": {"n": {"type": "integer", "enum": [1, 2]}},
+        "required": ["n"],
+    }
     answer = client.chat.completions.create(
         model=MODEL,
         messages=ASK,

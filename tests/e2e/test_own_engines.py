@@ -278,7 +278,10 @@ def test_a_replica_sleeps_while_a_job_has_its_device_and_wakes_for_the_next_requ
             made = admin.post("jobs", json=wish)
             assert made.status_code == 200, made.text
             job = made.json()["id"]
-        show = lambda: platform.job(job)["state"]  # noqa: E731
+
+        def show() -> Any:
+            return platform.job(job)["state"]
+
         wait_until(lambda: show() == "running", 30)
         assert ask() < 5.0, "it wakes, and the job gives way"
         assert set(engines(tmp_path)) - others == {pid} and platform.job(job)["history"][0]["outcome"] == "preempted"

@@ -13,6 +13,7 @@ import pytest
 
 from tests.support.platform import Platform, start_platform, wait_until
 from tests.support.ray_cluster import Cluster
+from tests.support.requirements import need_module
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -55,7 +56,7 @@ print("rank", rank, "of", os.environ["TIDEMILL_WORLD_SIZE"], "is done", flush=Tr
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    pytest.importorskip("ray", reason="make test installs it")
+    need_module("ray", "Ray", "make test")
     cluster = Cluster()
     yield cluster
     cluster.shut_down()
@@ -114,9 +115,12 @@ def test_a_node_lost_with_a_hundred_streams_and_a_gang_on_it(cluster: Cluster, p
         assert answer.status_code == 200, answer.text
         job = answer.json()["id"]
     wait_until(lambda: platform.job(job)["state"] == "running", 60.0)
-    began = [lambda rank=rank: next((platform.data / "jobs").glob(f"**/began-{rank}-1"), None) for rank in (0, 1)]
-    wait_until(lambda: all(found() is not None for found in began), 30.0)
-    folder = began[0]().parent
+
+    def began(rank: int) -> list[Path]:
+        return list((platform.data / "jobs").glob(f"**/began-{rank}-1"))
+
+    wait_until(lambda: bool(began(0) and began(1)), 30.0)
+    folder = began(0)[0].parent
 
     lost = next(iter(set(replicas(platform).values())))
     ends = asyncio.run(streams_while(platform, lambda: cluster.lose(lost)))

@@ -6,9 +6,10 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.examples import examples
 from tests.support.mock import Mock
 from tests.support.platform import Platform
 from tests.support.wire import Line, post
@@ -200,7 +201,7 @@ def test_no_request_breaks_the_real_engine(running: Platform, client: httpx.Clie
     engine = running.pids("engine")
     pieces = st.dictionaries(st.sampled_from(NAMES), json_values, min_size=1, max_size=3)
 
-    @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+    @examples(1.2)
     @given(pieces)
     def throw(fields: dict[str, Any]) -> None:
         body = {"model": MODEL, "messages": HI, **fields, "max_tokens": 2}

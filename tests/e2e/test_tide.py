@@ -161,7 +161,7 @@ def test_lines_are_worked_on_beside_people_and_the_engine_goes_with_the_last(ela
     ]
     headers = {"authorization": f"Bearer {key}"}
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    files = {"file": ("in.jsonl", text.encode()), "purpose": (None, "batch")}
+    files: dict[str, Any] = {"file": ("in.jsonl", text.encode()), "purpose": (None, "batch")}
     file = httpx.post(f"{elastic.url}/files", files=files, headers=headers, timeout=60).json()
     wish = {"input_file_id": file["id"], "endpoint": "/v1/chat/completions", "completion_window": "24h"}
     batch = httpx.post(f"{elastic.url}/batches", json=wish, headers=headers, timeout=60).json()

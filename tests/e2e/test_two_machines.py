@@ -9,13 +9,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.store.databases import PostgresServer, postgres_server
+from tests.store.databases import PostgresServer
 from tests.support.mock import Mock
 from tests.support.platform import Platform, start_platform, wait_until
 
-__all__ = ["postgres_server"]
-
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture

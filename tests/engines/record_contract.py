@@ -47,7 +47,7 @@ def _takes(action: argparse.Action) -> str:
     if action.nargs == 0:
         return "none"
     named = {None: "one", 1: "one", "+": "some", "?": "maybe", "*": "any"}
-    return named.get(action.nargs, str(action.nargs))  # type: ignore[call-overload,no-any-return]
+    return named.get(action.nargs, str(action.nargs))
 
 
 def _type_name(kind: Any) -> str:

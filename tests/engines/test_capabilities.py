@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 from msgspec import Raw
 
-from tidemill.engines.capabilities import Refusal, refusal, template_lacks
+from tidemill.engines.capabilities import refusal, template_lacks
 from tidemill.engines.llamacpp import LlamaCppEngine
-from tidemill.engines.protocol import Ask
+from tidemill.engines.protocol import Ask, Refusal
+from tidemill.engines.registry import engine_of
 
 
 def ask(**fields: Any) -> Ask:
@@ -42,7 +43,7 @@ def chosen(name: str) -> dict[str, Any]:
     ],
 )
 def test_what_is_honoured_passes(fields: Any) -> None:
-    assert refusal("llamacpp", ("reasoning_effort",), ask(**fields)) is None
+    assert refusal(engine_of("llamacpp"), ("reasoning_effort",), ask(**fields)) is None
 
 
 @pytest.mark.parametrize(
@@ -61,12 +62,12 @@ def test_what_is_honoured_passes(fields: Any) -> None:
     ],
 )
 def test_what_would_be_ignored_is_refused(fields: Any, parameter: str) -> None:
-    found = refusal("llamacpp", ("reasoning_effort",), ask(**fields))
+    found = refusal(engine_of("llamacpp"), ("reasoning_effort",), ask(**fields))
     assert isinstance(found, Refusal) and found.parameter == parameter and found.hint
 
 
 def test_another_server_answers_for_itself() -> None:
-    assert refusal("openai", (), ask(store=True, audio={}, tool_choice=chosen("g"))) is None
+    assert refusal(engine_of("openai"), (), ask(store=True, audio={}, tool_choice=chosen("g"))) is None
 
 
 def test_what_a_template_lacks_is_read_from_its_props() -> None:

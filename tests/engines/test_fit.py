@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidemill.engines.catalogue import gpu_named, gpus, model_named, models
-from tidemill.engines.catalogue.models import WEIGHT_PRECISIONS, CatalogueModel
+from tidemill.engines.catalogue.models import CatalogueModel, WeightPrecision
 from tidemill.engines.fit import FitRequest, NodeGroup, fits, layouts, parse_nodes, parse_tokens, precision_for
 from tidemill.engines.memory import ReplicaLayout, need
 from tidemill.engines.roofline import estimate, tpot_under_load_s
@@ -30,7 +30,7 @@ groups = st.builds(
     st.sampled_from([1, 2, 4, 8]),
     st.sampled_from([gpu for gpu in gpus().values() if gpu.memory_mib]),
 )
-_BY_SIZE = ("int4", "int8", "bf16")
+_BY_SIZE: tuple[WeightPrecision, ...] = ("int4", "int8", "bf16")
 
 
 @st.composite
@@ -188,7 +188,7 @@ _NAMES = {
     "nvidia/Llama-3.1-8B-Instruct-FP8": "llama-3.1-8b",
     "openai/gpt-oss-120b": "gpt-oss-120b",
 }
-_PRECISIONS = {"fp8": "fp8", "": "bf16", "fp4": "mxfp4"}
+_PRECISIONS: dict[str, WeightPrecision] = {"fp8": "fp8", "": "bf16", "fp4": "mxfp4"}
 
 
 def measurements() -> Iterator[tuple[dict[str, str], ReplicaLayout]]:
@@ -218,7 +218,7 @@ def test_estimates_are_near_what_was_measured() -> None:
             model_named(name),
             layout,
             gpu_named(row["system"].replace("_", "-")),
-            "mxfp4" if name.startswith("gpt-oss") else WEIGHT_PRECISIONS[_index(row["precision"])],
+            "mxfp4" if name.startswith("gpt-oss") else _PRECISIONS[row["precision"]],
             "bf16",
             prompt=int(row["isl"]),
             output=int(row["osl"]),
@@ -229,7 +229,3 @@ def test_estimates_are_near_what_was_measured() -> None:
     assert len(errors) > 800
     assert statistics.median(errors) < 0.15
     assert sorted(errors)[int(0.9 * len(errors))] < 0.45
-
-
-def _index(precision: str) -> int:
-    return WEIGHT_PRECISIONS.index(_PRECISIONS[precision])  # type: ignore[arg-type]

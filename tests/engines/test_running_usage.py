@@ -13,6 +13,7 @@ from tests.engines.contract import contract
 from tests.engines.streams import cut, event, feed, payloads, words
 from tidemill.engines.capabilities import refusal
 from tidemill.engines.protocol import Ask, Counters, TokenCounts
+from tidemill.engines.registry import engine_of
 from tidemill.engines.running_usage import FILLER_PRIORITY, RunningUsageEngine, RunningUsageTap
 from tidemill.engines.sglang import SglangEngine
 from tidemill.engines.vllm import VllmEngine
@@ -150,9 +151,9 @@ def test_what_we_take_out_and_put_in_are_fields_of_the_real_engine(engine: Runni
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
 def test_what_is_ignored_in_silence_is_refused(kind: str) -> None:
-    found = refusal(kind, (), ask(messages=[], web_search_options={}))
+    found = refusal(engine_of(kind), (), ask(messages=[], web_search_options={}))
     assert found is not None and found.parameter == "web_search_options"
-    assert refusal(kind, (), ask(messages=[], temperature=0.5)) is None
+    assert refusal(engine_of(kind), (), ask(messages=[], temperature=0.5)) is None
 
 
 @pytest.mark.parametrize("engine", [VllmEngine(), SglangEngine()], ids=lambda each: each.kind)

@@ -64,7 +64,7 @@ async def test_100_rpm_times_4_workers_lets_100_through(platform: Platform) -> N
 
 async def test_parallel_requests_cannot_overdraw_a_prepaid_balance(platform: Platform) -> None:
     """new-api 6609, one-api 2440: two hundred requests at once on money for ten, spread over four processes."""
-    wide = {"tokens": 100, "mock": {"prompt_tokens": 50, "ttft_ms": 100}}
+    wide: dict[str, Any] = {"tokens": 100, "mock": {"prompt_tokens": 50, "ttft_ms": 100}}
     fields = {"max_tokens": wide["tokens"], "mock": wide["mock"]}
     key = platform.new_tenant("ten", None)
     credit = 10 * hold_of(key, **wide)

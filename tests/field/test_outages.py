@@ -18,13 +18,11 @@ import pytest
 
 from tests.field.books import check_books
 from tests.field.load import Load, Told, statuses
-from tests.store.databases import PostgresServer, postgres_server
+from tests.store.databases import PostgresServer
 from tests.support.mock import Mock
 from tests.support.platform import Platform, start_platform, wait_until
 from tidemill.gateway.auth.authenticator import ASK_EVERY_S
 from tidemill.meter.balance_leases import STORE_PATIENCE_S
-
-__all__ = ["postgres_server"]
 
 OUTAGE_S = float(os.environ.get("TIDEMILL_OUTAGE_S", "6"))
 WARM_UP_S = 1.5

@@ -72,7 +72,7 @@ async def replica_set(path: Path, *recipes: Recipe, devices: int = 2, **options:
         await found.close()
 
 
-async def until(true: Any, within_s: float = 20.0) -> None:
+async def until(true: Any, within_s: float = 60.0) -> None:
     async with asyncio.timeout(within_s):
         while not true():
             await asyncio.sleep(0.02)

@@ -6,19 +6,17 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from tests.ledger.values import record
+from tests.support.stores import migrated_store
 from tidemill.fleet.history import DemandHistory, pasts_of
 from tidemill.ledger.usage import TokenUsage
 from tidemill.store.demand import BIN_S, UP, DemandBin
-from tidemill.store.engine import Store, open_store, store_url
-from tidemill.store.migrate import migrate
+from tidemill.store.engine import Store
 from tidemill.store.tenants import create_tenant
 from tidemill.store.usage import store_records
 
 
 def fresh(path: Path) -> Store:
-    store = open_store(store_url(None, path))
-    migrate(store)
-    return store
+    return migrated_store(path)
 
 
 def test_what_is_not_known_is_not_nothing() -> None:

@@ -10,12 +10,17 @@ from tidemill.fleet.backend import Device, ProcessSpec
 from tidemill.fleet.local import LocalBackend
 
 SPIN = """
-import sys, time
-began, until = time.process_time(), time.monotonic() + float(sys.argv[1])
-while time.monotonic() < until:
+import pathlib, sys, time
+here, other, seconds = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), float(sys.argv[3])
+here.touch()
+while not other.exists():
+    time.sleep(0.01)
+began, end = time.process_time(), max(here.stat().st_mtime, other.stat().st_mtime) + seconds
+while time.time() < end:
     pass
 print(time.process_time() - began, flush=True)
 """
+"""Two of them begin and end together."""
 
 
 async def test_a_process_of_the_idle_class_gets_what_another_session_leaves(tmp_path: Path) -> None:
@@ -27,12 +32,12 @@ async def test_a_process_of_the_idle_class_gets_what_another_session_leaves(tmp_
         launches = [
             ProcessSpec(
                 name=name,
-                argv=(sys.executable, "-c", SPIN, "3"),
+                argv=(sys.executable, "-c", SPIN, str(tmp_path / f"{name}.up"), str(tmp_path / f"{other}.up"), "3"),
                 devices=(device,),
                 log=tmp_path / name,
                 idle_class=name == "idle",
             )
-            for name in ("idle", "people")
+            for name, other in (("idle", "people"), ("people", "idle"))
         ]
         started = await backend.start(launches)
         await asyncio.gather(*(process.wait() for process in started))

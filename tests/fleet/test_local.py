@@ -221,13 +221,13 @@ PARENT = """
 import asyncio, sys
 from pathlib import Path
 import msgspec
-from tidemill.fleet.backend import Launch
+from tidemill.fleet.backend import ProcessSpec
 from tidemill.fleet.local import LocalBackend
 
 async def main():
     backend = LocalBackend([], owner=sys.argv[1])
     path = lambda kind, text: kind(text)
-    await backend.start([msgspec.json.decode(each, type=Launch, dec_hook=path) for each in sys.argv[2:]])
+    await backend.start([msgspec.json.decode(each, type=ProcessSpec, dec_hook=path) for each in sys.argv[2:]])
     print("started", flush=True)
     await asyncio.sleep(1000)
 

@@ -13,6 +13,7 @@ from tests.fleet.fleets import ready, recipe, replica_set, until, weights
 from tests.fleet.processes import gone, launch, pid_in, python, said, shell
 from tests.support.platform import wait_until
 from tests.support.ray_cluster import Cluster
+from tests.support.requirements import need_module
 from tidemill.errors import Unavailable
 from tidemill.fleet.backend import CannotStart, Device
 from tidemill.fleet.ray import RayBackend, devices_of, unique_names
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.timeout(180)
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    pytest.importorskip("ray", reason="make test installs it")
+    need_module("ray", "Ray", "make test")
     cluster = Cluster()
     yield cluster
     cluster.shut_down()
@@ -139,7 +140,7 @@ async def test_a_bridge_that_is_killed_takes_its_commands_along_and_comes_back(
 
 
 async def test_a_cluster_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("ray", reason="make test installs it")
+    need_module("ray", "Ray", "make test")
     monkeypatch.setattr("tidemill.fleet.ray.OPEN_WITHIN_S", 1.0)
     ray = RayBackend("127.0.0.1:1", log_fd=lambda: os.open(os.devnull, os.O_WRONLY))
     with pytest.raises(Unavailable, match=r"The Ray cluster at 127.0.0.1:1 cannot be joined"):

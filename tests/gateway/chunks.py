@@ -3,15 +3,14 @@
 import json
 from typing import Any
 
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from tests.support.examples import examples
 from tidemill.engines.collect import Collector
 from tidemill.engines.protocol import TokenCounts
 from tidemill.engines.sse import SseTap
 
-busy_machine = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
-"""The first draw takes long where others work, too."""
+on_streams = examples(0.6)
 
 COUNTS = TokenCounts(30, 4, 12)
 

@@ -6,10 +6,11 @@ from itertools import pairwise
 
 import pytest
 import pytest_asyncio
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.data_plane import Start
+from tests.support.examples import examples
 from tests.support.plane import Plane
 from tests.support.upstream import (
     DONE,
@@ -54,7 +55,7 @@ async def both(start: Start) -> tuple[Plane, Upstream]:
     return await start(none)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(0.4)
 @given(interims=st.integers(0, 3), chunks=cuts, parts=cuts, request_parts=cuts)
 async def test_wherever_request_and_answer_are_cut_the_same_arrives(
     both: tuple[Plane, Upstream],
@@ -148,7 +149,7 @@ async def test_an_answer_that_could_be_read_in_two_ways_poisons_no_connection(st
         else:
             await caller.send(b"HTTP/1.1 200 OK\r\n" + head + b"\r\n0\r\n\r\n" + whole_answer("smuggled"))
 
-    plane, upstream = await start(script, idle_timeout_seconds=0.5)
+    plane, upstream = await start(script, ttft_timeout_seconds=0.5, idle_timeout_seconds=0.5)
     first = await plane.ask()
     assert first.status in (200, 502) and b"smuggled" not in first.body.partition(b"\r\n\r\n")[0][:200]
     await asyncio.sleep(0.05)

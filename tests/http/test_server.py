@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.examples import examples
 from tests.support.wire import Answer, Line, get, post
 from tidemill.gateway.endpoints.app import RequestIds
 from tidemill.http import request_parser
@@ -340,7 +341,9 @@ async def test_who_leaves_is_noticed_at_once(serve: Serve, how: str) -> None:
         exchange.send(b"first")
         await gone.wait()
         assert exchange.gone
-        for attempt in (lambda: exchange.send(b"more"), lambda: exchange.end(), lambda: exchange.respond(200, b"")):
+        attempts: list[Callable[[], None]] = [exchange.end, lambda: exchange.send(b"more")]
+        attempts.append(lambda: exchange.respond(200, b""))
+        for attempt in attempts:
             try:
                 attempt()
             except ClientGone as error:
@@ -523,7 +526,7 @@ pieces = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(1.5)
 @given(pieces)
 async def test_whatever_is_sent_the_server_stays_up(serve: Serve, sent: list[bytes]) -> None:
     """No exception, no hanging connection, only 200s and 4xx, and the next client is served."""

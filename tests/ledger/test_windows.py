@@ -3,10 +3,10 @@
 import random
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
+from tests.support.examples import examples
 from tidemill.ledger.windows import (
     AHEAD_S,
     RATE_WINDOW_S,
@@ -233,7 +233,7 @@ class Machine(RuleBasedStateMachine):
             self.world.is_free_after_silence()
 
 
-Machine.TestCase.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+Machine.TestCase.settings = examples(1, stateful_step_count=30)
 TestMachine = Machine.TestCase
 
 

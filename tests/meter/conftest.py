@@ -1,4 +1,4 @@
-from tests.store.conftest import acme, databases, postgres_server, quick_directory, store
+from tests.store.conftest import acme, databases, quick_directory, store
 from tests.store.values import OCTOBER
 
-__all__ = ["OCTOBER", "acme", "databases", "postgres_server", "quick_directory", "store"]
+__all__ = ["OCTOBER", "acme", "databases", "quick_directory", "store"]

@@ -6,10 +6,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.disk import fill_up, small_disk
+from tests.support.examples import examples
 from tidemill.meter.frames import (
     END_OF_SEGMENT,
     HEADER,
@@ -47,7 +48,6 @@ def everything(directory: Path, start: tuple[int, int] = START) -> list[bytes]:
     return [each.payload for each in read_frames(directory, start)]
 
 
-@settings(deadline=None)
 @given(segments)
 def test_everything_is_read_from_any_position(parts: list[list[bytes]]) -> None:
     directory = in_a_directory(parts)
@@ -60,7 +60,7 @@ def test_everything_is_read_from_any_position(parts: list[list[bytes]]) -> None:
     shutil.rmtree(directory)
 
 
-@settings(deadline=None, max_examples=200)
+@examples(2)
 @given(segments, st.data())
 def test_a_flipped_bit_costs_the_frame_that_it_hits(parts: list[list[bytes]], data: st.DataObject) -> None:
     directory = in_a_directory(parts)
@@ -84,7 +84,6 @@ def test_a_flipped_bit_costs_the_frame_that_it_hits(parts: list[list[bytes]], da
     shutil.rmtree(directory)
 
 
-@settings(deadline=None, max_examples=100)
 @given(payloads, st.data())
 def test_a_torn_tail_ends_the_reading(part: list[bytes], data: st.DataObject) -> None:
     """The last write of a dying machine: any part of it may have reached the disk."""
@@ -100,7 +99,6 @@ def test_a_torn_tail_ends_the_reading(part: list[bytes], data: st.DataObject) ->
     shutil.rmtree(directory)
 
 
-@settings(deadline=None, max_examples=100)
 @given(st.binary(max_size=300))
 def test_rubbish_is_no_frame(rubbish: bytes) -> None:
     directory = in_a_directory([[b"x"]])

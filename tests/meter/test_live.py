@@ -9,12 +9,13 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.meter.values import START_US, opened
 from tests.store.values import ZONE
 from tests.support.disk import fill_up, small_disk
+from tests.support.examples import examples
 from tidemill.ledger.components import MAX_TOKENS
 from tidemill.ledger.posting import charge_batches
 from tidemill.ledger.usage import RequestStatus
@@ -45,7 +46,7 @@ def test_what_is_open_is_read_with_its_last_counts(tmp_path: Path) -> None:
     assert read_unfinished(path) == []
 
 
-@settings(max_examples=50, deadline=None)
+@examples(0.5)
 @given(slot=st.integers(0, 7), completion=st.integers(0, 2**63))
 def test_a_count_of_completion_tokens_alone_changes_nothing_else(
     tmp_path_factory: pytest.TempPathFactory, slot: int, completion: int
@@ -191,7 +192,7 @@ def test_a_kill_while_slots_come_and_go_leaves_them_readable(tmp_path: Path) -> 
             assert each == Unfinished(opened(each.opened.request_id), 0, 0, 0, 0, number % 100, False)
 
 
-@settings(deadline=None, max_examples=200)
+@examples(2)
 @given(st.integers(0, SLOT_BYTES - 1), st.binary(min_size=1, max_size=70))
 def test_a_half_written_slot_is_no_request_or_a_possible_one(at: int, rubbish: bytes) -> None:
     """Whatever a slot holds, reading it gives nothing, or a request that was opened, with figures that fit."""

@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
@@ -32,7 +31,9 @@ from sqlalchemy import select
 from tests.meter.values import START_US
 from tests.store.databases import FlakyStore
 from tests.store.values import LONG_AGO, ZONE, assert_clean, grant
+from tests.support.examples import examples
 from tests.support.prices import token_price
+from tests.support.stores import migrated_store
 from tidemill.errors import Unavailable
 from tidemill.ledger.usage import RequestStatus, TokenUsage
 from tidemill.meter.balance_leases import DRY_FOR_S, IDLE_FOR_S, BalanceLeases
@@ -41,8 +42,6 @@ from tidemill.meter.loader import LIVE_FILE, Loader, claim_directory
 from tidemill.meter.log import LogFull, UsageLog
 from tidemill.meter.records import Opened, encode_settled, settle
 from tidemill.store.accounts import tenant_balances
-from tidemill.store.engine import open_store, store_url
-from tidemill.store.migrate import migrate
 from tidemill.store.tables.money import leases
 from tidemill.store.tenants import create_tenant
 from tidemill.store.usage import records_between
@@ -89,8 +88,7 @@ class Money(RuleBasedStateMachine):
         self.directory = Path(tempfile.mkdtemp(prefix="tm-money-", dir=memory if os.access(memory, os.W_OK) else None))
         self.meter_dir = self.directory / "meter"
         self.meter_dir.mkdir()
-        opened = open_store(store_url(None, self.directory))
-        migrate(opened)
+        opened = migrated_store(self.directory)
         self.store = FlakyStore(opened.engine)
         self.loader_store = FlakyStore(opened.engine)
         self.loader = Loader(self.loader_store, self.meter_dir, zone=ZONE)
@@ -191,7 +189,7 @@ class Money(RuleBasedStateMachine):
         self.charged[flight.opened.request_id] = self.rated(flight, usage)
 
     def rated(self, flight: Flight, usage: TokenUsage) -> int:
-        return self.outcome(flight, usage).charge
+        return int(self.outcome(flight, usage).charge)
 
     def outcome(self, flight: Flight, usage: TokenUsage) -> Any:
         return settle(
@@ -346,6 +344,4 @@ class Money(RuleBasedStateMachine):
 
 
 TestMoney = Money.TestCase
-TestMoney.settings = settings(
-    max_examples=30, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
-)
+TestMoney.settings = examples(0.3, stateful_step_count=60)

@@ -65,6 +65,7 @@ def figures(scenario: Scenario) -> dict[str, SimulationResult]:
     return {each.name: Simulation(scenario, each).run() for each in policies}
 
 
+@pytest.mark.slow
 def test_the_tide_fills_the_fleet_and_keeps_deadlines_and_objective(figures: dict[str, SimulationResult]) -> None:
     best = figures["tide"]
     assert best.fill > 0.85
@@ -72,6 +73,7 @@ def test_the_tide_fills_the_fleet_and_keeps_deadlines_and_objective(figures: dic
     assert best.kept > figures["interactive alone"].kept - 0.01
 
 
+@pytest.mark.slow
 def test_no_base_line_fills_it_as_well(figures: dict[str, SimulationResult]) -> None:
     best = figures.pop("tide")
     assert all(each.fill < best.fill for each in figures.values())

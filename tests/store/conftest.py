@@ -1,12 +1,12 @@
 import pytest
 from sqlalchemy import Connection
 
-from tests.store.databases import databases, postgres_server, quick_directory, store
+from tests.store.databases import databases, quick_directory, store
 from tests.store.values import LONG_AGO
 from tidemill.store.engine import Store
 from tidemill.store.tenants import Tenant, create_tenant
 
-__all__ = ["databases", "postgres_server", "quick_directory", "store"]
+__all__ = ["databases", "quick_directory", "store"]
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 from sqlalchemy import URL, create_engine, text
 
+from tests.support import requirements
+from tests.support.stores import template
 from tidemill.errors import Unavailable
 from tidemill.store.engine import Store, open_store, store_url
 from tidemill.store.migrate import migrate
@@ -54,9 +56,14 @@ class PostgresServer:
 
     def start(self) -> None:
         data = self._directory / "data"
-        initdb = [self._binaries / "initdb", "-D", data, "-U", "tidemill", "-A", "trust", "-E", "UTF8", "--no-locale"]
+        initdb = [str(self._binaries / "initdb"), "-D", str(data), "-U", "tidemill", "--no-sync"]
         subprocess.run(
-            [*initdb, "--no-sync"], check=True, capture_output=True, cwd=self._directory, timeout=60, **self._as_user
+            [*initdb, "-A", "trust", "-E", "UTF8", "--no-locale"],
+            check=True,
+            capture_output=True,
+            cwd=self._directory,
+            timeout=60,
+            **self._as_user,
         )
         self._run()
         self._await(self._make_template)
@@ -189,15 +196,8 @@ class Databases:
     def migrated(self) -> Store:
         if self.server is not None:
             return self._opened(self.server.url(self._named(self.server.create_migrated())))
-        template = self._directory / "template.db"
-        if not template.exists():
-            made = open_store(store_url(None, self._directory).set(database=str(template)))
-            migrate(made)
-            with made.engine.connect() as connection:
-                connection.connection.driver_connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # type: ignore[union-attr]
-            made.close()
         path = self._directory / f"store{next(_numbers)}.db"
-        shutil.copy(template, path)
+        shutil.copy(template(), path)
         return self._opened(f"sqlite:///{path}")
 
     def again(self, store: Store) -> Store:
@@ -233,10 +233,11 @@ class Databases:
 
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[PostgresServer]:
+    """The one server of a session."""
     binaries = postgres_binaries()
     if binaries is None:
-        pytest.skip("no PostgreSQL server is installed (Debian: apt-get install postgresql)")
-    pytest.importorskip("psycopg", reason="the PostgreSQL driver is not installed: pip install 'tidemill[postgres]'")
+        requirements.not_installed("PostgreSQL", "apt-get install postgresql")
+    requirements.need_module("psycopg", "psycopg", "pip install 'tidemill[postgres]'")
     server = PostgresServer(binaries)
     try:
         server.start()

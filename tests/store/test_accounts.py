@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import text
 
 from tests.store.conftest import new_tenant
 from tests.store.databases import Databases
 from tests.store.values import LONG_AGO, OCTOBER, assert_clean, balance_of, grant
+from tests.support.examples import examples
 from tidemill.ledger.money import MAX_NANOS, Nanos
 from tidemill.ledger.posting import FUNDING_CREDIT, Discrepancy, Entry, credit_grant, tenant_account
 from tidemill.store.accounts import (
@@ -28,7 +29,7 @@ from tidemill.store.engine import Store
 from tidemill.store.ids import new_id
 from tidemill.store.tenants import Tenant
 
-on_one_store = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+on_one_store = examples(0.25)
 
 
 def test_a_grant_moves_both_accounts(store: Store, acme: Tenant) -> None:

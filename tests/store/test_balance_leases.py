@@ -4,12 +4,13 @@ import threading
 import time
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.store.conftest import new_tenant
 from tests.store.databases import Databases
 from tests.store.values import balance_of, grant
+from tests.support.examples import examples
 from tidemill.store.balance_leases import extend_lease, leased, leasing_workers, release_worker, return_lease
 from tidemill.store.engine import Store
 from tidemill.store.tenants import Tenant
@@ -84,7 +85,7 @@ def test_tenants_do_not_touch_each_other(store: Store, rich: Tenant) -> None:
     assert (out(store, rich), out(store, other)) == (0, 10)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(0.2)
 @given(
     st.integers(0, 10**6),
     st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 3 * 10**5), st.integers(1, 16)), max_size=15),

@@ -7,12 +7,13 @@ from datetime import datetime, timedelta
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import update
 
 from tests.store.conftest import new_tenant
 from tests.store.values import LONG_AGO, OCTOBER, ZONE, assert_clean, balance_of, grant
+from tests.support.examples import examples
 from tidemill.ledger.devices import DeviceMeter, DeviceTier, charge_for, hold_for
 from tidemill.ledger.money import Nanos, parse_amount
 from tidemill.ledger.period import parse_period
@@ -140,7 +141,7 @@ def test_months_and_their_invoice(store: Store, acme: Tenant) -> None:
     assert_right(store)
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@examples(0.3)
 @given(
     balance=st.integers(0, 10**10),
     hour=st.integers(1, 10**12),
@@ -198,7 +199,7 @@ STEPS = st.one_of(
 )
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@examples(0.4)
 @given(steps=st.lists(STEPS, max_size=25))
 def test_meters_and_gateways_never_promise_more_than_there_is(
     store: Store, steps: list[tuple[str, int, int, int]]
@@ -247,7 +248,7 @@ def test_meters_and_gateways_never_promise_more_than_there_is(
     assert_right(store)
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@examples(0.3)
 @given(beyond=st.integers(0, 10**9), seconds=st.lists(st.integers(0, 300), min_size=2, max_size=4))
 def test_meters_that_are_read_together_share_what_is_free(store: Store, beyond: int, seconds: list[int]) -> None:
     """And what the one gives back when it ends, another may have."""

@@ -33,7 +33,7 @@ numbers = count(1)
 
 BEFORE = "0007"
 
-OLD_PRICES = [
+OLD_PRICES: list[dict[str, Any]] = [
     {"price_id": "prc_old", "model": "m", "tier": "standard", "valid_from": 5, "rates": (4 * 10**9, 10**9, 16 * 10**9)},
     {"price_id": "prc_batch", "model": "m", "tier": "batch", "valid_from": 5, "rates": (2 * 10**9, 5 * 10**8, 10**16)},
     {"price_id": "prc_free", "model": "tiny", "tier": "standard", "valid_from": 9, "rates": (0, 0, 0)},

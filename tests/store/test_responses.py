@@ -2,6 +2,7 @@
 
 import zlib
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 
@@ -81,7 +82,7 @@ def test_another_time_and_one_that_was_shortened_later(store: Store) -> None:
     mine = tenant(store, "mine")
     with store.write() as connection:
         keep_responses(connection, [kept(mine, 0)], keep_s=100)
-        found = {"tenant_id": mine, "response_id": kept(mine, 0).response_id}
+        found: dict[str, Any] = {"tenant_id": mine, "response_id": kept(mine, 0).response_id}
         assert find_response(connection, **found, now_us=NOW + 99_999_999) is not None
         assert find_response(connection, **found, now_us=NOW + 100_000_000) is None
         assert find_response(connection, **found, now_us=NOW + 50_000_000, keep_s=50) is None, "by now's rule"

@@ -6,13 +6,14 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import select
 
 from tests.ledger.values import PRICES, UNCAPPED, record, usages
 from tests.store.conftest import new_tenant
 from tests.store.values import LONG_AGO, OCTOBER, ZONE, assert_clean, balance_of, grant
+from tests.support.examples import examples
 from tests.support.prices import token_price
 from tidemill.ledger.components import MAX_PRICE, MAX_TOKENS
 from tidemill.ledger.invoice import LineSum, MonthUsage, sum_month
@@ -37,7 +38,7 @@ from tidemill.store.usage import (
 )
 
 ids = count(1)
-on_one_store = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+on_one_store = examples(0.25)
 
 
 def of(tenant: Tenant, **values: Any) -> UsageRecord:

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from tests.support.prices import token_price
+from tests.support.stores import migrated_store
 from tests.support.wire import Answer, Line, post
 from tidemill.gateway.admission.admission import Admission
 from tidemill.gateway.admission.fair_queue import FairQueues
@@ -30,11 +31,9 @@ from tidemill.meter.live import LiveTable
 from tidemill.meter.log import UsageLog
 from tidemill.meter.records import Settled, decode_settled
 from tidemill.store.accounts import post as post_money
-from tidemill.store.engine import open_store, store_url
 from tidemill.store.ids import new_id
 from tidemill.store.keys import create_key
 from tidemill.store.limits import set_limit
-from tidemill.store.migrate import migrate
 from tidemill.store.prices import set_price
 from tidemill.store.tenants import create_tenant, set_weight
 
@@ -43,6 +42,8 @@ PRICE = token_price(1_000_000_000, 250_000_000, 2_000_000_000)
 """1.00, 0.25 and 2.00 per million tokens: 1000, 250 and 2000 nanos a token."""
 SWEEP_S = 0.05
 MAX_BODY_BYTES = 2 * 1024 * 1024
+STORE_PATIENCE_S = 60.0
+"""On a busy machine a store on a disk may take long; a request must not be refused for that."""
 
 
 def model(port: int, name: str = "mock", **changes: Any) -> ModelSpec:
@@ -57,8 +58,8 @@ def model(port: int, name: str = "mock", **changes: Any) -> ModelSpec:
         context=None,
         max_output_tokens=256,
         drain_seconds=5.0,
-        ttft_timeout_seconds=5.0,
-        idle_timeout_seconds=5.0,
+        ttft_timeout_seconds=60.0,
+        idle_timeout_seconds=60.0,
     )
     return msgspec.structs.replace(spec, **changes)
 
@@ -86,8 +87,7 @@ class Plane:
 
     async def __aenter__(self) -> "Plane":
         loop = asyncio.get_running_loop()
-        self.store = open_store(store_url(None, self._path))
-        migrate(self.store)
+        self.store = migrated_store(self._path)
         now = datetime.now(UTC)
         with self.store.write() as connection:
             tenant = create_tenant(connection, name="acme", currency="USD", now=now)
@@ -104,9 +104,10 @@ class Plane:
         self._log_directory.mkdir(exist_ok=True)
         self.log = UsageLog(self._log_directory, loop, segment_bytes=self._segment_bytes)
         self.live = LiveTable(self._path / "live", slots=256)
-        self.leasing = BalanceLeases(self.store, "worker", self.executor)
+        self.leasing = BalanceLeases(self.store, "worker", self.executor, patience_s=STORE_PATIENCE_S)
         self.authenticator = Authenticator(self.store, self.executor)
-        self.limits = RateLimits(LimitLeases(self.store, "worker", self.executor), "UTC")
+        shares = LimitLeases(self.store, "worker", self.executor, patience_s=STORE_PATIENCE_S)
+        self.limits = RateLimits(shares, "UTC")
         self.authenticator.on_news = self.limits.update
         await self.authenticator.renew()
         self.routes = ModelRoutes(loop)
@@ -160,7 +161,7 @@ class Plane:
     def wallet(self) -> Any:
         return self.leasing.purse(self.tenant_id).wallet
 
-    async def settled(self, within_s: float = 10.0) -> list[Settled]:
+    async def settled(self, within_s: float = 60.0) -> list[Settled]:
         """Wait until no request is open; gives the records. Holds, slots, reservations: none may be left."""
         async with asyncio.timeout(within_s):
             while self.live.open_requests or self.server.working:
@@ -178,9 +179,15 @@ class Plane:
         assert self.wallet.spent == sum(each.charge for each in own)
         return found
 
+    @property
+    def holds_back(self) -> bool:
+        """An engine is not read from, as a client does not read."""
+        replicas = [replica for route in self.routes.by_name.values() for replica in route.replicas]
+        return any(connection._paused for replica in replicas for connection in replica.pool._busy)
+
     async def record(self) -> Settled:
         """The one record there is, once it is there."""
-        async with asyncio.timeout(10.0):
+        async with asyncio.timeout(60):
             while not self.log.records:
                 await asyncio.sleep(0.01)
         (found,) = await self.settled()
@@ -217,11 +224,11 @@ class Plane:
     async def line(self, **options: Any) -> Line:
         return await Line.open(self.port, **options)
 
-    async def ask(self, *, within_s: float = 10.0, **fields: Any) -> Answer:
+    async def ask(self, *, within_s: float = 60.0, **fields: Any) -> Answer:
         """Send a chat request on a connection of its own."""
         return await self.send(self.request(**fields), within_s=within_s)
 
-    async def send(self, data: bytes, *, within_s: float = 10.0) -> Answer:
+    async def send(self, data: bytes, *, within_s: float = 60.0) -> Answer:
         """Send bytes on a connection of their own; gives the answer."""
         line = await self.line()
         try:

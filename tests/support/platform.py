@@ -87,7 +87,7 @@ class Platform:
         if self._config is not None:
             command += ["--config", str(self._config)]
         with self.output.open("wb") as output:
-            self.process = subprocess.Popen(
+            process = self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -96,11 +96,8 @@ class Platform:
                 start_new_session=True,
             )
         try:
-            wait_until(
-                lambda: self.process.poll() is not None or b"is ready" in self.output.read_bytes(),
-                within_s,  # type: ignore[union-attr]
-            )
-            if self.process.poll() is not None:
+            wait_until(lambda: process.poll() is not None or b"is ready" in self.output.read_bytes(), within_s)
+            if process.poll() is not None:
                 raise AssertionError(f"`tidemill up` ended:\n{self.output.read_text()}\n{self.logs()}")
         except BaseException:
             self.kill9_all()
@@ -164,7 +161,7 @@ class Platform:
         with self.admin as admin:
             return _ok(admin.get("usage", params={"tenant": tenant, "records": "true", "limit": 1000}))
 
-    def record(self, tenant: str, count: int = 1, within_s: float = 10.0) -> Any:
+    def record(self, tenant: str, count: int = 1, within_s: float = 60.0) -> Any:
         """The tenant's last record, once it has `count` of them."""
         found: list[Any] = []
 
@@ -224,7 +221,7 @@ def free_port() -> int:
             return port
 
 
-def wait_until(true: Callable[[], bool], within_s: float = 10.0, every_s: float = 0.05) -> None:
+def wait_until(true: Callable[[], bool], within_s: float = 60.0, every_s: float = 0.05) -> None:
     """Poll until `true()`; fails when that takes too long."""
     deadline = time.monotonic() + within_s
     while not true():

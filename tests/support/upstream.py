@@ -56,7 +56,7 @@ class Caller:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         await self.send(b"HTTP/1.1 %d X\r\n%bcontent-length: %d\r\n\r\n%b" % (status, headers, len(data), data))
 
-    async def hangs_up(self, within_s: float = 5.0) -> None:
+    async def hangs_up(self, within_s: float = 60.0) -> None:
         """Wait until the gateway closes the connection; fails when it does not."""
         async with asyncio.timeout(within_s):
             with contextlib.suppress(ConnectionError):

@@ -72,7 +72,7 @@ class Line:
         self.writer.write(data)
         await self.writer.drain()
 
-    async def answer(self, *, within_s: float = 10.0, head_only: bool = False) -> Answer:
+    async def answer(self, *, within_s: float = 60.0, head_only: bool = False) -> Answer:
         """The next whole answer; interim ones (1xx) are passed over."""
         async with asyncio.timeout(within_s):
             while True:
@@ -104,7 +104,7 @@ class Line:
                 return
             yield data[:-2]
 
-    async def ended(self, within_s: float = 10.0) -> bytes:
+    async def ended(self, within_s: float = 60.0) -> bytes:
         """Wait until the server closes; gives what came before that."""
         async with asyncio.timeout(within_s):
             try:

@@ -164,7 +164,8 @@ def check(before: FleetSnapshot, plan: Plan) -> None:
     jobs = {each.id: each for each in before.jobs}
     reservations = {each.id: each for each in before.reservations}
 
-    given = [device for start in (*plan.start_replicas, *plan.start_jobs) for device in start.devices]
+    given = [device for start in plan.start_replicas for device in start.devices]
+    given += [device for start in plan.start_jobs for device in start.devices]
     assert len(set(given)) == len(given), "a device was given out twice"
     assert not held & set(given), "a device was given out that somebody holds"
     assert all(views[device].up for device in given), "a device was given out that is lost"
@@ -181,8 +182,8 @@ def check(before: FleetSnapshot, plan: Plan) -> None:
     asleep = Counter(each.model for each in sleepers.values())
     asleep.subtract(sleepers[name].model for name in woken)
     for stop in plan.stop_replicas:
-        one = next(each for each in before.replicas if each.id == stop.replica)
-        asleep[one.model] += 1 if stop.sleep else -1 if one.phase is Phase.ASLEEP else 0
+        found = next(each for each in before.replicas if each.id == stop.replica)
+        asleep[found.model] += 1 if stop.sleep else -1 if found.phase is Phase.ASLEEP else 0
     assert all(asleep[name] <= each.sleepers for name, each in models.items()), "more sleep than may"
     for start in plan.start_replicas:
         view = models[start.model]
@@ -302,7 +303,7 @@ def fleets(draw: st.DrawFn, kinds: Sequence[str] = ("h100",), reserve: bool = Tr
     for number in range(draw(st.integers(0, 6))):
         node = views[draw(st.integers(0, len(views) - 1))].node
         here = [device for device in free if device.startswith(f"{node}/")]
-        if models and draw(st.booleans()):
+        if len(models) > 0 and draw(st.booleans()):
             of = draw(st.sampled_from(models))
             own = next(view.kind for view in views if view.node == node)
             if len(here) >= of.devices and (not of.kinds or own in of.kinds):
@@ -328,7 +329,7 @@ def fleets(draw: st.DrawFn, kinds: Sequence[str] = ("h100",), reserve: bool = Tr
             free = [device for device in free if device not in on]
     for number in range(draw(st.integers(0, 5))):
         jobs.append(_drawn_job(draw, f"wait{number}", draw(st.integers(1, 6)), (), kinds))
-    if reservations and draw(st.booleans()):
+    if len(reservations) > 0 and draw(st.booleans()):
         most = min(2, reservations[0].devices)  # more is refused when it is submitted
         jobs.append(job("mine", draw(st.integers(1, most)), reservation="r1", queue="research"))
     backlogs = [

@@ -4,9 +4,10 @@ import math
 import random
 from collections.abc import Sequence
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.examples import examples
 from tidemill.tides.forecast import OUTLOOK, DemandSeries, ForecastSettings, forecast, quantile
 
 BIN_S = 300.0
@@ -101,7 +102,7 @@ bins = st.lists(st.one_of(st.none(), st.floats(0, 1e7)), max_size=600)
 
 
 @given(bins, st.floats(1, 7200), st.floats(0.5, 0.99))
-@settings(max_examples=40, deadline=None)
+@examples(0.4)
 def test_a_forecast_is_never_negative_nor_beyond_reason(
     values: list[float | None], horizon_s: float, share: float
 ) -> None:
@@ -116,7 +117,7 @@ def test_a_forecast_is_never_negative_nor_beyond_reason(
 
 
 @given(st.integers(2, 400), st.floats(0.0, 1e6))
-@settings(max_examples=40, deadline=None)
+@examples(0.4)
 def test_what_never_changes_is_expected_to_stay(length: int, value: float) -> None:
     demand = forecast(DemandSeries(END, (value,) * length), BIN_S)
     assert math.isclose(demand.expected, value, rel_tol=1e-6, abs_tol=1e-6)

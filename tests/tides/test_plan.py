@@ -4,9 +4,10 @@ import random
 from collections.abc import Sequence
 
 import msgspec
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from tests.support.examples import examples
 from tests.tides.fleets import NOW, actions, carried_out, check, devices, fleets, job, model, settled, snapshot
 from tidemill.tides.plan import plan
 from tidemill.tides.rules import Rules
@@ -17,13 +18,13 @@ LEND = Rules(lend_replicas=True)
 
 
 @given(fleets(KINDS), st.booleans())
-@settings(max_examples=150, deadline=None)
+@examples(1.5)
 def test_every_plan_can_be_carried_out(before: FleetSnapshot, lend: bool) -> None:
     check(before, plan(before, Rules(lend_replicas=lend)))
 
 
 @given(fleets(), st.booleans())
-@settings(max_examples=150, deadline=None)
+@examples(1.5)
 def test_a_plan_that_was_carried_out_asks_for_nothing_more(before: FleetSnapshot, lend: bool) -> None:
     rules = Rules(lend_replicas=lend)
     first = plan(before, rules)
@@ -41,14 +42,12 @@ def test_a_plan_that_was_carried_out_asks_for_nothing_more(before: FleetSnapshot
 
 
 @given(fleets(KINDS))
-@settings(max_examples=100, deadline=None)
 def test_the_same_snapshot_gives_the_same_plan(before: FleetSnapshot) -> None:
     copied = msgspec.json.decode(msgspec.json.encode(before), type=FleetSnapshot)
     assert plan(before) == plan(copied)
 
 
 @given(fleets(KINDS), st.booleans())
-@settings(max_examples=100, deadline=None)
 def test_plans_come_to_rest(before: FleetSnapshot, lend: bool) -> None:
     """With nothing new to do, a fleet doesn't go on exchanging one piece of work for another."""
     rules = Rules(lend_replicas=lend)
@@ -68,7 +67,8 @@ def test_a_large_fleet() -> None:
     chance = random.Random(1)
     views = devices(*[8] * 125)
     ids = [view.id for view in views]
-    jobs, at = [], 0
+    jobs: list[JobView] = []
+    at = 0
     while at < 900:
         size = chance.choice([1, 2, 4, 8, 8])
         jobs.append(_some_job(chance, len(jobs), ids[at : at + size]))

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 import msgspec
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.examples import examples
 from tests.tides.fleets import NOW, carried_out, check, devices, job, model, replica, settled, snapshot
 from tidemill.tides.plan import plan
 from tidemill.tides.quota import is_urgent
@@ -216,7 +217,7 @@ def lines_of_jobs(draw: st.DrawFn) -> Sequence[JobView]:
 
 
 @given(lines_of_jobs(), st.integers(0, 6), st.integers(0, 6))
-@settings(max_examples=60, deadline=None)
+@examples(0.6)
 def test_every_job_ends(jobs: Sequence[JobView], quota: int, other: int) -> None:
     """Whatever the queues: jobs that fit into the fleet are all done in the end, and the fleet is never left idle."""
     queues = [QueueView(name="a", quota=quota), QueueView(name="b", quota=other)]
@@ -232,7 +233,7 @@ def test_every_job_ends(jobs: Sequence[JobView], quota: int, other: int) -> None
 
 
 @given(lines_of_jobs())
-@settings(max_examples=60, deadline=None)
+@examples(0.6)
 def test_no_device_is_left_free_that_a_waiting_job_could_have(jobs: Sequence[JobView]) -> None:
     """Free devices are fewer than what any job that waits needs, or they are kept for one."""
     jobs = [msgspec.structs.replace(each, preemptible=True) for each in jobs]

@@ -1,7 +1,7 @@
 """Reservations: guaranteed, and lent only with consent."""
 
 import msgspec
-from hypothesis import given, settings
+from hypothesis import given
 
 from tests.tides.fleets import NOW, actions, carried_out, devices, fleets, job, model, replica, settled, snapshot
 from tidemill.tides.plan import plan
@@ -104,7 +104,6 @@ def test_a_device_that_is_lost_is_replaced_and_the_spare_one_handed_back_later()
 
 
 @given(fleets())
-@settings(max_examples=100, deadline=None)
 def test_a_reservation_has_its_devices_after_the_longest_grace_time(before: FleetSnapshot) -> None:
     """As far as there are devices that may be taken: not those of what can't be preempted, nor minimum replicas."""
     now = before

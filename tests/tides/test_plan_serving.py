@@ -1,11 +1,13 @@
 """Replicas for people come first."""
 
 from collections import Counter
+from typing import Any
 
 import msgspec
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.examples import examples
 from tests.tides.fleets import NOW, carried_out, devices, fleets, job, model, replica, settled, snapshot
 from tidemill.tides.plan import plan
 from tidemill.tides.rules import Rules
@@ -16,7 +18,7 @@ IDS = [view.id for view in FOUR]
 LINES = BacklogView(model="qwen", parts=((1e7, NOW + 80_000),))
 
 
-def replicas(*names: str, model: str = "qwen", since: float = NOW - 1000, **more: object) -> list[ReplicaView]:
+def replicas(*names: str, model: str = "qwen", since: float = NOW - 1000, **more: Any) -> list[ReplicaView]:
     return [replica(name, model, IDS[index], since=since, **more) for index, name in enumerate(names)]
 
 
@@ -194,7 +196,7 @@ def test_a_replica_on_a_device_that_was_taken_out_serves_until_another_does() ->
 
 
 @given(fleets(reserve=False))
-@settings(max_examples=150, deadline=None)
+@examples(1.5)
 def test_no_model_waits_for_a_device_that_a_preemptible_job_holds(before: FleetSnapshot) -> None:
     decided = plan(before)
     refused = {note.work for note in decided.waiting if "nothing that holds such devices" in note.why}
@@ -211,7 +213,6 @@ def test_no_model_waits_for_a_device_that_a_preemptible_job_holds(before: FleetS
 
 
 @given(fleets(reserve=False))
-@settings(max_examples=100, deadline=None)
 def test_minimum_replicas_are_there_once_plans_were_carried_out(before: FleetSnapshot) -> None:
     """Wherever one device is enough, and no more models than devices that can be had."""
     models = tuple(msgspec.structs.replace(each, devices=1, min_replicas=1) for each in before.models)
@@ -293,7 +294,7 @@ def test_replicas_that_stay_and_that_are_taken_back_are_apart() -> None:
     st.integers(1, 2),
     st.integers(2, 3),
 )
-@settings(max_examples=150, deadline=None)
+@examples(1.5)
 def test_a_minimum_is_on_as_many_nodes_as_it_can_be(sizes: list[int], busy: set[int], size: int, replicas: int) -> None:
     views = devices(*sizes)
     taken = [view.id for index, view in enumerate(views) if index in busy]

@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
+from tests.support.stores import migrated_store
 from tidemill.clock import to_micros
 from tidemill.store.batches import Batch, BatchStatus, ask_to_cancel, create_batch, find_batch
 from tidemill.store.blobs import BlobStore
-from tidemill.store.engine import open_store, store_url
 from tidemill.store.files import File, FileQuota, add_file
 from tidemill.store.ids import new_id
-from tidemill.store.migrate import migrate
 from tidemill.store.tables.files import batches
 from tidemill.store.tenants import create_tenant
 from tidemill.work.batches.attempt import LineAnswer, LineCall
@@ -43,8 +42,7 @@ class Mill:
     """Store, disk and slack of one site. `run` starts a runner, of which there may be many one after the other."""
 
     def __init__(self, path: Path) -> None:
-        self.store = open_store(store_url(None, path))
-        migrate(self.store)
+        self.store = migrated_store(path)
         self.blobs = BlobStore(path / "files")
         self.slack = ConfiguredSlack()
         self.slack.parallel = {"mock": 4, "other": 1}
@@ -144,13 +142,13 @@ class Running:
         await self._task
         await self.runner.close(0.5)
 
-    async def until(self, true: Callable[[], bool], within_s: float = 10.0) -> None:
+    async def until(self, true: Callable[[], bool], within_s: float = 60.0) -> None:
         async with asyncio.timeout(within_s):
             while not true():
                 assert not self._task.done() or self._stop.is_set(), "the runner has ended"
                 await asyncio.sleep(0.01)
 
-    async def ended(self, batch_id: str, within_s: float = 10.0) -> Batch:
+    async def ended(self, batch_id: str, within_s: float = 60.0) -> Batch:
         await self.until(lambda: self.mill.batch(batch_id).finished, within_s)
         return self.mill.batch(batch_id)
 

@@ -1,22 +1,26 @@
 """Small questions to engines, by the gateway's own client: is it well, what has it counted."""
 
 import asyncio
+from collections.abc import Mapping
 
 from tidemill.http.client import ConnectionPool, EngineAddress, EngineLost
+
+Headers = Mapping[str, str]
+"""Beyond those of every request, such as the one with the API key."""
 
 PAGE_BYTES = 4 * 1024 * 1024
 """A page that is longer is not read."""
 
 
-async def get(base_url: str, path: bytes, timeout_s: float, api_key: str | None = None) -> bytes | None:
+async def get(base_url: str, path: bytes, timeout_s: float, headers: Headers | None = None) -> bytes | None:
     """GET a small page from an engine; None when it does not answer with 200 in time."""
-    answer = await fetch(base_url, path, timeout_s, api_key)
+    answer = await fetch(base_url, path, timeout_s, headers)
     return answer[1] if answer is not None and answer[0] == 200 else None
 
 
-async def status_of(base_url: str, path: bytes, timeout_s: float, api_key: str | None) -> int | None:
+async def status_of(base_url: str, path: bytes, timeout_s: float, headers: Headers) -> int | None:
     """The status that an engine answers a GET with; None when it does not answer in time."""
-    answer = await fetch(base_url, path, timeout_s, api_key)
+    answer = await fetch(base_url, path, timeout_s, headers)
     return answer[0] if answer is not None else None
 
 
@@ -27,10 +31,10 @@ async def post(base_url: str, path: bytes, timeout_s: float) -> bool:
 
 
 async def fetch(
-    base_url: str, path: bytes, timeout_s: float, api_key: str | None, *, method: bytes = b"GET", body: bytes = b""
+    base_url: str, path: bytes, timeout_s: float, headers: Headers | None, *, method: bytes = b"GET", body: bytes = b""
 ) -> tuple[int, bytes] | None:
     """Ask for a small page: status and body; None when it does not come in time."""
-    pool = ConnectionPool(EngineAddress(base_url, api_key), asyncio.get_running_loop())
+    pool = ConnectionPool(EngineAddress(base_url, headers), asyncio.get_running_loop())
     try:
         async with asyncio.timeout(timeout_s):
             connection = await pool.request(path, body, timeout_s, method=method)

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import structlog
 
-from tidemill.app.config.schema.models import GPU_ENGINES, ModelConfig
+from tidemill.app.config.schema.models import ModelConfig
 from tidemill.app.config.schema.platform import Config
 from tidemill.app.datadir import DataDir
 from tidemill.app.engine_http import get, post, status_of
 from tidemill.app.nodes import find_devices
-from tidemill.app.probes import UpstreamProbe
-from tidemill.app.recipes import EMBEDDED_CONTEXT, recipes_of
+from tidemill.app.probes import UpstreamProbe, root_of
+from tidemill.app.recipes import recipes_of
 from tidemill.engines.protocol import Counters
 from tidemill.engines.registry import engine_of
 from tidemill.errors import ConfigError
@@ -45,10 +45,12 @@ class Fleet:
         self.upstreams: dict[str, UpstreamProbe] = {}
         for name, model in config.models.items():
             for index, url in enumerate(model.addresses):
+                engine = engine_of(model.engine)
                 probe = UpstreamProbe(
                     f"{name}/{index}",
                     url,
-                    self._keys[name],
+                    engine.auth_headers(self._keys[name]),
+                    engine.probes,
                     every_s=model.probe_seconds,
                     changed=changed,
                     get=status_of,
@@ -108,7 +110,7 @@ class Fleet:
             upstream_model=model.upstream_model or name,
             api_key=self._keys[name],
             owned=own or model.on_disconnect == "abort",
-            context=model.context or (EMBEDDED_CONTEXT if model.engine == "llamacpp" else None),
+            context=model.context or model.kind.default_context,
             max_output_tokens=model.max_output_tokens,
             drain_seconds=model.drain_seconds,
             ttft_timeout_seconds=model.ttft_timeout_seconds,
@@ -119,8 +121,8 @@ class Fleet:
             max_queued=model.max_queued,
             queue_seconds=model.queue_seconds,
             lacks=next((engine.lacks for engine in engines if engine.ready), engines[0].lacks if engines else ()),
-            embeds=model.engine != "llamacpp" or bool(model.embeddings),
-            ranks=model.engine != "llamacpp" or model.reranking,
+            embeds=model.kind.embeds or bool(model.embeddings),
+            ranks=model.kind.ranks or model.reranking,
             aliases=model.aliases,
             fallbacks=model.fallbacks,
             overflow=model.overflow,
@@ -130,7 +132,7 @@ class Fleet:
             objective=objective_of(model),
             wakes=own and low == 0 and not any(engine.stuck for engine in engines),  # else nobody would be answered
             wake_seconds=model.wake_seconds,
-            priority_scheduling=model.engine in GPU_ENGINES and model.launch.priority_scheduling,
+            priority_scheduling=model.kind.launcher is not None and model.launch.priority_scheduling,
         )
 
     async def counters(self) -> list[Sample]:
@@ -144,8 +146,7 @@ class Fleet:
 
     async def _count(self, spec: ModelSpec, replica: str, base_url: str, incarnation: str) -> list[Sample]:
         engine = engine_of(spec.engine)
-        root = base_url.rstrip("/").removesuffix("/v1")
-        page = await get(root, b"/metrics", 5.0, spec.api_key)
+        page = await get(root_of(base_url), b"/metrics", 5.0, engine.auth_headers(spec.api_key))
         counters = engine.counters(page.decode(errors="replace")) if page is not None else None
         return [(replica, incarnation or None, counters)] if counters is not None else []
 

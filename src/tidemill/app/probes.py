@@ -9,9 +9,11 @@ met yet, and the end of one, so that nobody has to be the guinea pig.
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 import structlog
+
+from tidemill.engines.protocol import Probe
 
 _TIMEOUT_S = 5.0
 FAILURES = 2
@@ -21,8 +23,8 @@ AGAIN_S = 1.0
 
 log = structlog.get_logger()
 
-StatusOf = Callable[[str, bytes, float, str | None], Awaitable[int | None]]
-"""The status of a GET: base URL, path, time limit in seconds, API key; None when nothing comes."""
+StatusOf = Callable[[str, bytes, float, Mapping[str, str]], Awaitable[int | None]]
+"""The status of a GET: base URL, path, time limit in seconds, headers; None when nothing comes."""
 
 
 class UpstreamProbe:
@@ -35,7 +37,8 @@ class UpstreamProbe:
         self,
         name: str,
         base_url: str,
-        api_key: str | None,
+        headers: Mapping[str, str],
+        probes: tuple[Probe, ...],
         *,
         every_s: float,
         changed: Callable[[], None],
@@ -44,12 +47,12 @@ class UpstreamProbe:
         self.name = name
         self.base_url = base_url
         self.ready = True
-        self._api_key = api_key
+        self._headers = headers
         self._every_s = every_s
         self._changed = changed
         self._get = get
         self._task: asyncio.Task[None] | None = None
-        self._has_health = True
+        self._probes = probes
 
     def start(self) -> None:
         if self._every_s > 0:
@@ -77,12 +80,19 @@ class UpstreamProbe:
                 self._changed()
 
     async def ask(self) -> bool:
-        """Whether it answers: `/health` where it has one, else its list of models. A refusal is an answer too."""
-        if self._has_health:
-            root = self.base_url.rstrip("/").removesuffix("/v1")
-            status = await self._get(root, b"/health", _TIMEOUT_S, self._api_key)
-            if status is None or status == 200 or status >= 500:
-                return status == 200
-            self._has_health = False
-        status = await self._get(self.base_url, b"/models", _TIMEOUT_S, self._api_key)
-        return status is not None and status < 500
+        """Whether it answers, as its engine's `probes` find out.
+
+        A page that it refuses is not asked for again.
+        """
+        while True:
+            probe, further = self._probes[0], self._probes[1:]
+            base_url = root_of(self.base_url) if probe.at_root else self.base_url
+            status = await self._get(base_url, probe.path, _TIMEOUT_S, self._headers)
+            if status is None or status == 200 or status >= 500 or not further:
+                return status is not None and status < 500
+            self._probes = further
+
+
+def root_of(base_url: str) -> str:
+    """An engine's address without its `/v1`."""
+    return base_url.rstrip("/").removesuffix("/v1")

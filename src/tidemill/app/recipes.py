@@ -11,17 +11,16 @@ from pathlib import Path
 import msgspec
 
 from tidemill.app.config.schema.fleet import FleetConfig
-from tidemill.app.config.schema.models import GPU_ENGINES, OWN_ENGINES, ModelConfig
+from tidemill.app.config.schema.models import ModelConfig
 from tidemill.app.config.schema.platform import Config
 from tidemill.engines.launch import CommandLine, EngineLaunch, MultiNode
+from tidemill.engines.llamacpp import DEFAULT_CONTEXT
 from tidemill.engines.llamacpp_child import LlamaCppLaunch
-from tidemill.engines.registry import CONTROLS, LAUNCHERS, PROGRAMS
+from tidemill.engines.registry import LAUNCHERS
 from tidemill.errors import ConfigError
 from tidemill.fleet.backend import Device
 from tidemill.fleet.device_kinds import canonical
 from tidemill.fleet.recipe import MakeCommand, Recipe, WeightsVersion
-
-EMBEDDED_CONTEXT = 4096
 
 
 def recipes_of(config: Config, config_dir: Path) -> dict[str, Recipe]:
@@ -29,22 +28,23 @@ def recipes_of(config: Config, config_dir: Path) -> dict[str, Recipe]:
     return {
         name: recipe_of(name, model, config.fleet, config_dir)
         for name, model in config.models.items()
-        if model.engine in OWN_ENGINES
+        if model.kind.runs_here
     }
 
 
 def recipe_of(name: str, model: ModelConfig, fleet: FleetConfig, config_dir: Path) -> Recipe:
     """Raises ConfigError when its weights are not there."""
     low, high = model.replica_bounds
+    assert model.kind.control is not None
     return Recipe(
         model=name,
         engine=model.engine,
         command=command_of(name, model),
-        control=CONTROLS[model.engine],
+        control=model.kind.control,
         version=WeightsVersion(model.version, weights_of(name, model, model.path, config_dir)),
         devices=devices_of(model),
         kinds=tuple(canonical(kind) for kind in model.kinds),
-        spans=model.engine in GPU_ENGINES,
+        spans=model.kind.launcher is not None,
         min_replicas=low,
         max_replicas=high,
         start_s=fleet.start_seconds,
@@ -55,14 +55,14 @@ def recipe_of(name: str, model: ModelConfig, fleet: FleetConfig, config_dir: Pat
 
 def devices_of(model: ModelConfig) -> int | None:
     """What a replica takes; None: of llama.cpp its share of the CPU slots."""
-    if model.engine in GPU_ENGINES:
+    if model.kind.launcher is not None:
         return model.launch.tp * model.launch.pp * model.launch.dp
     return model.devices
 
 
 def command_of(name: str, model: ModelConfig) -> MakeCommand:
     """What starts a replica of the model. Raises ConfigError for arguments that contradict its keys."""
-    if model.engine == "llamacpp":
+    if model.kind.embedded:
         return llamacpp_command(name, model)
     make = gpu_command(name, model)
     try:
@@ -99,7 +99,8 @@ def gpu_command(name: str, model: ModelConfig) -> MakeCommand:
             multi_node=part,
             extra_args=keys.extra_args,
         )
-        made = LAUNCHERS[model.engine].command(launch, keys.command or PROGRAMS[model.engine])
+        make = LAUNCHERS[model.engine]
+        made = make(launch, keys.command) if keys.command else make(launch)
         return CommandLine(made.argv, {**made.env, **keys.env})
 
     return command
@@ -113,7 +114,7 @@ def llamacpp_command(name: str, model: ModelConfig) -> MakeCommand:
             path=version.path,
             alias=name,
             port=PORT,
-            context=model.context or EMBEDDED_CONTEXT,
+            context=model.context or DEFAULT_CONTEXT,
             parallel=model.parallel,
             threads=model.threads or threads_for(model, devices),
             embeddings="rank" if model.reranking else model.embeddings,
@@ -141,7 +142,7 @@ def threads_for(model: ModelConfig, devices: Sequence[Device]) -> int:
 
 def weights_of(name: str, model: ModelConfig, path: str | None, config_dir: Path) -> str:
     """What an engine loads: of llama.cpp an existing GGUF file. Raises ConfigError when it is not there."""
-    if model.engine != "llamacpp":
+    if not model.kind.embedded:
         if path is None:
             return name
         folder = config_dir / Path(path).expanduser()

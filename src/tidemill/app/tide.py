@@ -77,7 +77,7 @@ class ModelTide:
     def colocated(self) -> bool:
         """Lines run in a replica beside each ordinary one."""
         filler = self.config.filler
-        return filler == "beside" or (filler is None and self.recipe.engine == "llamacpp")
+        return filler == "beside" or (filler is None and self.recipe.control.batches_beside)
 
 
 class Tide:

@@ -7,17 +7,16 @@ from typing import Any, get_args
 import msgspec
 
 from tidemill.cli.output import grouped, print_json, print_table, print_text
-from tidemill.engines import sglang, vllm
 from tidemill.engines.catalogue import CatalogueModel, GpuSpec, gpus, model_named, models
 from tidemill.engines.catalogue.models import BYTES_PER_KV, BYTES_PER_WEIGHT, WEIGHT_PRECISIONS, KvPrecision
 from tidemill.engines.fit import Fit, FitRequest, fits, parse_nodes, parse_tokens, shortfall
 from tidemill.engines.launch import EngineLaunch, MultiNode, launch_for
 from tidemill.engines.memory import CHUNK_TOKENS, GIB
+from tidemill.engines.registry import LAUNCHERS
 from tidemill.engines.roofline import BANDWIDTH_SHARE, COMPUTE_SHARE, NETWORK_GBS
 from tidemill.errors import BadInput
 
 DEFAULT_CONTEXT = 8192
-ENGINES = {"vllm": vllm.command, "sglang": sglang.command}
 
 
 def show_fit(
@@ -42,8 +41,8 @@ def show_fit(
     cached: KvPrecision | None = next((each for each in get_args(KvPrecision) if each == kv), None)
     if cached is None:
         raise BadInput(f"kv-precision must be bf16 or fp8, not {kv!r}.")
-    if engine not in ENGINES:
-        raise BadInput(f"engine: {engine!r} is not supported.", hint=f"Choose one of: {', '.join(ENGINES)}.")
+    if engine not in LAUNCHERS:
+        raise BadInput(f"engine: {engine!r} is not supported.", hint=f"Choose one of: {', '.join(LAUNCHERS)}.")
     if not 1 <= concurrency <= 100_000:
         raise BadInput("concurrency must be from 1 to 100000 sequences.")
     tokens = min(DEFAULT_CONTEXT, spec.max_context) if context is None else parse_tokens(context)
@@ -209,7 +208,7 @@ def _start(spec: CatalogueModel, fit: Fit, request: FitRequest, engine: str) -> 
             0, f"{spec.hub_id} is published in {spec.native}: take a copy that was quantised to {fit.precision}."
         )
     for rank, launch in enumerate(launches):
-        line = shlex.join(ENGINES[engine](launch).argv)
+        line = shlex.join(LAUNCHERS[engine](launch).argv)
         line = line.replace("'{host}'", "0.0.0.0").replace("'{port}'", "8000")
         lines.append("  " + (f"node {rank}: " if len(launches) > 1 else "") + line)
     return lines
@@ -251,7 +250,7 @@ def _layout_document(spec: CatalogueModel, fit: Fit, request: FitRequest, engine
         },
         "estimate": None,
         "uncertain": list(fit.group.gpu.uncertain),
-        "launches": [list(ENGINES[engine](each).argv) for each in _launches(spec, fit, request)] if fit.fits else [],
+        "launches": [list(LAUNCHERS[engine](each).argv) for each in _launches(spec, fit, request)] if fit.fits else [],
     }
     if found is not None:
         document["estimate"] = {

@@ -114,12 +114,16 @@ class EngineControl(msgspec.Struct, frozen=True):
     """Gauge: requests that wait."""
     kv_used: str = ""
     """Gauge: share of the KV cache in use, 0 to 1."""
+    template: str = ""
+    """GET: what the model's chat template has a place for (`engines.capabilities.template_lacks`)."""
+    batches_beside: bool = False
+    """Batches get a replica beside each ordinary one where the configuration doesn't say; else they go inside."""
 
 
 class Launcher(Protocol):
-    """An engine that can be started: the modules `engines.vllm` and `engines.sglang`."""
+    """The command line of an engine, as `engines.vllm.command`. Raises ConfigError."""
 
-    def command(self, launch: EngineLaunch, program: tuple[str, ...] = ...) -> CommandLine: ...
+    def __call__(self, launch: EngineLaunch, program: tuple[str, ...] = ...) -> CommandLine: ...
 
 
 def launch_for(

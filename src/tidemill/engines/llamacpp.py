@@ -1,4 +1,6 @@
-"""llama.cpp: the embedded engine. Its stream carries exact running counts (`timings_per_token`), taken out again.
+"""llama.cpp, the embedded engine.
+
+Its stream carries exact running counts (`timings_per_token`), which are taken out again.
 
 Source: llama.cpp tools/server/README.md: `timings_per_token`, `/v1/chat/completions/input_tokens`, `/metrics`.
 """
@@ -8,9 +10,12 @@ from collections.abc import Collection
 
 import msgspec
 
-from tidemill.engines.openai import LIMIT_ALIASES, encode, stream_options
+from tidemill.engines.capabilities import UNSUPPORTED_BY_OWN
+from tidemill.engines.kind import EngineKind
+from tidemill.engines.launch import EngineControl
+from tidemill.engines.openai import LIMIT_ALIASES, OpenAIEngine, encode, stream_options
 from tidemill.engines.prometheus import counter_sum
-from tidemill.engines.protocol import Ask, Counters, TokenCounts
+from tidemill.engines.protocol import Ask, Counters, Refusal, TokenCounts, Unsupported
 from tidemill.engines.running_usage import sum_of_choices
 from tidemill.engines.sse import SseTap, data_of, usage_object, usage_of
 
@@ -24,13 +29,44 @@ _decode_any = msgspec.json.Decoder().decode
 _decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
-class LlamaCppEngine:
+_UNSUPPORTED: Unsupported = {
+    **UNSUPPORTED_BY_OWN,
+    "echo": ((False,), "Put the prompt before the answer yourself."),
+    "suffix": (("",), "Use a chat."),
+    "max_tokens_per_doc": ((), "Shorten the documents yourself."),
+    "max_chunks_per_doc": ((), "Shorten the documents yourself."),
+    "rank_fields": ((["text"],), "Send texts."),
+}
+DEFAULT_CONTEXT = 4096
+"""Tokens of one request, where the configuration does not say."""
+
+
+class _Function(msgspec.Struct):
+    name: str
+
+
+class _Tool(msgspec.Struct):
+    function: _Function
+
+
+_decode_tool = msgspec.json.Decoder(_Tool).decode
+_decode_tools = msgspec.json.Decoder(list[_Tool]).decode
+
+
+class LlamaCppEngine(OpenAIEngine):
     """See `engines.protocol.Engine`."""
 
     kind = "llamacpp"
-    owned = True
     collects = True
-    count_path: bytes | None = b"/chat/completions/input_tokens"
+    unsupported = _UNSUPPORTED
+
+    def __init__(self) -> None:
+        super().__init__(owned=True)
+
+    def refuses(self, ask: Ask) -> Refusal | None:
+        if _names_a_tool(ask.fields):
+            return None
+        return Refusal("tool_choice", "Send 'auto', 'none', 'required', or a function that is among the 'tools'.")
 
     def body(self, ask: Ask, *, model: str, output_cap: int) -> bytes:
         fields = dict(ask.fields)
@@ -49,6 +85,11 @@ class LlamaCppEngine:
     def tap(self, ask: Ask) -> "LlamaCppTap":
         return LlamaCppTap(wants_usage=ask.wants_usage, choices=ask.choices, prompts=ask.prompts)
 
+    def count(self, ask: Ask, *, model: str) -> tuple[bytes, bytes] | None:
+        if ask.path != b"/chat/completions":
+            return None
+        return b"/chat/completions/input_tokens", self.body(ask, model=model, output_cap=1)
+
     def counters(self, metrics: str) -> Counters | None:
         """llama.cpp counts computed and cached prompt tokens apart; both were prompts."""
         prompt = counter_sum(metrics, "llamacpp:prompt_tokens_total")
@@ -59,7 +100,7 @@ class LlamaCppEngine:
 
 
 def _choose_tool(fields: dict[str, msgspec.Raw]) -> None:
-    """llama.cpp ignores the choice of one tool: to offer that one alone, and demand a call, is the same wish."""
+    """Offer the chosen tool alone, and demand a call: llama.cpp ignores the choice of one tool."""
     choice = fields.get("tool_choice")
     if choice is None or memoryview(choice)[0] != ord("{"):
         return
@@ -67,6 +108,18 @@ def _choose_tool(fields: dict[str, msgspec.Raw]) -> None:
     tools = _decode_any(fields.get("tools", b"[]"))
     fields["tools"] = msgspec.Raw(encode([tool for tool in tools if tool.get("function", {}).get("name") == name]))
     fields["tool_choice"] = msgspec.Raw(b'"required"')
+
+
+def _names_a_tool(fields: dict[str, msgspec.Raw]) -> bool:
+    """A choice of one tool is a function, and it is there (see `_choose_tool`)."""
+    choice = fields.get("tool_choice")
+    if choice is None or memoryview(choice)[0] != ord("{"):
+        return True
+    try:
+        name = _decode_tool(choice).function.name
+        return any(tool.function.name == name for tool in _decode_tools(fields.get("tools", b"[]")))
+    except msgspec.DecodeError:
+        return False
 
 
 class LlamaCppTap(SseTap):
@@ -133,3 +186,19 @@ def with_usage(chunk: bytes, counts: TokenCounts) -> bytes:
     fields = _decode_object(chunk)
     fields["usage"] = msgspec.Raw(encode(usage_object(counts)))
     return encode(fields)
+
+
+KIND = EngineKind(
+    name="llamacpp",
+    engine=lambda options: LlamaCppEngine(),
+    control=EngineControl(
+        ready="/health",
+        running="llamacpp:requests_processing",
+        waiting="llamacpp:requests_deferred",
+        template="/props",
+        batches_beside=True,
+    ),
+    default_context=DEFAULT_CONTEXT,
+    embeds=False,
+    ranks=False,
+)

@@ -1,10 +1,13 @@
 """Any OpenAI-compatible server: another vendor's API, or an engine that somebody else runs."""
 
+from collections.abc import Mapping
+
 import msgspec
 
+from tidemill.engines.kind import EngineKind
 from tidemill.engines.prometheus import counter_sum
-from tidemill.engines.protocol import Ask, Counters
-from tidemill.engines.sse import SseTap
+from tidemill.engines.protocol import Ask, Counters, Probe, Refusal, TokenCounts, Unsupported
+from tidemill.engines.sse import SseTap, usage_of
 
 encode = msgspec.json.Encoder().encode
 _decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
@@ -25,15 +28,36 @@ LIMIT_ALIASES = ("max_tokens", "max_completion_tokens", "n_predict", "n_cmpl")
 llama.cpp takes its own `n_predict` before `max_tokens`, and `n_cmpl` before `n`."""
 
 
+NOTHING: Unsupported = {}
+"""It answers for itself: what it does not like, it refuses by name."""
+
+
 class OpenAIEngine:
     """See `engines.protocol.Engine`."""
 
     kind = "openai"
     collects = False
-    count_path: bytes | None = None
+    unsupported: Unsupported = NOTHING
+    native: frozenset[bytes] = frozenset()
+    probes: tuple[Probe, ...] = (Probe(b"/health", at_root=True), Probe(b"/models"))
 
     def __init__(self, *, owned: bool = False) -> None:
         self.owned = owned
+
+    def auth_headers(self, key: str | None) -> Mapping[str, str]:
+        return {"Authorization": f"Bearer {key}"} if key else {}
+
+    def path(self, ask: Ask) -> bytes:
+        return ask.path
+
+    def headers(self, ask: Ask) -> bytes:
+        return b""
+
+    def unseen_tokens(self, ask: Ask) -> int:
+        return 0
+
+    def refuses(self, ask: Ask) -> Refusal | None:
+        return None
 
     def body(self, ask: Ask, *, model: str, output_cap: int) -> bytes:
         """The client's own fields pass through; only the model's name, the limit and the usage option are set."""
@@ -50,6 +74,15 @@ class OpenAIEngine:
     def tap(self, ask: Ask) -> SseTap:
         return SseTap(wants_usage=ask.wants_usage)
 
+    def usage(self, body: bytes) -> TokenCounts | None:
+        return usage_of(body)
+
+    def answer(self, ask: Ask, body: bytes) -> bytes:
+        return body
+
+    def count(self, ask: Ask, *, model: str) -> tuple[bytes, bytes] | None:
+        return None
+
     def counters(self, metrics: str) -> Counters | None:
         """vLLM's and SGLang's totals, where the server has a Prometheus page."""
         for family in ("vllm", "sglang"):
@@ -58,3 +91,6 @@ class OpenAIEngine:
             if prompt is not None and completion is not None:
                 return Counters(prompt, completion)
         return None
+
+
+KIND = EngineKind(name="openai", engine=lambda options: OpenAIEngine(owned=options.owned))

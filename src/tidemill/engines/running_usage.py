@@ -10,6 +10,7 @@ from collections.abc import Collection
 
 import msgspec
 
+from tidemill.engines.capabilities import UNSUPPORTED_BY_OWN
 from tidemill.engines.openai import OpenAIEngine, encode, stream_options
 from tidemill.engines.protocol import Ask, TokenCounts
 from tidemill.engines.sse import SseTap, Usage, data_of
@@ -27,6 +28,7 @@ _decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 class RunningUsageEngine(OpenAIEngine):
     """An own OpenAI-compatible engine with running counts. See `engines.protocol.Engine`."""
 
+    unsupported = UNSUPPORTED_BY_OWN
     not_for_tenants: tuple[str, ...] = ()
     """Fields of the engine's own API that reach past one request: other tenants' turns, the engine's insides."""
 

@@ -4,6 +4,7 @@ Checked against SGLang 0.5.23: its argument parser (recorded in tests/engines/co
 sglang/srt/entrypoints/http_server.py, observability/metrics_collector.py (prompt_tokens includes the cached ones).
 """
 
+from tidemill.engines.kind import EngineKind
 from tidemill.engines.launch import CommandLine, EngineControl, EngineLaunch, pairs, refuse_own
 from tidemill.engines.prometheus import counter_sum
 from tidemill.engines.protocol import Counters
@@ -120,3 +121,11 @@ def command(launch: EngineLaunch, program: tuple[str, ...] = PROGRAM) -> Command
             ("--dist-init-addr", f"{several.master}:{several.port}"),
         )
     return CommandLine((*argv, *launch.extra_args))
+
+
+KIND = EngineKind(
+    name="sglang",
+    engine=lambda options: SglangEngine(priority_scheduling=options.priority_scheduling),
+    control=CONTROL,
+    launcher=command,
+)

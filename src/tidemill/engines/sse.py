@@ -65,11 +65,14 @@ def _reasoning_tokens(details: msgspec.Raw) -> int:
 
 def usage_object(counts: TokenCounts) -> dict[str, object]:
     """OpenAI's usage object for `counts`."""
+    details = {"cached_tokens": counts.cached}
+    if counts.cache_write:
+        details["cache_write_tokens"] = counts.cache_write
     usage: dict[str, object] = {
         "prompt_tokens": counts.prompt,
         "completion_tokens": counts.completion,
         "total_tokens": counts.prompt + counts.completion,
-        "prompt_tokens_details": {"cached_tokens": counts.cached},
+        "prompt_tokens_details": details,
     }
     if counts.reasoning:
         usage["completion_tokens_details"] = {"reasoning_tokens": counts.reasoning}

@@ -4,6 +4,7 @@ Checked against vLLM 0.33.0: `vllm serve --help=all` (recorded in tests/engines/
 vllm/entrypoints/serve (health, sleep), v1/metrics/loggers.py (counters; prompt_tokens includes the cached ones).
 """
 
+from tidemill.engines.kind import EngineKind
 from tidemill.engines.launch import CommandLine, EngineControl, EngineLaunch, pairs, refuse_own
 from tidemill.engines.prometheus import counter_sum
 from tidemill.engines.protocol import Counters
@@ -121,3 +122,11 @@ def _over_nodes(launch: EngineLaunch) -> list[str]:
         ("--master-addr", several.master),
         ("--master-port", several.port),
     )
+
+
+KIND = EngineKind(
+    name="vllm",
+    engine=lambda options: VllmEngine(priority_scheduling=options.priority_scheduling),
+    control=CONTROL,
+    launcher=command,
+)

@@ -29,7 +29,7 @@ class Recipe:
 
     model: str
     engine: str
-    """`llamacpp`, `vllm`, `sglang`."""
+    """Its kind, as `engines.registry` has it."""
     command: MakeCommand
     control: EngineControl
     version: WeightsVersion = field(default_factory=WeightsVersion)

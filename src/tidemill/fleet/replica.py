@@ -314,8 +314,8 @@ class Replica:
                 process.kill()
                 return f"it was not ready within {self.recipe.start_s:g} s"
             await asyncio.sleep(POLL_S if loop.time() - began < 15.0 else SLOW_POLL_S)
-        if self.recipe.engine == "llamacpp":
-            self.lacks = template_lacks(await self._get(self.root, b"/props", HEALTH_EVERY_S) or b"")
+        if template := self.recipe.control.template:
+            self.lacks = template_lacks(await self._get(self.root, template.encode(), HEALTH_EVERY_S) or b"")
         self.ready_after_s = loop.time() - began
         if self._ending is None:
             self.move(Phase.READY, f"it was ready {self.ready_after_s:.1f} s after its start")

@@ -7,6 +7,7 @@ engine, reuse of idle connections, and a deadline that a coarse timer enforces.
 
 import asyncio
 import ssl
+from collections.abc import Mapping
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -26,7 +27,8 @@ class EngineAddress:
 
     __slots__ = ("base_url", "headers", "host", "path", "port", "prefix", "tls")
 
-    def __init__(self, base_url: str, api_key: str | None = None) -> None:
+    def __init__(self, base_url: str, headers: Mapping[str, str] | None = None) -> None:
+        """`headers` go with every request, such as the one with the API key. Raises ConfigError."""
         parts = urlsplit(base_url)
         try:
             port = parts.port
@@ -41,10 +43,10 @@ class EngineAddress:
         self.path = parts.path.rstrip("/")
         self.prefix = self.path.encode("ascii")
         lines = [f"Host: {parts.netloc.rpartition('@')[2]}", "Content-Type: application/json"]
-        if api_key:
-            if not api_key.isascii() or not api_key.isprintable():
+        for name, value in (headers or {}).items():
+            if not value.isascii() or not value.isprintable():
                 raise ConfigError("The API key of an upstream has characters that are not allowed in an HTTP header.")
-            lines.append(f"Authorization: Bearer {api_key}")
+            lines.append(f"{name}: {value}")
         self.headers = "\r\n".join(lines).encode("ascii") + b"\r\n"
 
 
@@ -133,14 +135,16 @@ class ConnectionPool:
                 connection.abort()
                 raise
 
-    def send(self, connection: EngineConnection, path: bytes, body: bytes, timeout_s: float) -> None:
+    def send(
+        self, connection: EngineConnection, path: bytes, body: bytes, timeout_s: float, headers: bytes = b""
+    ) -> None:
         """Send a POST on an exclusive connection.
 
         A kept one may turn out to be closed by the engine
         (`EngineConnection.reused_and_silent`).
         """
         connection.expire_in(timeout_s)
-        connection.send(self._head(path, body, b"POST", b""), body)
+        connection.send(self._head(path, body, b"POST", headers), body)
 
     def _head(self, path: bytes, body: bytes, method: bytes, headers: bytes) -> bytes:
         address = self.address

@@ -1,1 +1,4 @@
-"""Money, prices, rating, double entry, invoices, costing. Pure: values in, values out; no I/O, no clock."""
+"""Money, prices, rating, double entry, invoices, costing.
+
+Pure: values in, values out; no I/O, no clock.
+"""

@@ -1,4 +1,6 @@
-"""The catalogue of price components: all that a request can be billed for, with its unit and the scale of its price.
+"""The catalogue of price components.
+
+All that a request can be billed for, with its unit and the scale of its price.
 
 A price is a rate for each component, a usage record a quantity of each. To bill something new, add it here, to the
 documentation, and to what counts it.

@@ -61,7 +61,10 @@ class DevicePrice(msgspec.Struct, frozen=True):
 
 
 class DeviceMeter(msgspec.Struct, frozen=True, kw_only=True):
-    """`devices` devices of one kind, counted from `started_at`; billed up to `billed_until`. Instants are aware UTC."""
+    """`devices` devices of one kind, counted from `started_at`; billed up to `billed_until`.
+
+    Instants are aware UTC.
+    """
 
     meter_id: str
     tenant_id: str
@@ -134,7 +137,9 @@ def hold_for(hour: int, devices: int, seconds: float) -> Nanos:
 
 
 def read(meter: DeviceMeter, until: datetime, *, zone: str, available: int) -> list[DeviceTimeSlice]:
-    """Charge a meter from where it is billed up to `until`: one slice for each billing month in the operator's zone.
+    """Charge a meter from where it is billed up to `until`.
+
+    One slice for each billing month in the operator's zone.
 
     `available` is what may be charged at the most, hold and free balance together; what goes beyond is uncollected.
     Nothing when `until` lies before what is billed already.

@@ -187,8 +187,10 @@ def make_invoice(
     device_prices: Mapping[str, DevicePrice] | None = None,
     complete: bool = True,
 ) -> Invoice:
-    """Draw up the invoice of a month; a draft when the month is not over at `as_of` (aware UTC), or not `complete`, as
-    device time of it is still to be charged.
+    """Draw up the invoice of a month.
+
+    A draft when the month is not over at `as_of` (aware UTC), or not `complete`, as device time of it is still to be
+    charged.
 
     `prices` holds, by price_id, every version that the records were rated by, `device_prices` those of device
     time. `opening_balance` is the balance at the period's start; `credits` are the credit grants to the tenant

@@ -93,7 +93,10 @@ class BudgetSpan(msgspec.Struct, frozen=True):
 
 
 def span_of(instant: datetime, per: Per, zone: str) -> BudgetSpan:
-    """The day or month that `instant` (aware) falls in. They follow each other without a gap, whatever clocks do."""
+    """The day or month that `instant` (aware) falls in.
+
+    They follow each other without a gap, whatever clocks do.
+    """
     if per is Per.MONTH:
         month = period_of(instant, zone)
         return BudgetSpan(month.month, month.start, month.end)

@@ -69,7 +69,9 @@ def parse_amount(text: str) -> Nanos:
 
 
 def format_amount(nanos: int, *, places: int = 2, grouped: bool = False) -> str:
-    """Write nanos as an exact decimal, trailing zeros trimmed down to `places` decimals: 1500 -> "0.0000015".
+    """Write nanos as an exact decimal, trailing zeros trimmed down to `places` decimals.
+
+    1500 -> "0.0000015".
 
     `grouped` sets commas between the thousands, for readers; machines get none.
     """

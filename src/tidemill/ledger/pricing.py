@@ -178,8 +178,9 @@ def hold_for(
 
 
 def _dearest(price: Price, group: tuple[Component, ...]) -> tuple[int, int]:
-    """The highest rate of components that share a bound; and the nanos by which they may together exceed it, as an odd
-    split rounds up in each of them.
+    """The highest rate of components that share a bound.
+
+    And the nanos by which they may together exceed it, as an odd split rounds up in each of them.
     """
     rates = price.rates
     dearest = parts = 0
@@ -193,8 +194,10 @@ def _dearest(price: Price, group: tuple[Component, ...]) -> tuple[int, int]:
 
 
 def covers(price: Price, cost: Price) -> bool:
-    """Whether selling at `price` can never lose against `cost`, whatever the request: each component covers its own
-    cost. A comparison of sums would let a long cached prompt be sold below cost because answers earn well.
+    """Whether selling at `price` can never lose against `cost`, whatever the request.
+
+    Each component covers its own cost. A comparison of sums would let a long cached prompt be sold below cost because
+    answers earn well.
     """
     return all(price.rate_of(component) >= cost.rate_of(component) for component in price.rates.keys() | cost.rates)
 
@@ -202,7 +205,9 @@ def covers(price: Price, cost: Price) -> bool:
 def affordable_output(
     price: Price, *, budget: Nanos, prompt_tokens: int, counted: Mapping[Component, int] = NOTHING
 ) -> int:
-    """How many output tokens `budget` pays for after a prompt of `prompt_tokens`; 0 when not even the prompt.
+    """How many output tokens `budget` pays for after a prompt of `prompt_tokens`.
+
+    0 when not even the prompt.
 
     The exact inverse of `hold_for`: hold_for(prompt, answer) <= budget, and one token more would exceed it.
     The answer is bounded by 2**31 - 1, which no engine reaches and which a free output always gets.

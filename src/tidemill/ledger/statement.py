@@ -1,4 +1,7 @@
-"""The usage statement: what one tenant used and what it cost, in a month or in all, by model. Exact sums."""
+"""The usage statement: what one tenant used and what it cost, in a month or in all, by model.
+
+Exact sums.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime

@@ -115,7 +115,9 @@ LINE_PREFIX = "batch_"
 
 
 class UsageLabels(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What a record says of its request beside counts: kept from the beginning, as it cannot be added to the past.
+    """What a record says of its request beside counts.
+
+    Kept from the beginning, as it cannot be added to the past.
 
     Nothing sets these yet, and no report reads them.
     """
@@ -179,7 +181,10 @@ class UsageRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     @property
     def repeatable(self) -> bool:
-        """An attempt at a batch's line that gave no answer, and so cost nothing: a later attempt takes its place."""
+        """An attempt at a batch's line that gave no answer, and so cost nothing.
+
+        A later attempt takes its place.
+        """
         return self.request_id.startswith(LINE_PREFIX) and self.status not in DELIVERED
 
     def after(self, attempt: "UsageRecord") -> "UsageRecord":

@@ -1,4 +1,6 @@
-"""Requests or tokens per minute, shared by many processes without asking for each: a strict sliding window.
+"""Requests or tokens per minute, shared by many processes without asking for each.
+
+A strict sliding window.
 
 A process is granted permits ahead of need, and may spend each of them until the grant's last second. What it reports
 to the store is the whole of what it has: how much it spent in each of the last seconds, and what it holds. The store
@@ -109,7 +111,10 @@ def _frees_in(all_booked: list[Booked], missing: int, second: int) -> int:
 
 
 class RateShare:
-    """What one process has of one limit. Plain arithmetic: the caller knows the second and talks to the store."""
+    """What one process has of one limit.
+
+    Plain arithmetic: the caller knows the second and talks to the store.
+    """
 
     __slots__ = ("_pace", "_paced_at", "_used", "dirty", "held", "last_used", "spent", "valid")
 
@@ -150,8 +155,10 @@ class RateShare:
         self.dirty = True
 
     def refund(self, amount: int, second: int) -> None:
-        """Less was used than was taken in `second`. It is at hand again only after the next report: until then the
-        store counts it in that second, and so it must not be spent in a later one.
+        """Less was used than was taken in `second`.
+
+        It is at hand again only after the next report: until then the store counts it in that second, and so it must
+        not be spent in a later one.
         """
         left = self.spent.get(second, 0) - amount
         if left > 0:
@@ -170,8 +177,10 @@ class RateShare:
         reserve_s: float = 0.0,
         cushion: int = 0,
     ) -> RateReport:
-        """What to tell the store. Keeps what the pace of late uses up in `reserve_s` seconds, or `cushion` if that is
-        more, or `need`; gives the rest back. `now` is any clock in seconds; it measures the pace.
+        """What to tell the store.
+
+        Keeps what the pace of late uses up in `reserve_s` seconds, or `cushion` if that is more, or `need`; gives the
+        rest back. `now` is any clock in seconds; it measures the pace.
         """
         for past in [at for at in self.spent if at < second - RATE_WINDOW_S]:
             del self.spent[past]

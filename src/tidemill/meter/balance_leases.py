@@ -72,11 +72,14 @@ class BalanceLeases:
         executor: ThreadPoolExecutor,
         *,
         clock: Callable[[], float] = time.monotonic,
+        patience_s: float = STORE_PATIENCE_S,
     ) -> None:
+        """`patience_s`: how long a request waits for a store that does not answer."""
         self._store = store
         self._worker_id = worker_id
         self._executor = executor
         self._clock = clock
+        self._patience_s = patience_s
         self._purses: dict[PurseId, Purse] = {}
         self.shortages = 0
         """Holds that found too little at hand, and asked the store for more."""
@@ -113,7 +116,7 @@ class BalanceLeases:
                 self._start_refill(purse_id, purse, amount - purse.wallet.available)
             refill = purse.refill
             assert refill is not None
-            await asyncio.wait([refill], timeout=max(purse.asked_at + STORE_PATIENCE_S - self._clock(), 0.0))
+            await asyncio.wait([refill], timeout=max(purse.asked_at + self._patience_s - self._clock(), 0.0))
             if not refill.done():
                 raise Unavailable("The database does not answer.", hint="Try again in a moment.")
             refill.result()  # raises what nobody has foreseen, rather than asking again for ever

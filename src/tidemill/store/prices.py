@@ -22,7 +22,10 @@ def set_price(
     now: datetime,
     tier: PriceTier = PriceTier.STANDARD,
 ) -> PriceVersion:
-    """Put `price` in force for a model, currency and tier from `now` on; the same again makes no new version."""
+    """Put `price` in force for a model, currency and tier from `now` on.
+
+    The same again makes no new version.
+    """
     row = connection.execute(
         select(prices)
         .where(prices.c.model == model, prices.c.currency == currency, prices.c.tier == tier.value)

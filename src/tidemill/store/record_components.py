@@ -55,7 +55,10 @@ def read_components(text: str | None) -> tuple[dict[Component, int], dict[Compon
 
 
 def base_quantities(connection: Connection) -> dict[Component, Column]:
-    """The quantity that a record is billed for of each base component: without what is part of it and billed apart."""
+    """The quantity that a record is billed for of each base component.
+
+    Without what is part of it and billed apart.
+    """
     columns = usage_records.c
     whole: dict[Component, Column] = {
         INPUT: columns.prompt_tokens - columns.cached_tokens,
@@ -70,8 +73,9 @@ def base_quantities(connection: Connection) -> dict[Component, Column]:
 
 
 def _component_rows(connection: Connection) -> tuple[FromClause, Column, Column, Column]:
-    """Usage records with a row for each further component, for FROM; and its key, quantity, and amount, which is null
-    where it is not billed apart.
+    """Usage records with a row for each further component, for FROM.
+
+    And its key, quantity, and amount, which is null where it is not billed apart.
     """
     text = usage_records.c.components
     if connection.dialect.name == "sqlite":

@@ -44,7 +44,9 @@ def known_requests(connection: Connection, request_ids: Sequence[str]) -> set[st
 
 
 def store_records(connection: Connection, records: Iterable[UsageRecord], *, zone: str) -> list[UsageRecord]:
-    """Store records and post their charges; records that are stored already, or come twice, are passed over.
+    """Store records and post their charges.
+
+    Records that are stored already, or come twice, are passed over.
 
     Of the attempts at a batch's line the first that gave an answer is kept, and until then the last that gave none.
     One transaction of the ledger covers the records of a tenant and month in this batch, and each record names it.
@@ -128,7 +130,10 @@ def records_between(
 def usage_totals(
     connection: Connection, *, tenant_id: str, start: datetime | None = None, end: datetime | None = None
 ) -> list[tuple[str, UsageTotals]]:
-    """The sums of a tenant's records by model, as the database adds them; of all time where no bound is given."""
+    """The sums of a tenant's records by model, as the database adds them.
+
+    Of all time where no bound is given.
+    """
     columns = usage_records.c
     where = [columns.tenant_id == tenant_id]
     if start is not None:
@@ -246,7 +251,10 @@ def batch_charge(connection: Connection, batch_id: str) -> Nanos:
 
 
 def month_usage(connection: Connection, *, tenant_id: str, currency: str, period: Period) -> MonthUsage:
-    """The sums of a month by model, price and component, as the database adds them: what an invoice is made of."""
+    """The sums of a month by model, price and component, as the database adds them.
+
+    What an invoice is made of.
+    """
     columns = usage_records.c
     within = (
         columns.tenant_id == tenant_id,

@@ -5,10 +5,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tests.support.examples import examples
 from tests.support.prices import token_price
 from tidemill.app.config.load import load_config
 from tidemill.app.config.schema.models import ModelConfig
@@ -65,11 +67,18 @@ def test_the_example_of_the_issue(tmp_path: Path) -> None:
     assert config.prices["mock"]["USD"].price() == token_price(4_000_000_000, 1_000_000_000, 16_000_000_000)
 
 
+def test_an_upstream_with_anthropics_api(tmp_path: Path) -> None:
+    claude = '[models.claude]\nengine = "anthropic"\nbase_url = "https://api.anthropic.com/v1"\n'
+    model = read(tmp_path, claude + 'upstream_model = "claude-sonnet-4-5"\n').models["claude"]
+    assert not model.kind.runs_here and not model.kind.embeds and model.slots is None
+
+
 def test_prices_of_several_currencies(tmp_path: Path) -> None:
     """`[prices.M]` is in the installation's currency; `[prices.M.CNY]` in the one that it names."""
     eur = '[prices.mock.EUR]\ninput = "0.000000001"\noutput = "2"\n'
     config = read(tmp_path, 'currency = "CNY"\n' + MOCK + PRICE + eur)
-    assert {code: price.input for code, price in config.prices["mock"].items()} == {"CNY": "4.00", "EUR": "0.000000001"}
+    prices = {code: msgspec.structs.asdict(price) for code, price in config.prices["mock"].items()}
+    assert {code: price["input"] for code, price in prices.items()} == {"CNY": "4.00", "EUR": "0.000000001"}
     assert config.prices["mock"]["EUR"].price() == token_price(1, 1, 2_000_000_000)  # cached: the price of input
     only = read(tmp_path, 'currency = "CNY"\n' + MOCK + eur)
     assert list(only.prices["mock"]) == ["EUR"]
@@ -161,7 +170,7 @@ def test_names_with_dots_and_slashes(tmp_path: Path) -> None:
         ('[models.m]\nbase_url = "http://x"', "models.m: missing key `engine`."),
         (
             '[models.m]\nengine = "tgi"',
-            "models.m.engine: invalid choice 'tgi'. Choose one of: llamacpp, openai, sglang, vllm.",
+            "models.m.engine: invalid choice 'tgi'. Choose one of: anthropic, llamacpp, openai, sglang, vllm.",
         ),
         ('[models.m]\nengine = "openai"', 'base_url = "http://HOST:PORT/v1"'),
         (
@@ -298,7 +307,7 @@ def taken_or_refused(text: str | bytes) -> None:
             assert str(refused).startswith(directory)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(3)
 @given(documents)
 @example({"currency": ["USD"], "prices": {"mock": {"input": "1", "output": "1"}}})
 @example({"models": {"mock": {"engine": "openai", "base_url": "http://x", "split": {"mock": math.nan}}}})
@@ -306,7 +315,6 @@ def test_a_document_is_taken_or_refused_and_never_anything_else(document: dict[s
     taken_or_refused("\n".join(f"{toml(key)} = {toml(value)}" for key, value in document.items()))
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
 def test_so_is_rubbish(rubbish: bytes) -> None:
     taken_or_refused(rubbish)

@@ -52,6 +52,21 @@ def test_what_is_taken(tmp_path: Path) -> None:
     assert (x.hedge_seconds, local.hedge_seconds) == (None, 1.5)
 
 
+def test_an_upstream_with_anthropics_api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLAUDE_KEY", "sk-ant")
+    claude = X.replace("openai", "anthropic") + 'api_key_env = "CLAUDE_KEY"\nupstream_model = "claude-sonnet-4-5"\n'
+    fleet = Fleet(read(tmp_path, claude), tmp_path, DataDir(tmp_path / "data"), lambda: None)
+    (spec,) = fleet.specs()
+    assert (spec.engine, spec.api_key, spec.owned, spec.embeds) == ("anthropic", "sk-ant", False, False)
+    assert (spec.upstream_model, spec.replicas[0].base_url) == ("claude-sonnet-4-5", "http://x/v1")
+    probe = fleet.upstreams["x/0"]
+    assert probe._headers == {"x-api-key": "sk-ant", "anthropic-version": "2023-06-01"}
+    assert [each.path for each in probe._probes] == [b"/models?limit=1"]
+    sold_at_a_loss = X + 'fallbacks = ["y"]\n' + Y.replace("openai", "anthropic")
+    with pytest.raises(ConfigError, match="might be sold at a loss"):
+        read(tmp_path, sold_at_a_loss)
+
+
 def test_a_cost_of_nothing_is_none(tmp_path: Path) -> None:
     """It is covered in every currency."""
     config = read(tmp_path, Y + '[models.y.cost]\ninput = "0"\noutput = "0"\n')

@@ -18,6 +18,7 @@ from tests.support.upstream import (
     usage_object,
     word,
 )
+from tests.support.waiting import until
 from tidemill.gateway.admission.holds import TEMPLATE_TOKENS
 from tidemill.store.accounts import tenant_balance
 
@@ -63,27 +64,33 @@ async def test_two_hundred_at_once_on_a_balance_for_ten(start: Start) -> None:
     with plane.store.read() as connection:
         assert tenant_balance(connection, plane.tenant_id) == 4_900_000  # the loader will take it down
     # No hold is left: what remains pays for a request that fits.
-    await asyncio.sleep(0.3)
     assert (await plane.ask(max_tokens=50)).status == 200
 
 
 async def test_at_no_moment_is_more_at_work_than_the_balance_pays_for(start: Start) -> None:
     """Ten holds fit; the upstream never sees more than ten at a time."""
     at_work = most = 0
+    go_on = asyncio.Event()
 
     async def script(asked: Asked, caller: Caller) -> None:
         nonlocal at_work, most
         at_work += 1
         most = max(most, at_work)
-        await asyncio.sleep(0.1)
+        await go_on.wait()
         at_work -= 1
         await caller.whole(completion(usage=usage_object(1, 1)))
 
-    plane, _ = await start(script, credit="0.0049")
-    answers = await asyncio.gather(*(plane.ask(max_tokens=50, within_s=30) for _ in range(200)))
-    assert sum(answer.status == 200 for answer in answers) >= 10
+    plane, upstream = await start(script, credit="0.0049")
+    asks = [asyncio.create_task(plane.ask(max_tokens=50, within_s=60)) for _ in range(200)]
+    await until(lambda: sum(ask.done() for ask in asks) >= 190)
+    assert [ask.result().status for ask in asks if ask.done()] == [402] * 190
+    await until(lambda: at_work == 10)
+    go_on.set()
+    assert sum([(await ask).status == 200 for ask in asks]) == 10
+    answers = await asyncio.gather(*(plane.ask(max_tokens=50, within_s=60) for _ in range(200)))
+    assert sum(answer.status == 200 for answer in answers) >= 10, "as some end, others may begin"
     assert most == 10
-    await plane.settled()
+    assert len(await plane.settled()) == len(upstream.asked)
 
 
 async def test_no_balance_at_all(start: Start) -> None:

@@ -153,7 +153,7 @@ async def test_concurrency_ends_with_the_answer(start: Start) -> None:
     plane, upstream = await start(script)
     await plane.limit("concurrency", 2)
     open_ones = [asyncio.create_task(plane.ask()) for _ in range(2)]
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while len(upstream.asked) < 2:
             await asyncio.sleep(0.01)
     refused = await plane.ask()

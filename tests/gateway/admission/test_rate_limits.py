@@ -14,6 +14,8 @@ import pytest_asyncio
 from msgspec import structs
 
 from tests.store.databases import FlakyStore
+from tests.support.stores import migrated_store
+from tests.support.waiting import until
 from tidemill.errors import Unavailable
 from tidemill.gateway.admission import limit_leases as shares_module
 from tidemill.gateway.admission import rate_limits as limits_module
@@ -23,9 +25,7 @@ from tidemill.gateway.auth.snapshot import EMPTY, Principal
 from tidemill.gateway.errors import RateLimited
 from tidemill.gateway.protocols.request import read_chat, read_embeddings
 from tidemill.ledger.limits import Limit, LimitKind
-from tidemill.store.engine import open_store, store_url
 from tidemill.store.limits import set_limit
-from tidemill.store.migrate import migrate
 from tidemill.store.tenants import create_tenant
 
 BODY = (
@@ -42,8 +42,7 @@ class Site:
     """Gateway processes on one store."""
 
     def __init__(self, path: Path) -> None:
-        self.store = FlakyStore(open_store(store_url(None, path)).engine)
-        migrate(self.store)
+        self.store = FlakyStore(migrated_store(path).engine)
         with self.store.write() as connection:
             self.tenant = create_tenant(connection, name="acme", currency="USD", now=datetime.now(UTC)).tenant_id
         self.pool = ThreadPoolExecutor(8)
@@ -64,9 +63,10 @@ class Site:
     def principal(self) -> Principal:
         return Principal(self.tenant, "key_1", "USD", first_key_id="key_1", limits=self._limits)
 
-    def start(self, count: int, *, beat: bool = True) -> list[RateLimits]:
+    def start(self, count: int, *, beat: bool = True, patience_s: float = 60.0) -> list[RateLimits]:
         for _ in range(count):
-            process = RateLimits(LimitLeases(self.store, f"w{len(self.processes)}", self.pool), "UTC")
+            shares = LimitLeases(self.store, f"w{len(self.processes)}", self.pool, patience_s=patience_s)
+            process = RateLimits(shares, "UTC")
             self.processes.append(process)
             if beat:
                 self._beats.append(asyncio.create_task(self._beat(process)))
@@ -131,7 +131,7 @@ async def test_permits_that_another_process_does_not_use_are_called_in(site: Sit
     assert await site.flood([5, 5]) == []
     with pytest.raises(RateLimited) as refused:
         await site.enter(other)
-    assert 50 < refused.value.retry_after_s <= 61
+    assert 50 < (refused.value.retry_after_s or 0) <= 61
     assert str(refused.value).startswith("Rate limit reached for your account: 40 requests per minute. Try again in ")
 
 
@@ -235,21 +235,21 @@ async def test_a_frozen_store_is_not_waited_for(site: Site, monkeypatch: pytest.
     exchange_in = shares_module.exchange_in
 
     def frozen(*arguments: Any) -> Any:
-        thaw.wait(10)
+        thaw.wait(60)
         return exchange_in(*arguments)
 
     monkeypatch.setattr(shares_module, "exchange_in", frozen)
-    monkeypatch.setattr(shares_module, "STORE_PATIENCE_S", 0.3)
-    (one,) = site.start(1)
+    (one,) = site.start(1, patience_s=1.0)
     site.limit("rpm", 100)
-    began = time.monotonic()
-    answers = await asyncio.gather(*(site.enter(one) for _ in range(50)), return_exceptions=True)
-    assert all(isinstance(each, Unavailable) for each in answers)
-    answers = await asyncio.gather(*(site.enter(one) for _ in range(50)), return_exceptions=True)
-    assert all(isinstance(each, Unavailable) for each in answers)
-    assert time.monotonic() - began < 1.0, "the first wait their patience, those behind them not again"
+    took = []
+    for _ in range(2):
+        began = time.monotonic()
+        answers = await asyncio.gather(*(site.enter(one) for _ in range(50)), return_exceptions=True)
+        took.append(time.monotonic() - began)
+        assert all(isinstance(each, Unavailable) for each in answers)
+    assert took[1] < took[0] / 2, "the first wait their patience, those behind them not again"
     thaw.set()
-    await asyncio.sleep(0.2)
+    await until(lambda: one.shares._task is None)
     await site.enter(one)
 
 
@@ -286,7 +286,7 @@ async def test_what_is_not_used_goes_back_and_at_the_end_all_does(site: Site) ->
     (rate,) = site.plan(one).requests
     await asyncio.sleep(0.3)
     assert rate.share.held > 0
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while rate.share.held > 1000 // shares_module.CUSHION:
             await asyncio.sleep(0.05)
     await one.shares.give_back()

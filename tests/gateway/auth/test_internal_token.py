@@ -64,7 +64,7 @@ async def test_a_line_is_metered_in_its_tenants_name_at_the_batch_price(plane: P
     record = await plane.record()
     opened = record.opened
     assert (opened.request_id, opened.tenant_id, opened.key_id) == ("batch_x_1", plane.tenant_id, "key_gone")
-    assert opened.tier is PriceTier.BATCH and opened.price == (500_000_000, 100_000_000, 700_000_000)
+    assert opened.tier is PriceTier.BATCH and opened.price == BATCH_PRICE
     assert record.charge == 7 * 500 + 3 * 100 + 4 * 700
 
 

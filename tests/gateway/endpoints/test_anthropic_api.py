@@ -6,7 +6,7 @@ from typing import Any
 
 import anthropic
 import pytest
-from anthropic.types import Message
+from anthropic.types import Message, TextBlock, ThinkingBlock
 
 from tests.gateway.clients import anthropic as client_of
 from tests.support.data_plane import Start
@@ -143,8 +143,8 @@ async def test_reasoning_becomes_thinking(start: Start, field: str) -> None:
         streamed = await stream.get_final_message()
     for message in (whole, streamed):
         thinking, text = message.content
-        assert thinking.type == "thinking" and (thinking.thinking, thinking.signature) == ("hm", "")
-        assert text.type == "text" and text.text == "4"
+        assert isinstance(thinking, ThinkingBlock) and (thinking.thinking, thinking.signature) == ("hm", "")
+        assert isinstance(text, TextBlock) and text.text == "4"
         details_told = message.usage.output_tokens_details
         assert details_told is not None and details_told.thinking_tokens == 3
     assert len(await plane.settled()) == 2

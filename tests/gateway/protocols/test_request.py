@@ -7,10 +7,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.data_plane import Start
+from tests.support.examples import examples
 from tests.support.plane import CHAT, MAX_BODY_BYTES, Plane
 from tests.support.upstream import Asked, Caller, completion, usage_object
 from tests.support.wire import Line, get, post
@@ -317,7 +318,7 @@ async def test_no_body_breaks_the_gateway(start: Start, path: str) -> None:
     line = await plane.line()
     loop = asyncio.get_running_loop()
 
-    @settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+    @examples(2.5)
     @given(bodies)
     def throw(body: bytes) -> None:
         answer = asyncio.run_coroutine_threadsafe(one(line, body), loop).result(20)

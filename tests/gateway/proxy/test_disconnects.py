@@ -18,6 +18,8 @@ from tests.support.upstream import (
     usage_object,
     word,
 )
+from tests.support.waiting import at_rest, until
+from tidemill.http.client_connection import EngineConnection
 
 LEAVE = pytest.mark.parametrize("how", ["close", "reset"])
 
@@ -204,12 +206,12 @@ async def test_before_anything_was_sent_nothing_is_billed(start: Start) -> None:
     pool = plane.routes.by_name["mock"].replicas[0].pool
     connect, connecting, go_on = pool.connect, asyncio.Event(), asyncio.Event()
 
-    async def slow_connect() -> object:
+    async def slow_connect() -> EngineConnection:
         connecting.set()
         await go_on.wait()
         return await connect()
 
-    pool.connect = slow_connect
+    pool.connect = slow_connect  # type: ignore[method-assign]
     line = await plane.line()
     await line.send(plane.request(stream=True))
     await connecting.wait()
@@ -223,25 +225,29 @@ async def test_before_anything_was_sent_nothing_is_billed(start: Start) -> None:
 @pytest.mark.parametrize("owned", [True, False])
 async def test_a_client_that_never_reads(start: Start, owned: bool) -> None:
     """It is taken for gone after the write timeout; until then the engine has to wait, and memory does not grow."""
-    sent = 0
+    sent, waits = 0, False
 
     async def script(asked: Asked, caller: Caller) -> None:
-        nonlocal sent
+        nonlocal sent, waits
         await caller.send(STREAM_HEAD)
         await caller.chunk(role())
         while sent < 20_000:
+            waits = True
             await caller.chunk(word("x" * 1000))
+            waits = False
             sent += 1
         await caller.chunk(usage(1, 20_000) + DONE)
         await caller.send(LAST_CHUNK)
 
-    plane, _ = await start(script, owned=owned, write_timeout_s=1.0, max_output_tokens=50_000)
+    plane, _ = await start(script, owned=owned, write_timeout_s=600.0, max_output_tokens=50_000, drain_seconds=60.0)
     line = await plane.line(receive_buffer=4096)
     await line.send(plane.request(stream=True))
-    await asyncio.sleep(0.7)
-    before = sent
-    await asyncio.sleep(0.2)
-    assert sent == before < 20_000, "the engine goes on although nobody reads"
+    await until(lambda: plane.server.connections)
+    (client,) = plane.server.connections
+    await until(lambda: waits and client.blocked and plane.holds_back)
+    assert await at_rest(lambda: sent) < 20_000, "the engine goes on although nobody reads"
+    assert waits and client.blocked and plane.holds_back
+    plane.server._write_timeout_s = 0.0  # it is over
     record = await plane.record()
     line.close()
     assert record.status == "client_closed"

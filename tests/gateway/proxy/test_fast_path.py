@@ -4,10 +4,11 @@ import asyncio
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.data_plane import Start
+from tests.support.examples import examples
 from tests.support.plane import Plane
 from tests.support.upstream import (
     DONE,
@@ -23,6 +24,7 @@ from tests.support.upstream import (
     usage_object,
     word,
 )
+from tests.support.waiting import at_rest, until
 
 STREAM = (role(), word("one "), word("two "), word("three"), finish(), usage(7, 3, 2), DONE)
 
@@ -87,7 +89,7 @@ async def test_chunks_go_on_in_their_own_frames(start: Start, upper: bool) -> No
     assert all(record.completion == 3 and not record.estimated for record in await plane.settled())
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(0.25)
 @given(cuts=st.lists(st.integers(1, 2000), max_size=8), together=st.integers(1, 4))
 async def test_however_a_stream_is_cut(start: Start, cuts: list[int], together: int) -> None:
     async def script(asked: Asked, caller: Caller) -> None:
@@ -184,17 +186,19 @@ async def test_an_engine_that_refuses_or_dies_behind_a_warm_connection(start: St
 
 
 async def test_a_slow_reader_behind_a_warm_connection_makes_the_engine_wait(start: Start) -> None:
-    sent = 0
+    sent, waits = 0, False
     words = word("x" * 8000)
 
     async def script(asked: Asked, caller: Caller) -> None:
-        nonlocal sent
+        nonlocal sent, waits
         if not asked.json.get("stream"):
             await whole(asked, caller)
             return
         await caller.send(STREAM_HEAD + framed(role()))
         for _ in range(4000):
+            waits = True
             await caller.chunk(words)
+            waits = False
             sent += 1
         await caller.send(framed(usage(7, 4000), DONE) + LAST_CHUNK)
 
@@ -202,12 +206,8 @@ async def test_a_slow_reader_behind_a_warm_connection_makes_the_engine_wait(star
     await warm(plane)
     line = await plane.line(receive_buffer=4096)
     await line.send(plane.request(stream=True))
-    seen = -1
-    async with asyncio.timeout(20):
-        while seen != sent or not sent:
-            seen = sent
-            await asyncio.sleep(0.3)
-    assert sent < 3000, "32 MB were taken from the engine for a client that reads nothing"
+    await until(lambda: waits and plane.holds_back)
+    assert await at_rest(lambda: sent) < 3000, "32 MB were taken from the engine for a client that reads nothing"
     answer = await line.answer(within_s=60)
     assert answer.text.count("x") == 4000 * 8000
     line.close()

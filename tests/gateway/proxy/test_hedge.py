@@ -154,13 +154,13 @@ async def test_a_client_that_leaves_in_the_race_ends_both(fleet: Fleet) -> None:
     turns = Turns(silent)
     plane, engines = await of(fleet, turns)
     asking = asyncio.create_task(plane.ask(stream=True))
-    async with asyncio.timeout(5.0):
+    async with asyncio.timeout(60):
         while sum(len(engine.asked) for engine in engines) < 2:
             await asyncio.sleep(0.01)
     asking.cancel()
     (record,) = await plane.settled()
     assert (record.status, record.completion, record.charge) == (RequestStatus.CLIENT_CLOSED, 0, 0)
-    async with asyncio.timeout(5.0):
+    async with asyncio.timeout(60):
         while turns.left < 2:
             await asyncio.sleep(0.01)
     assert in_flight(plane) == [0, 0]

@@ -15,9 +15,10 @@ from typing import Any
 import msgspec
 import pytest
 import pytest_asyncio
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 
+from tests.support.examples import examples
 from tests.support.plane import Plane, model
 from tests.support.transport import FakeTransport
 from tests.support.upstream import DONE, finish, role, usage, usage_object, word
@@ -114,7 +115,7 @@ class Bench:
         plane, before = self.plane, self.plane.log.records
         self.engines.clear()
         model_endpoint.try_fast = try_fast if fast else slow_only  # type: ignore[attr-defined]
-        model_endpoint.run = fast_if_possible if fast else run  # type: ignore[attr-defined]
+        model_endpoint.run = fast_if_possible if fast else run  # type: ignore[attr-defined,assignment]
         client = ServerConnection(plane.server)
         transport = FakeTransport(client, plane.server.loop)
         path, body = REQUESTS[kind]
@@ -320,12 +321,7 @@ async def bench(
         yield bench
 
 
-@settings(
-    max_examples=60,
-    deadline=None,
-    report_multiple_bugs=False,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@examples(0.6, report_multiple_bugs=False)
 @given(data=st.data())
 @pytest.mark.parametrize("kind", REQUESTS)
 async def test_both_paths_come_to_the_same(bench: Bench, kind: str, data: st.DataObject) -> None:

@@ -37,7 +37,7 @@ class World:
         self.plane.queues.update([spec])
 
     async def waiting(self, count: int) -> None:
-        async with asyncio.timeout(10.0):
+        async with asyncio.timeout(60):
             while sum(self.plane.routes.activator.waiting.values()) != count:
                 await asyncio.sleep(0.01)
 

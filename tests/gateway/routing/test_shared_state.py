@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.examples import examples
 from tests.support.fleet import models
 from tidemill.gateway.routing.models import ModelRoutes
 from tidemill.gateway.routing.replica import ReplicaAttempt
@@ -85,7 +86,7 @@ def test_an_absurd_number_of_keys_is_cut(path: Path) -> None:
     assert heard(two) == [(7, list(range(_MAX_KEYS)))]
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@examples(0.3)
 @given(st.lists(st.lists(st.integers(0, 2**62), max_size=200), min_size=1, max_size=40), st.integers(1, 30))
 def test_nothing_is_lost_over_many_rounds(tmp_path: Path, prompts: list[list[int]], rounds: int) -> None:
     path = tmp_path / "many"

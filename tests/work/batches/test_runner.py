@@ -104,7 +104,7 @@ async def test_two_models_do_not_wait_for_each_other(mill: Mill) -> None:
 
 
 @pytest.mark.parametrize("status", [429, 503])
-async def test_a_refusal_for_now_is_no_result(mill: Mill, status: int) -> None:
+async def test_a_refusal_for_now_is_no_result(mill: Mill, monkeypatch: pytest.MonkeyPatch, status: int) -> None:
     asked: Counter[int] = Counter()
 
     async def plane(call: LineCall) -> LineAnswer:
@@ -113,12 +113,9 @@ async def test_a_refusal_for_now_is_no_result(mill: Mill, status: int) -> None:
 
     batch_id = mill.submit([line("a")])
     mill.slack.parallel = {"mock": 1}
-    batch_module.LONGEST_WAIT_S, longest = 0.05, batch_module.LONGEST_WAIT_S
-    try:
-        async with mill.run(plane) as running:
-            batch = await running.ended(batch_id)
-    finally:
-        batch_module.LONGEST_WAIT_S = longest
+    monkeypatch.setattr(batch_module, "LONGEST_WAIT_S", 0.05)
+    async with mill.run(plane) as running:
+        batch = await running.ended(batch_id)
     assert asked[1] == 9 and batch.counts.completed == 1
 
 
@@ -158,7 +155,8 @@ async def test_a_poison_line_fails_alone(mill: Mill, way: str) -> None:
         mine = alive
         if number_of(call) == 7:
             await asyncio.sleep(0.01)
-            alive, _ = asyncio.Event(), alive.set()
+            alive.set()
+            alive = asyncio.Event()
         try:
             async with asyncio.timeout(0.03):
                 await mine.wait()
@@ -178,7 +176,7 @@ async def test_a_poison_line_fails_alone(mill: Mill, way: str) -> None:
     assert attempts[7] == MAX_LOST and max(attempts.values()) <= MAX_LOST
 
 
-async def test_a_gateway_that_is_not_there_costs_no_attempts(mill: Mill) -> None:
+async def test_a_gateway_that_is_not_there_costs_no_attempts(mill: Mill, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = 0
 
     async def plane(call: LineCall) -> LineAnswer:
@@ -188,13 +186,10 @@ async def test_a_gateway_that_is_not_there_costs_no_attempts(mill: Mill) -> None
             raise NoAnswer("refused", sent=False)
         return answered()
 
-    batch_module.LONGEST_WAIT_S, longest = 0.05, batch_module.LONGEST_WAIT_S
-    try:
-        batch_id = mill.submit([line("a")])
-        async with mill.run(plane) as running:
-            assert (await running.ended(batch_id)).counts.completed == 1
-    finally:
-        batch_module.LONGEST_WAIT_S = longest
+    monkeypatch.setattr(batch_module, "LONGEST_WAIT_S", 0.05)
+    batch_id = mill.submit([line("a")])
+    async with mill.run(plane) as running:
+        assert (await running.ended(batch_id)).counts.completed == 1
 
 
 async def test_errors_and_answers_that_are_none(mill: Mill) -> None:

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import update
 
-from tests.store.databases import databases, postgres_server, quick_directory, store
+from tests.store.databases import databases, quick_directory, store
 from tests.store.values import LONG_AGO, OCTOBER, assert_clean, grant
+from tests.support.examples import examples
 from tidemill.errors import TidemillError
 from tidemill.fleet.backend import Device
 from tidemill.ledger.devices import DeviceTier
@@ -45,7 +46,7 @@ from tidemill.store.tables.jobs import jobs
 from tidemill.store.tenants import Tenant, create_tenant
 from tidemill.work.jobs.attempt_store import AttemptEnd, AttemptStore
 
-__all__ = ["databases", "postgres_server", "quick_directory", "store"]
+__all__ = ["databases", "quick_directory", "store"]
 
 HOUR = parse_amount("3.6")
 US = 1_000_000
@@ -334,7 +335,7 @@ def test_what_is_taken_and_never_runs_costs_nothing(world: World) -> None:
     world.check()
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@examples(0.25)
 @given(noticed_s=st.floats(0, 1e5), runs_s=st.integers(0, 10**5), reserved_s=st.integers(1, 10**5))
 def test_reservation_and_job_together_bill_each_moment_once(
     world: World, noticed_s: float, runs_s: int, reserved_s: int

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from tests.store.databases import Databases, databases, postgres_server, quick_directory, store
+from tests.store.databases import Databases, databases, quick_directory, store
 from tests.store.values import LONG_AGO, ZONE, assert_clean, balance_of, grant
 from tidemill.ledger.devices import charge_for
 from tidemill.ledger.money import Nanos, parse_amount
@@ -28,7 +28,7 @@ from tidemill.store.tenants import Tenant, create_tenant
 from tidemill.work.jobs.attempt_store import AttemptStore
 from tidemill.work.jobs.reservation_controller import ReservationController
 
-__all__ = ["databases", "postgres_server", "quick_directory", "store"]
+__all__ = ["databases", "quick_directory", "store"]
 
 HOUR = parse_amount("3.6")
 US = 1_000_000

@@ -53,7 +53,7 @@ def output_bound(request: ModelRequest, route: ModelRoute) -> int:
 
 def prompt_bound(request: ModelRequest, route: ModelRoute) -> int:
     """The maximum tokens of the prompt, or of all prompts together."""
-    bound = request.body_bytes + TEMPLATE_TOKENS
+    bound = request.body_bytes + TEMPLATE_TOKENS + route.engine.unseen_tokens(request.ask)
     return min(bound, route.spec.context * request.ask.prompts) if route.spec.context else bound
 
 

@@ -4,7 +4,7 @@ Renewed in the background, so that a request seldom waits for the store.
 
 All that is due is reported in one transaction, and while that is under way, the next gathers. Once a second whatever
 has changed is reported, and what is not needed goes back. A request that finds nothing at hand waits for the next
-round, but never longer than `STORE_PATIENCE_S`.
+round, but never longer than `patience_s`.
 """
 
 import asyncio
@@ -149,12 +149,20 @@ class LimitLeases:
     """All leases of limits of one gateway process. All methods run on the event loop."""
 
     def __init__(
-        self, store: Store, worker_id: str, executor: Executor, *, clock: Callable[[], float] = time.monotonic
+        self,
+        store: Store,
+        worker_id: str,
+        executor: Executor,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        patience_s: float = STORE_PATIENCE_S,
     ) -> None:
+        """`patience_s`: how long a request waits for a store that does not answer."""
         self._store = store
         self._worker_id = worker_id
         self._executor = executor
         self.clock = clock
+        self._patience_s = patience_s
         self._skew = 0.0
         """The store's clock less this process's, rather more than less (`ledger.windows`)."""
         self._rates: dict[str, RateLease] = {}
@@ -207,7 +215,7 @@ class LimitLeases:
             for share, _ in wanted:
                 done = self._ask(share)
             began = self._began if self._task is not None and self._began else self.clock()
-            await asyncio.wait([done], timeout=max(began + STORE_PATIENCE_S - self.clock(), 0.0))
+            await asyncio.wait([done], timeout=max(began + self._patience_s - self.clock(), 0.0))
         finally:
             for share, amount in wanted:
                 share.waiting.remove(amount)
@@ -226,7 +234,7 @@ class LimitLeases:
             if share.stale(self.second()):
                 self._ask(share)
         if self._task is not None:
-            await asyncio.wait([self._task], timeout=STORE_PATIENCE_S)
+            await asyncio.wait([self._task], timeout=self._patience_s)
 
     async def give_back(self) -> None:
         """Give all permits back, at the end of the process.

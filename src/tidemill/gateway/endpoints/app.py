@@ -12,7 +12,7 @@ from tidemill.errors import TidemillError, Unavailable
 from tidemill.gateway.admission.admission import Admission
 from tidemill.gateway.auth.authenticator import Authenticator
 from tidemill.gateway.endpoints.count_tokens import CountTokens
-from tidemill.gateway.endpoints.model_endpoint import JSON, ModelEndpoint, ModelOperation
+from tidemill.gateway.endpoints.model_endpoint import ModelEndpoint, ModelOperation
 from tidemill.gateway.endpoints.responses import ResponseEndpoints
 from tidemill.gateway.errors import BodyTooLarge, HttpRefusal, ModerationNotConfigured
 from tidemill.gateway.protocols.anthropic.reply import AnthropicReply
@@ -27,6 +27,7 @@ from tidemill.gateway.protocols.responses.request import read_responses
 from tidemill.gateway.protocols.responses.store import ResponseStore
 from tidemill.gateway.proxy.inflight import GatewayMeter
 from tidemill.gateway.routing.models import ModelRoutes
+from tidemill.http.head_lines import JSON
 from tidemill.http.request_body import BrokenBody, RequestBodyTooLong
 from tidemill.http.server import Exchange, Handler
 from tidemill.store.engine import StoreUnavailable

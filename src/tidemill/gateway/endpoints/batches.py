@@ -21,7 +21,6 @@ from tidemill.store.ids import new_id
 
 _encode = msgspec.json.Encoder().encode
 
-JSON = b"content-type: application/json\r\n"
 WINDOW = "24h"
 WINDOW_S = 86_400
 ENDPOINTS = (b"/v1/chat/completions", b"/v1/completions", b"/v1/embeddings", b"/v1/responses")

@@ -1,6 +1,6 @@
 """POST /v1/messages/count_tokens: the number of tokens of a prompt. Nothing is billed.
 
-Exact where the engine can count a chat (`Engine.count_path`), else an estimate; a header says which.
+Exact where the engine can count a chat (`Engine.count`), else an estimate; a header says which.
 """
 
 from collections.abc import Callable
@@ -10,9 +10,10 @@ import msgspec
 from tidemill.engines.sse import BYTES_PER_TOKEN
 from tidemill.gateway.admission.admission import Admission
 from tidemill.gateway.auth.authenticator import Authenticator
-from tidemill.gateway.endpoints.model_endpoint import JSON, count_prompt, refuse_what_is_ignored
+from tidemill.gateway.endpoints.model_endpoint import count_prompt, refuse_what_is_ignored
 from tidemill.gateway.protocols.request import ModelRequest
 from tidemill.gateway.routing.models import ModelRoutes
+from tidemill.http.head_lines import JSON
 from tidemill.http.server import Exchange
 
 _encode = msgspec.json.Encoder().encode
@@ -43,6 +44,7 @@ class CountTokens:
         request = self._read(exchange.body)
         route = self._routes.find(request.model)
         self._authenticator.price(route.spec.name, principal)  # a model that may not be asked is not counted for either
+        request.prepare_for(route.engine, exchange.headers)
         refuse_what_is_ignored(request, route)
         request.model = route.spec.name  # whichever of its names was used
         await self._admission.admit_count(exchange, request, principal)

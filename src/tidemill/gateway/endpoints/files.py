@@ -4,7 +4,6 @@ Source: OpenAI API reference, "Files". Everything is a tenant's own: another's f
 """
 
 import contextlib
-import os
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from datetime import UTC, datetime, timedelta
@@ -21,7 +20,7 @@ from tidemill.gateway.endpoints.tenant_api import Routes, TenantApi
 from tidemill.gateway.endpoints.uploads import FORM_BYTES, UploadForm, file_limit_error, take_form
 from tidemill.gateway.errors import BadRequest, TooManyUploads
 from tidemill.http.request_body import BrokenBody
-from tidemill.http.server import ClientGone, Exchange
+from tidemill.http.server import Exchange
 from tidemill.store.blobs import BlobStore, InsufficientStorage
 from tidemill.store.engine import Store
 from tidemill.store.files import File, FileQuota, add_file, check_quota, delete_file, file_usage, find_file, list_files
@@ -30,8 +29,6 @@ from tidemill.store.ids import new_id
 log = structlog.get_logger()
 _encode = msgspec.json.Encoder().encode
 
-JSON = b"content-type: application/json\r\n"
-READ_BYTES = 256 * 1024
 UPLOADS_PER_TENANT = 4
 """Uploads that one gateway process takes from a tenant at a time."""
 EXPIRES_WITHIN_S = (3600, 30 * 86_400)
@@ -123,19 +120,7 @@ class FileEndpoints(TenantApi):
     async def _content(self, exchange: Exchange) -> None:
         file = await self._find(exchange)
         fd = await self.in_thread(lambda: self._blobs.open(file.file_id, file.site))
-        try:
-            exchange.start_stream(b"content-type: application/octet-stream\r\n")
-            while data := await self.in_thread(lambda: os.read(fd, READ_BYTES)):
-                exchange.send(data)
-                await exchange.drain()
-            exchange.end()
-        except ClientGone:
-            pass
-        except OSError:
-            log.exception("a file cannot be read to its end", file=file.file_id)
-            exchange.cut()
-        finally:
-            os.close(fd)
+        await self.send_file(exchange, fd, file.file_id)
 
     async def _delete(self, exchange: Exchange) -> None:
         principal = await self.authenticate(exchange)

@@ -4,7 +4,6 @@
 No API of anyone's is spoken here, as there is none for this; objects, lists and errors have OpenAI's form.
 """
 
-import os
 from collections.abc import Callable
 from concurrent.futures import Executor
 from datetime import UTC, datetime, timedelta
@@ -28,8 +27,6 @@ from tidemill.store.job_submission import JobLimits, JobSubmission, submit
 from tidemill.store.jobs import Job, ask_to_cancel, find_job, list_attempts, list_jobs
 from tidemill.store.tenants import find_tenant
 
-JSON = b"content-type: application/json\r\n"
-READ_BYTES = 256 * 1024
 LONGEST_S = 10 * 365 * 86_400
 """The most that a deadline or an estimate can be, seconds."""
 
@@ -172,14 +169,7 @@ class JobEndpoints(TenantApi):
         job = await self._find(exchange)
         path = query_of(exchange).get("path", "")
         fd = await self.in_thread(lambda: self._files.open_artifact(job.job_id, path))
-        try:
-            exchange.start_stream(b"content-type: application/octet-stream\r\n")
-            while data := await self.in_thread(lambda: os.read(fd, READ_BYTES)):
-                exchange.send(data)
-                await exchange.drain()
-            exchange.end()
-        finally:
-            os.close(fd)
+        await self.send_file(exchange, fd, f"{job.job_id}/{path}")
 
     async def _find(self, exchange: Exchange) -> Job:
         principal = await self._admit(exchange)

@@ -92,6 +92,7 @@ class ModelEndpoint:
         request.model = route.spec.name  # from here on, whichever of its names was used
         if principal.tier is PriceTier.BATCH:
             request.ask.filler = True
+        request.prepare_for(route.engine, exchange.headers)
         refuse_what_is_ignored(request, route)
         return RequestContext(exchange, request, principal, route, self._authenticator.price(request.model, principal))
 
@@ -157,7 +158,7 @@ def refuse_what_is_ignored(request: ModelRequest, route: ModelRoute) -> None:
             hint="Use another model, or ask your operator to set embeddings = true for this one.",
             param="model",
         )
-    refused = refusal(route.spec.engine, route.spec.lacks, request.ask)
+    refused = refusal(route.engine, route.spec.lacks, request.ask)
     if refused is not None:
         name = request.own_name(refused.parameter)
         message = f"The model {request.model!r} does not support '{name}'."
@@ -166,12 +167,12 @@ def refuse_what_is_ignored(request: ModelRequest, route: ModelRoute) -> None:
 
 async def count_prompt(request: ModelRequest, route: ModelRoute, replica: RoutedReplica) -> int | None:
     """The exact token count of a prompt by the engine; None if it cannot count or does not answer."""
-    path = route.engine.count_path
-    if path is None or request.ask.path != b"/chat/completions":
+    ask, engine = request.ask_for(route.engine), route.engine
+    counting = engine.count(ask, model=route.spec.upstream_model)
+    if counting is None:
         return None
-    body = route.engine.body(request.ask, model=route.spec.upstream_model, output_cap=1)
     try:
-        connection = await replica.pool.request(path, body, COUNT_TIMEOUT_S)
+        connection = await replica.pool.request(*counting, COUNT_TIMEOUT_S, headers=engine.headers(ask))
         try:
             answer = await connection.body(MAX_ERROR_BYTES)
         finally:

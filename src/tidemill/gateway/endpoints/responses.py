@@ -7,11 +7,11 @@ import msgspec
 
 from tidemill.gateway.auth.authenticator import Authenticator
 from tidemill.gateway.auth.snapshot import Principal
-from tidemill.gateway.endpoints.model_endpoint import JSON
 from tidemill.gateway.errors import ResponseNotFound, UnsupportedParameter
 from tidemill.gateway.protocols.request import ModelRequest
 from tidemill.gateway.protocols.responses.request import ResponsesRequest
 from tidemill.gateway.protocols.responses.store import ResponseStore
+from tidemill.http.head_lines import JSON
 from tidemill.http.server import Exchange, Handler
 from tidemill.ledger.pricing import PriceTier
 

@@ -1,19 +1,26 @@
 """Base of endpoints that read and write the store for a tenant: authentication, threads, JSON."""
 
 import asyncio
+import os
 from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import TypeVar
 
 import msgspec
+import structlog
 
 from tidemill.gateway.auth.authenticator import Authenticator
 from tidemill.gateway.auth.snapshot import Principal
-from tidemill.gateway.proxy.slow_path import JSON
-from tidemill.http.server import Exchange, Handler
+from tidemill.http.head_lines import JSON, OCTET_STREAM
+from tidemill.http.server import ClientGone, Exchange, Handler
 from tidemill.store.engine import Store
 
+log = structlog.get_logger()
+
 T = TypeVar("T")
+
+READ_BYTES = 256 * 1024
+"""Of a file that is sent, bytes read at a time."""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -45,3 +52,19 @@ class TenantApi:
     def answer(self, exchange: Exchange, body: object) -> None:
         """Answer with a JSON object, status 200."""
         exchange.respond(200, _encode(body), JSON)
+
+    async def send_file(self, exchange: Exchange, fd: int, name: str) -> None:
+        """Send an open file as fast as the client takes it, and close it. `name` is for the log."""
+        try:
+            exchange.start_stream(OCTET_STREAM)
+            while data := await self.in_thread(lambda: os.read(fd, READ_BYTES)):
+                exchange.send(data)
+                await exchange.drain()
+            exchange.end()
+        except ClientGone:
+            pass
+        except OSError:
+            log.exception("a file cannot be read to its end", file=name)
+            exchange.cut()
+        finally:
+            os.close(fd)

@@ -38,7 +38,11 @@ def parse_object(body: bytes) -> Fields:
 
 def read_object(body: bytes, read: Callable[[Fields], T]) -> T:
     """Parse a body with `read`. Raises BadRequest, also for invalid UTF-8."""
-    fields = parse_object(body)
+    return read_fields(parse_object(body), read)
+
+
+def read_fields(fields: Fields, read: Callable[[Fields], T]) -> T:
+    """Parse top-level members with `read`. Raises BadRequest, also for invalid UTF-8."""
     try:
         return read(fields)
     except (msgspec.DecodeError, UnicodeError) as error:

@@ -1,4 +1,7 @@
-"""Replies: write an engine's answer, which is in OpenAI's format, in the client's API."""
+"""Replies: write an engine's answer in the client's API.
+
+Engines answer in OpenAI's form, or in the one that the client speaks itself.
+"""
 
 from typing import Protocol
 
@@ -11,6 +14,10 @@ from tidemill.gateway.protocols.request import ModelRequest
 
 class Reply(Protocol):
     """Writes one answer in the form of its endpoint."""
+
+    def form(self, *, native: bool) -> "Reply":
+        """What writes the answer of an engine; `native`: it speaks the client's own API."""
+        ...
 
     def events(self, events: bytes, counts: TokenCounts) -> bytes:
         """Translate whole events of the engine's stream for the client.
@@ -41,6 +48,9 @@ class OpenAIReply:
 
     def __init__(self, request: ModelRequest, request_id: str) -> None:
         pass
+
+    def form(self, *, native: bool) -> "OpenAIReply":
+        return self
 
     def events(self, events: bytes, counts: TokenCounts) -> bytes:
         return events

@@ -4,9 +4,11 @@ A prompt of 128k tokens is half a megabyte of JSON. It is checked for being JSON
 the messages themselves are never decoded here.
 """
 
+from collections.abc import Mapping
+
 import msgspec
 
-from tidemill.engines.protocol import Ask
+from tidemill.engines.protocol import Ask, Engine
 from tidemill.gateway.errors import BadRequest
 from tidemill.gateway.protocols.json_fields import (
     Fields,
@@ -36,6 +38,21 @@ class ModelRequest(msgspec.Struct):
     ask: Ask
     body_bytes: int
     """The size of what the engine is asked, which bounds the prompt's tokens."""
+
+    def prepare_for(self, engine: Engine, headers: Mapping[bytes, bytes]) -> None:
+        """Make `ask` what the engine of the model that was asked for takes. `headers` are the request's.
+
+        Raises BadRequest where that cannot be.
+        """
+
+    def ask_for(self, engine: Engine) -> Ask:
+        """The request as another engine takes it. Raises BadRequest where that cannot be."""
+        return self.ask
+
+    def session(self) -> msgspec.Raw | None:
+        """What the client says that belongs together, undecoded. Raises BadRequest."""
+        fields = self.ask.fields
+        return fields.get("prompt_cache_key") or fields.get("user")
 
     def own_name(self, parameter: str) -> str:
         """The name of a chat parameter in the client's API."""

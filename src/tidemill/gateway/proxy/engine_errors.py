@@ -27,10 +27,20 @@ class _Counted(msgspec.Struct):
 _decode = msgspec.json.Decoder(_Answer).decode
 _decode_counted = msgspec.json.Decoder(_Counted).decode
 
-_CONTEXT_WORDS = ("context length", "context size", "context window", "maximum context", "maximum model length")
+_CONTEXT_WORDS = (
+    "context length",
+    "context size",
+    "context window",
+    "maximum context",
+    "maximum model length",
+    "prompt is too long",
+)
 
 _TOO_LARGE = "is too large to process"
 """llama.cpp of an input whose embedding is asked for: `input (701 tokens) is too large to process. ...`."""
+
+OPERATORS = (401, 402, 403)
+"""What an upstream says of the operator's key and balance."""
 
 _UNSUPPORTED_WORDS = ("is not supported", "not support", "failed to parse", "unknown reasoning format")
 
@@ -47,9 +57,10 @@ def engine_error(status: int, body: bytes, model: str) -> TidemillError:
         return EngineError(f"{message} Shorten the prompt or ask for fewer tokens.", status=400, code=_CONTEXT_CODE)
     if status >= 500 and any(words in message.lower() for words in _UNSUPPORTED_WORDS):
         return EngineError(message, status=400, code="unsupported")  # some engines call a wrong wish their own failure
-    if status in (429, 503):
+    if status in (429, 503, 529):
+        status = min(status, 503)  # 529 is nobody's standard
         return EngineError(message or f"The engine of {model!r} is busy.", status=status, code=code)
-    if 400 <= status < 500 and status not in (401, 403):
+    if 400 <= status < 500 and status not in OPERATORS:
         return EngineError(message or "The engine refuses this request.", status=status, code=code or "invalid_request")
     # What a broken engine says of itself is not for tenants, nor what an upstream says of the operator's key.
     reason = message if status < 400 else ""

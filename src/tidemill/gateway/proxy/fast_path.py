@@ -61,8 +61,9 @@ async def _connect(inflight: InFlightRequest, guard: Guard) -> None:
 
 
 def _send(inflight: InFlightRequest, connection: EngineConnection, guard: Guard) -> None:
-    ask = inflight.request.ask
-    inflight.replica.pool.send(connection, ask.path, engine_body(inflight), inflight.time_left())
+    ask, engine = inflight.relay.ask, inflight.route.engine
+    pool, body = inflight.replica.pool, engine_body(inflight)
+    pool.send(connection, engine.path(ask), body, inflight.time_left(), engine.headers(ask))
     inflight.connection = connection
     connection.sink = _Stream(inflight, connection, guard) if ask.stream else _Whole(inflight, connection, guard)
     inflight.exchange.work.underway += 1
@@ -147,7 +148,7 @@ class _Stream(_Sink):
         self.carrier = inflight.exchange.carrier
         self.tap = inflight.relay.tap
         self.time = inflight.replica.pool.loop.time
-        self.forwards = inflight.exchange.chunked and isinstance(inflight.reply, OpenAIReply)
+        self.forwards = inflight.exchange.chunked and isinstance(inflight.relay.reply, OpenAIReply)
         """Chunks that the tap leaves as they are go on with the frame that they came in."""
 
     def arrived(self) -> None:

@@ -114,7 +114,10 @@ async def _first_word(
     inflight: InFlightRequest, replica: RoutedReplica, owner: AnswerOwner, body: bytes
 ) -> EngineConnection:
     """Ask a replica, and wait until its answer has begun."""
-    connection = await replica.pool.request(inflight.request.ask.path, body, inflight.time_left(), owner=owner)
+    engine, ask = inflight.route.engine, inflight.relay.ask
+    connection = await replica.pool.request(
+        engine.path(ask), body, inflight.time_left(), owner=owner, headers=engine.headers(ask)
+    )
     try:
         if connection.status == 200 and (data := await connection.next()):
             connection.give_back(data)

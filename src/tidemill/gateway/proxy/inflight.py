@@ -82,7 +82,7 @@ class InFlightRequest:
         self.selector = selector
         self.hold = admitted.hold
         self._admitted = admitted
-        self.reply = reply
+        self._reply = reply
         self._begun_at = attempt.replica.pool.loop.time()
         self._budget_s = (
             LINE_PATIENCE_S if attempt.replica.spec.batch_only else selector.route.spec.ttft_timeout_seconds
@@ -131,7 +131,7 @@ class InFlightRequest:
         self._attempt = attempt
         self.route = self.selector.route
         self.replica = attempt.replica
-        self.relay = Relay(self.route.engine, self.request, self.hold, self.reply)
+        self.relay = Relay(self.route.engine, self.request, self.hold, self._reply)
         self.connection = None
         self.first_token_us = 0
         self._guessed = False

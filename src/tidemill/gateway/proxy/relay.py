@@ -9,7 +9,7 @@ from enum import StrEnum
 import msgspec
 
 from tidemill.engines.protocol import Engine, Tap, TokenCounts
-from tidemill.engines.sse import BYTES_PER_TOKEN, usage_of
+from tidemill.engines.sse import BYTES_PER_TOKEN
 from tidemill.errors import TidemillError, Unavailable
 from tidemill.gateway.admission.holds import Hold, mid_stream_stop
 from tidemill.gateway.protocols.reply import Reply
@@ -153,16 +153,19 @@ class Ending(msgspec.Struct, frozen=True, gc=False):
 
 
 class Relay:
-    """One attempt at an answer. `tap` reads the engine's stream, `reply` writes it in the client's API."""
+    """One attempt at an answer. `ask` is the request as the engine takes it, `tap` reads the engine's stream, `reply`
+    writes it in the client's API.
+    """
 
-    __slots__ = ("_engine", "_hold", "_request", "reply", "tap")
+    __slots__ = ("_engine", "_hold", "_request", "ask", "reply", "tap")
 
     def __init__(self, engine: Engine, request: ModelRequest, hold: Hold, reply: Reply) -> None:
         self._engine = engine
         self._request = request
         self._hold = hold
-        self.reply = reply
-        self.tap: Tap = engine.tap(request.ask)
+        self.ask = ask = request.ask_for(engine)
+        self.reply = reply.form(native=ask.path in engine.native)
+        self.tap: Tap = engine.tap(ask)
 
     @property
     def over_the_cap(self) -> bool:
@@ -194,13 +197,13 @@ class Relay:
         """The end of an answer that the engine gave in one piece, and what the client gets. Raises BrokenStream."""
         counts, estimated = self._whole_counts(body)
         # Before it is billed, as it may not be what the client asked for.
-        answer = self.reply.whole(body, counts)
+        answer = self.reply.whole(self._engine.answer(self.ask, body), counts)
         rule = rule_for(Cause.DONE, client, used_up=self.uses_up(counts.completion), all_came=True, unreported=False)
         return Ending(rule.status, counts, estimated, rule.told), answer
 
     def _whole_counts(self, body: bytes) -> tuple[TokenCounts, bool]:
         """What a whole answer has used, and whether that is an estimate. Raises BrokenStream."""
-        ask, counts = self._request.ask, usage_of(body)
+        ask, counts = self._request.ask, self._engine.usage(body)
         if counts is not None and (counts.prompt or not ask.documents):
             return counts, False
         prompt = self._request.body_bytes // BYTES_PER_TOKEN

@@ -15,7 +15,8 @@ from tidemill.http.client import EngineLost
 
 MAX_ATTEMPTS = 4
 MAX_RETRY_AFTER_S = 86_400
-BUSY = (429, 503)
+BUSY = (429, 503, 529)
+"""Statuses of an engine that has too much to do; 529 is Anthropic's `overloaded_error`."""
 
 
 class EngineRefused(msgspec.Struct, frozen=True):

@@ -116,9 +116,14 @@ async def _connection(inflight: InFlightRequest, begun: EngineConnection | None)
             raise
     if begun is None and hedges(inflight):
         return await first_to_speak(inflight, engine_body(inflight))
-    path, pool = inflight.request.ask.path, inflight.replica.pool
-    return await pool.request(
-        path, engine_body(inflight), inflight.time_left(), owner=inflight, fresh=begun is not None
+    engine, ask = inflight.route.engine, inflight.relay.ask
+    return await inflight.replica.pool.request(
+        engine.path(ask),
+        engine_body(inflight),
+        inflight.time_left(),
+        owner=inflight,
+        headers=engine.headers(ask),
+        fresh=begun is not None,
     )
 
 
@@ -127,7 +132,7 @@ def engine_body(inflight: InFlightRequest) -> bytes:
     cap, route = inflight.hold.output_cap, inflight.route
     if inflight.selector.rerouted:
         cap = min(cap, output_bound(inflight.request, route))
-    return route.engine.body(inflight.request.ask, model=route.spec.upstream_model, output_cap=cap)
+    return route.engine.body(inflight.relay.ask, model=route.spec.upstream_model, output_cap=cap)
 
 
 async def _stream(inflight: InFlightRequest, connection: EngineConnection) -> None:

@@ -6,13 +6,14 @@ from collections.abc import Collection
 import msgspec
 
 from tidemill.engines.protocol import Engine
-from tidemill.engines.registry import CONTROLS, engine_of
+from tidemill.engines.registry import ENGINES, engine_of
 from tidemill.gateway.errors import ModelNotFound, NoReplica
 from tidemill.gateway.routing.cold_start import Activator
 from tidemill.gateway.routing.demand import DemandCounter, DemandReport, ModelSeen, ReplicaUse
 from tidemill.gateway.routing.prefix_index import Keys
 from tidemill.gateway.routing.replica import ReplicaSpec, RoutedReplica
 from tidemill.gateway.routing.shared_state import SharedReplicaState
+from tidemill.http.client import EngineAddress
 from tidemill.ledger.pricing import Price
 from tidemill.suggestions import did_you_mean
 from tidemill.tides.state import Objective
@@ -107,7 +108,10 @@ class ModelRoute:
         self.engine: Engine = engine_of(spec.engine, owned=spec.owned, priority_scheduling=spec.priority_scheduling)
         self.demand = DemandCounter(spec.objective)
         self.hedges = HedgeBudget()
-        self._take([RoutedReplica(replica, spec.api_key, loop) for replica in spec.replicas])
+        self._take([self._replica(replica, spec, loop) for replica in spec.replicas])
+
+    def _replica(self, replica: ReplicaSpec, spec: ModelSpec, loop: asyncio.AbstractEventLoop) -> RoutedReplica:
+        return RoutedReplica(replica, EngineAddress(replica.base_url, self.engine.auth_headers(spec.api_key)), loop)
 
     def _take(self, replicas: list[RoutedReplica]) -> None:
         self.replicas = replicas
@@ -189,7 +193,7 @@ class ModelRoute:
 
     def no_replica(self, now: float) -> NoReplica:
         """The error when no replica is left, with the time until one may be ready."""
-        starting = not self.ready and self.spec.engine in CONTROLS
+        starting = not self.ready and ENGINES[self.spec.engine].runs_here
         what = "is starting" if starting else "cannot be reached now"
         waits = [replica.breaker.opens_in(now) for replica in self.ordinary if replica.spec.ready]
         return NoReplica(f"The model {self.spec.name!r} {what}.", retry_after_s=max(1, round(min(waits, default=1.0))))
@@ -203,7 +207,7 @@ class ModelRoute:
         for each in spec.replicas:
             replica = known.pop((each.name, each.incarnation, each.base_url), None)
             if replica is None:
-                replica = RoutedReplica(each, spec.api_key, loop)
+                replica = self._replica(each, spec, loop)
             replica.spec = each
             replicas.append(replica)
         for gone in known.values():

@@ -34,9 +34,9 @@ def spread_key(text: bytes) -> int:
 class RoutedReplica:
     """A replica in use: its connections, its health, and how its time is shared among requests."""
 
-    def __init__(self, spec: ReplicaSpec, api_key: str | None, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, spec: ReplicaSpec, address: EngineAddress, loop: asyncio.AbstractEventLoop) -> None:
         self._spec = spec
-        self.pool = ConnectionPool(EngineAddress(spec.base_url, api_key), loop)
+        self.pool = ConnectionPool(address, loop)
         self.clock = BusyTimeShares()
         self.breaker = CircuitBreaker()
         self.prefix = PrefixIndex()

@@ -7,6 +7,7 @@ decision.
 
 from tidemill.engines.capabilities import refusal
 from tidemill.engines.sse import BYTES_PER_TOKEN
+from tidemill.gateway.errors import BadRequest
 from tidemill.gateway.routing.demand import DemandCounter
 from tidemill.gateway.routing.models import ModelRoute, ModelRoutes
 from tidemill.gateway.routing.prefix_index import Keys, matched_bytes, prompt_keys
@@ -140,7 +141,10 @@ class RouteSelector:
         spec = route.spec
         if spec.context is not None and self._prompt + (self._context.request.ask.max_tokens or 0) >= spec.context:
             return False
-        return refusal(spec.engine, spec.lacks, self._context.request.ask) is None
+        try:
+            return refusal(route.engine, spec.lacks, self._context.request.ask_for(route.engine)) is None
+        except BadRequest:
+            return False
 
     def _choose_replica(self, route: ModelRoute, worst: ReplicaHealth, now: float) -> ReplicaAttempt | None:
         slots = route.spec.slots
@@ -188,8 +192,7 @@ class RouteSelector:
         """
         given = self._context.exchange.headers.get(b"x-session-id")
         if given is None:
-            fields = self._context.request.ask.fields
-            raw = fields.get("prompt_cache_key") or fields.get("user")
+            raw = self._context.request.session()
             given = None if raw is None else bytes(raw)
         if not given or given == b"null" or len(given) > MAX_SESSION_BYTES:
             return None

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from tests.gateway.chunks import COUNTS, busy_machine, collected, draw_stream, event, events_of, split, translated
+from tests.gateway.chunks import COUNTS, collected, draw_stream, event, events_of, on_streams, split, translated
 from tests.support.paths import GATEWAY_CONTRACTS
+from tidemill.engines.openai import OpenAIEngine
 from tidemill.engines.sse import BrokenStream
 from tidemill.errors import Unavailable
 from tidemill.gateway.protocols.anthropic.reply import AnthropicReply
@@ -22,12 +23,15 @@ _EVENT = TypeAdapter(RawMessageStreamEvent)
 
 def reply(**more: Any) -> AnthropicReply:
     body = {"model": "m", "max_tokens": 10, "messages": [{"role": "user", "content": "hi"}], **more}
-    return AnthropicReply(read_messages(json.dumps(body).encode()), "req_1")
+    request = read_messages(json.dumps(body).encode())
+    request.prepare_for(OpenAIEngine(), {})
+    return AnthropicReply(request, "req_1")
 
 
 def message_of(body: bytes) -> dict[str, Any]:
     """The message that Anthropic's own client makes of a stream."""
-    snapshot, buffers = None, {}
+    snapshot = None
+    buffers: dict[int, bytes] = {}
     for name, payload in events_of(body):
         assert name == payload["type"]
         if name != "ping":
@@ -47,7 +51,7 @@ def bare(message: dict[str, Any]) -> dict[str, Any]:
     return {"content": blocks, "stop": message["stop_reason"], "usage": message["usage"]["output_tokens"]}
 
 
-@busy_machine
+@on_streams
 @given(st.data())
 def test_a_stream_says_what_the_whole_answer_says(data: Any) -> None:
     stream = draw_stream(data)
@@ -59,14 +63,14 @@ def test_a_stream_says_what_the_whole_answer_says(data: Any) -> None:
     assert streamed["usage"]["cache_read_input_tokens"] == whole["usage"]["cache_read_input_tokens"] == 4
 
 
-@busy_machine
+@on_streams
 @given(st.data())
 def test_wherever_a_stream_is_cut_the_client_gets_the_same_bytes(data: Any) -> None:
     stream = draw_stream(data)
     assert translated(reply(), split(data, stream)) == translated(reply(), [stream])
 
 
-@busy_machine
+@on_streams
 @given(st.data())
 def test_blocks_are_opened_filled_and_closed_one_after_the_other(data: Any) -> None:
     names = events_of(translated(reply(), [draw_stream(data)]))

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.gateway.chunks import busy_machine
+from tests.gateway.chunks import on_streams
+from tidemill.engines.openai import OpenAIEngine
 from tidemill.gateway.errors import BadRequest, UnsupportedParameter
 from tidemill.gateway.protocols.anthropic.request import MessagesRequest, read_count, read_messages
 
@@ -17,8 +18,14 @@ HI = [{"role": "user", "content": "hi"}]
 PNG = {"type": "base64", "media_type": "image/png", "data": "aWE="}
 
 
+def for_chat(request: MessagesRequest) -> MessagesRequest:
+    """The request as an engine that speaks OpenAI's API is asked."""
+    request.prepare_for(OpenAIEngine(), {})
+    return request
+
+
 def read(**fields: Any) -> MessagesRequest:
-    return read_messages(json.dumps({"model": "m", "max_tokens": 9, "messages": HI, **fields}).encode())
+    return for_chat(read_messages(json.dumps({"model": "m", "max_tokens": 9, "messages": HI, **fields}).encode()))
 
 
 def asked(**fields: Any) -> dict[str, Any]:
@@ -301,7 +308,7 @@ def test_what_is_wrong_is_named(fields: Any, param: str) -> None:
 )
 def test_bytes_that_are_no_text_never_break_the_reader(body: bytes) -> None:
     with contextlib.suppress(BadRequest):
-        read_messages(body)
+        for_chat(read_messages(body))
 
 
 json_values = st.recursive(
@@ -325,13 +332,13 @@ messages = st.lists(
 )
 
 
-@busy_machine
+@on_streams
 @given(st.dictionaries(st.sampled_from(NAMES), json_values), messages)
 def test_no_body_breaks_the_reader(fields: Any, messages: Any) -> None:
     body = {"model": "m", "max_tokens": 5, "messages": messages, **fields}
     for reader in (read_messages, read_count):
         try:
-            read = reader(json.dumps(body).encode())
+            read = for_chat(reader(json.dumps(body).encode()))
         except BadRequest as refused:
             assert refused.message
         else:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from tests.gateway.chunks import COUNTS, busy_machine, collected, draw_stream, event, events_of, split, translated
+from tests.gateway.chunks import COUNTS, collected, draw_stream, event, events_of, on_streams, split, translated
 from tests.support.paths import GATEWAY_CONTRACTS
 from tidemill.engines.sse import BrokenStream
 from tidemill.errors import Unavailable
@@ -59,7 +59,7 @@ def accumulated(body: bytes) -> list[dict[str, Any]]:
     return list(items.values())
 
 
-@busy_machine
+@on_streams
 @given(st.data())
 def test_the_pieces_the_end_and_the_whole_answer_say_the_same(data: Any) -> None:
     stream = draw_stream(data)
@@ -71,7 +71,7 @@ def test_the_pieces_the_end_and_the_whole_answer_say_the_same(data: Any) -> None
     assert whole["usage"]["input_tokens"] == 30 and whole["usage"]["input_tokens_details"]["cached_tokens"] == 4
 
 
-@busy_machine
+@on_streams
 @given(st.data())
 def test_wherever_a_stream_is_cut_the_client_gets_the_same_bytes(data: Any) -> None:
     stream = draw_stream(data)
@@ -80,7 +80,7 @@ def test_wherever_a_stream_is_cut_the_client_gets_the_same_bytes(data: Any) -> N
     assert timeless(last(whole)) == timeless(last(pieces))
 
 
-@busy_machine
+@on_streams
 @given(st.data())
 def test_every_event_is_one_of_openais_and_numbered(data: Any) -> None:
     events = events_of(translated(reply(), [draw_stream(data)]))

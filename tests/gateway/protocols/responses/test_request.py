@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.gateway.chunks import busy_machine
+from tests.gateway.chunks import on_streams
 from tidemill.gateway.errors import BadRequest, UnsupportedParameter
 from tidemill.gateway.protocols.responses.request import ResponsesRequest, read_responses
 
@@ -204,7 +204,7 @@ NAMES = [*"model input instructions tools tool_choice text reasoning max_output_
          *"previous_response_id top_logprobs stream_options background n".split()]  # fmt: skip
 
 
-@busy_machine
+@on_streams
 @given(st.dictionaries(st.sampled_from(NAMES), json_values | st.lists(items, max_size=3)), st.lists(items, max_size=4))
 def test_no_body_breaks_the_reader(fields: Any, given_items: Any) -> None:
     try:

@@ -1,14 +1,18 @@
 """`[models.NAME]`: a model that is served, whoever runs its engine."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
 from tidemill.app.config.schema.prices import CostConfig
+from tidemill.engines.kind import EngineKind
+from tidemill.engines.registry import ENGINES
 
-OWN_ENGINES = ("llamacpp", "vllm", "sglang")
-"""Engines that are processes of ours; all others are somebody else's."""
-GPU_ENGINES = ("vllm", "sglang")
+if TYPE_CHECKING:
+    EngineName = str
+else:
+    EngineName = Literal[tuple(ENGINES)]
+    """The kinds of `engines.registry`."""
 
 Filler = Literal["inside", "beside"]
 
@@ -54,7 +58,7 @@ class LaunchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`[models.NAME]`: a model, and what runs it."""
 
-    engine: Literal["llamacpp", "vllm", "sglang", "openai"]
+    engine: EngineName
 
     # llamacpp
     path: str | None = None
@@ -149,6 +153,11 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """What a replica costs the operator an hour, in the installation's currency (for the margin)."""
 
     @property
+    def kind(self) -> EngineKind:
+        """What the platform knows of its engine."""
+        return ENGINES[self.engine]
+
+    @property
     def replica_bounds(self) -> tuple[int, int]:
         """The fewest and the most replicas of an engine of our own."""
         low = self.replicas if self.min_replicas is None else self.min_replicas
@@ -163,11 +172,11 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     @property
     def bills_tokens(self) -> bool:
         """True if somebody else bills the operator for each token: a vendor's API, not an engine of one's own."""
-        return self.engine == "openai" and self.on_disconnect == "drain"
+        return not self.kind.runs_here and self.on_disconnect == "drain"
 
     @property
     def slots(self) -> int | None:
         """Requests that a replica of our own works on at a time; None: not known."""
-        if self.engine == "llamacpp":
+        if self.kind.embedded:
             return self.parallel
         return None if self.launch.max_sequences is None else self.launch.max_sequences * self.launch.dp

@@ -21,8 +21,10 @@ class RateTable(msgspec.Struct, frozen=True):
     """A table of amounts by component; each key that is not given is None."""
 
     def price(self) -> Price:
-        """What is asked, or paid, for each component that has a key here. Input and output must have one, unless
-        something else has. Raises LedgerError for what is missing, or cannot be taken.
+        """What is asked, or paid, for each component that has a key here.
+
+        Input and output must have one, unless something else has. Raises LedgerError for what is missing, or cannot be
+        taken.
         """
         rates = self._rates("")
         for component in (INPUT, OUTPUT):
@@ -39,8 +41,9 @@ class PriceTable(RateTable, frozen=True):
     """`[prices.NAME]` or `[prices.NAME.CNY]`: amounts per so many units as the catalogue says."""
 
     def batch_price(self) -> Price:
-        """What the lines of batches cost: half of the price, but for components that have a key of their own; cached
-        input as `batch_input` if only that is given. Raises LedgerError for an amount that cannot be taken.
+        """What the lines of batches cost: half of the price, but for components that have a key of their own.
+
+        Cached input as `batch_input` if only that is given. Raises LedgerError for an amount that cannot be taken.
         """
         given, standard = self._rates(BATCH), self._rates("")
         rates = self.price().scaled(1, 2).rates | given

@@ -4,8 +4,9 @@ import re
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
-from tidemill.app.config.schema.models import GPU_ENGINES, OWN_ENGINES, LaunchConfig, ModelConfig
+from tidemill.app.config.schema.models import LaunchConfig, ModelConfig
 from tidemill.app.config.validation.rules import ledger_value, require_positive, require_range
+from tidemill.engines.registry import LAUNCHERS, SLEEPERS
 from tidemill.errors import ConfigError
 from tidemill.ledger.money import parse_amount
 
@@ -41,7 +42,7 @@ def check_model(name: str, model: ModelConfig) -> None:
         )
     _check_hedge(key, model)
     _check_launch(key, model)
-    if model.engine in OWN_ENGINES:
+    if model.kind.runs_here:
         _check_own(key, model)
     else:
         _check_upstream(key, model)
@@ -75,7 +76,7 @@ def _check_hedge(key: str, model: ModelConfig) -> None:
     if model.hedge_seconds is None:
         return
     require_range(f"{key}.hedge_seconds", model.hedge_seconds, 0.01, 3600, "seconds")
-    if model.engine not in OWN_ENGINES and model.on_disconnect != "abort":
+    if not model.kind.runs_here and model.on_disconnect != "abort":
         raise ConfigError(
             f"{key}.hedge_seconds: the upstream would bill both answers.",
             hint='Remove the key; if the upstream is an engine of your own, set on_disconnect = "abort".',
@@ -84,10 +85,10 @@ def _check_hedge(key: str, model: ModelConfig) -> None:
 
 def _check_launch(key: str, model: ModelConfig) -> None:
     launch = model.launch
-    if model.engine not in GPU_ENGINES:
+    if model.kind.launcher is None:
         if launch != LaunchConfig():
             raise ConfigError(
-                f"{key}.launch is only for the engines {' and '.join(GPU_ENGINES)}.", hint="Remove the table."
+                f"{key}.launch is only for the engines {' and '.join(LAUNCHERS)}.", hint="Remove the table."
             )
         return
     for field in ("tp", "pp", "dp", "max_sequences", "prefill_chunk"):
@@ -120,8 +121,8 @@ def _check_own(key: str, model: ModelConfig) -> None:
     require_range(f"{key}.wake_seconds", model.wake_seconds, 1, 3_600, "seconds")
     require_range(f"{key}.priority", model.priority, -1_000, 1_000)
     require_range(f"{key}.sleepers", model.sleepers, 0, _MAX_REPLICAS)
-    if model.sleepers and model.engine not in GPU_ENGINES:
-        raise ConfigError(f"{key}.sleepers is only for the engines {' and '.join(GPU_ENGINES)}.", hint="Remove it.")
+    if model.sleepers and model.engine not in SLEEPERS:
+        raise ConfigError(f"{key}.sleepers is only for the engines {' and '.join(SLEEPERS)}.", hint="Remove it.")
     if len(model.version) > 100 or not model.version.isprintable():
         raise ConfigError(f"{key}.version must be at most 100 printable characters.")
     objective = model.objective

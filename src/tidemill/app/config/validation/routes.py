@@ -5,7 +5,7 @@ See docs/routing.md.
 
 from collections.abc import Mapping, Sequence
 
-from tidemill.app.config.schema.models import OWN_ENGINES, ModelConfig
+from tidemill.app.config.schema.models import ModelConfig
 from tidemill.app.config.schema.platform import Config
 from tidemill.app.config.validation.models import MODEL_NAME, first_twice
 from tidemill.app.config.validation.rules import ledger_value
@@ -92,7 +92,7 @@ def _check_loss(key: str, model: ModelConfig, other: str, target: ModelConfig) -
 
 def _check_cost(key: str, model: ModelConfig) -> None:
     assert model.cost is not None
-    if model.engine in OWN_ENGINES:
+    if model.kind.runs_here:
         raise ConfigError(
             f'{key} is not supported with engine = "{model.engine}": nobody bills its tokens.',
             hint="Use cost_per_hour.",

@@ -6,21 +6,10 @@ stream as an event named `error`.
 
 import msgspec
 
+from tidemill.engines.anthropic.terms import ERROR_TYPES
 from tidemill.errors import TidemillError
 
 _encode = msgspec.json.Encoder().encode
-
-_TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    402: "billing_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-    504: "timeout_error",
-}
 
 
 def error_body(error: TidemillError, request_id: str) -> bytes:
@@ -28,7 +17,7 @@ def error_body(error: TidemillError, request_id: str) -> bytes:
 
     `code` and `param` are as in the OpenAI form, for whoever looks for them.
     """
-    kind = _TYPES.get(error.status) or ("invalid_request_error" if error.status < 500 else "api_error")
+    kind = ERROR_TYPES.get(error.status) or ("invalid_request_error" if error.status < 500 else "api_error")
     detail = {"type": kind, "message": str(error), "code": error.code}
     if error.param is not None:
         detail["param"] = error.param

@@ -4,9 +4,14 @@ Sources: Anthropic API reference, "Messages" and "Streaming Messages": `message_
 `content_block_start`, deltas and `content_block_stop`, then `message_delta` with the usage and `message_stop`.
 """
 
+import re
+
 import msgspec
 
+from tidemill.engines.anthropic.terms import STOP_REASONS
+from tidemill.engines.json_members import with_member
 from tidemill.engines.protocol import TokenCounts
+from tidemill.engines.sse import BrokenStream
 from tidemill.errors import TidemillError
 from tidemill.gateway.protocols.anthropic.errors import error_body, error_event, error_of
 from tidemill.gateway.protocols.anthropic.request import MessagesRequest
@@ -18,15 +23,11 @@ _encode = msgspec.json.Encoder().encode
 _decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 PING = b'event: ping\ndata: {"type": "ping"}\n\n'
+MESSAGE_START = b'"message_start"'
+STOP_TYPE = b'"message_stop"'
+"""Quotation marks within a text are escaped, so that this is nothing but a type."""
+_EVENT_END = re.compile(rb"\r\n\r\n|\n\n")
 MESSAGE_STOP = b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
-
-_STOP_REASONS = {
-    "stop": "end_turn",
-    "length": "max_tokens",
-    "tool_calls": "tool_use",
-    "function_call": "tool_use",
-    "content_filter": "refusal",
-}
 
 _BLOCKS = {
     PartKind.THINKING: b'{"type":"thinking","thinking":"","signature":""}',
@@ -40,10 +41,10 @@ _DELTAS = {
 
 
 def usage_object(counts: TokenCounts) -> dict[str, object]:
-    """Anthropic's usage: its `input_tokens` leave out what was read from the cache."""
+    """Anthropic's usage: `input_tokens` leave out what was read from the cache or written to it."""
     return {
-        "input_tokens": counts.prompt - counts.cached,
-        "cache_creation_input_tokens": 0,
+        "input_tokens": counts.prompt - counts.cached - counts.cache_write,
+        "cache_creation_input_tokens": counts.cache_write,
         "cache_read_input_tokens": counts.cached,
         "output_tokens": counts.completion,
         **({"output_tokens_details": {"thinking_tokens": counts.reasoning}} if counts.reasoning else {}),
@@ -61,6 +62,9 @@ class AnthropicReply:
         self._parts = PartStream(self)
 
     # replies.Reply
+
+    def form(self, *, native: bool) -> "AnthropicReply | PassedReply":
+        return PassedReply(self._request, self._request_id) if native else self
 
     def events(self, events: bytes, counts: TokenCounts) -> bytes:
         return self._parts.feed(events, counts)
@@ -150,7 +154,7 @@ class AnthropicReply:
         return {"type": "tool_use", "id": call_id, "name": name, "input": arguments}
 
     def _stop(self, ending: FinishReason, *, called: bool) -> dict[str, object]:
-        reason = _STOP_REASONS.get(ending.reason, "end_turn")
+        reason = STOP_REASONS.get(ending.reason, "end_turn")
         if reason == "end_turn" and called:
             reason = "tool_use"
         # An engine names its own stop tokens, too; only the client's sequences are its business.
@@ -158,6 +162,58 @@ class AnthropicReply:
         if is_string(stop) and plain(stop) in self._request.stop_sequences:
             return {"stop_reason": "stop_sequence", "stop_sequence": stop}
         return {"stop_reason": reason, "stop_sequence": None}
+
+
+class PassedReply:
+    """What an upstream that speaks Messages has said, byte for byte, but for the model's name.
+
+    See `Reply`. A stream's last event is kept until the end is told, when its record is written.
+    """
+
+    def __init__(self, request: MessagesRequest, request_id: str) -> None:
+        self._model = _encode(request.model)
+        self._request_id = request_id
+        self._named = False
+        self._last = b""
+
+    def form(self, *, native: bool) -> "PassedReply":
+        return self
+
+    def events(self, events: bytes, counts: TokenCounts) -> bytes:
+        if not self._named and MESSAGE_START in events:
+            self._named = True
+            events = self._with_name(events)
+        at = events.rfind(STOP_TYPE)
+        if at < 0:
+            return events
+        start = max((found.end() for found in _EVENT_END.finditer(events, 0, at)), default=0)
+        self._last = events[start:]
+        return events[:start]
+
+    def end(self, counts: TokenCounts) -> bytes:
+        return self._last
+
+    def stopped(self, error: TidemillError) -> bytes:
+        return error_event(error, self._request_id)
+
+    def whole(self, answer: bytes, counts: TokenCounts) -> bytes:
+        return self._renamed(answer, "model")
+
+    def error(self, error: TidemillError) -> bytes:
+        return error_body(error, self._request_id)
+
+    def _with_name(self, events: bytes) -> bytes:
+        """The first event with the model's name as the client knows it."""
+        at = events.find(MESSAGE_START)
+        start = events.find(b"{", events.rfind(b"\n", 0, at) + 1)
+        end = events.find(b"\n", at)
+        return events[:start] + self._renamed(events[start:end], "message", "model") + events[end:]
+
+    def _renamed(self, answer: bytes, *path: str) -> bytes:
+        try:
+            return with_member(answer, path, self._model)
+        except msgspec.DecodeError as error:
+            raise BrokenStream(f"the answer is not a message: {error}") from error
 
 
 def _input_of(arguments: msgspec.Raw) -> msgspec.Raw:

@@ -1,15 +1,17 @@
-"""Reading Anthropic's Messages requests.
-
-Translated to an OpenAI chat, so that every engine understands them.
+"""Reading Anthropic's Messages requests, and translating them to a chat for an engine that needs one.
 
 Parameters that have a counterpart are translated, those that mean something only at Anthropic are refused by name,
-and those that are not known pass through. The messages themselves are in `anthropic_messages`.
+and those that are not known pass through. The messages themselves are in `content`.
 
 Source: Anthropic API reference, "Messages" and "Count tokens".
 """
 
+from collections.abc import Mapping
+
 import msgspec
 
+from tidemill.engines.anthropic.terms import BILLED_APART, MESSAGES, TOOL_CHOICES
+from tidemill.engines.protocol import Ask, Engine
 from tidemill.gateway.errors import BadRequest, UnsupportedParameter
 from tidemill.gateway.protocols.anthropic.content import read_system, translate_messages
 from tidemill.gateway.protocols.json_fields import (
@@ -19,8 +21,10 @@ from tidemill.gateway.protocols.json_fields import (
     integer,
     is_filled_list,
     object_of,
+    read_fields,
     read_object,
     refuse_all_but,
+    string,
     word,
 )
 from tidemill.gateway.protocols.json_strings import is_null, is_string, quoted
@@ -32,12 +36,7 @@ _decode_objects = msgspec.json.Decoder(list[Fields]).decode
 _decode_strings = msgspec.json.Decoder(list[str]).decode
 
 ONLY_AT_ANTHROPIC: dict[str, tuple[object, ...]] = {
-    "container": (),
-    "mcp_servers": ([],),
-    "inference_geo": (),
-    "speed": ("standard",),
-    "user_profile_id": (),
-    "workspace_id": (),
+    **{name: harmless for name, (harmless, _) in BILLED_APART.items()},
     "n": (1,),
     "logprobs": (False,),
     "top_logprobs": (0,),
@@ -62,15 +61,53 @@ OWN_NAMES = {
 """What the chat parameters are called here, for the errors that name them."""
 
 _TIERS = {"auto": "auto", "standard_only": "default"}
-_CHOICES = {"auto": b'"auto"', "any": b'"required"', "none": b'"none"'}
 
 
 class MessagesRequest(ModelRequest, kw_only=True):
-    """A translated request, and what its answer depends on."""
+    """A request in Messages form, and as a chat once an engine needs that; and what its answer depends on."""
 
+    native: Ask
+    """As the client has sent it."""
+    chat: Ask | None = None
     hides_thinking: bool = False
     """The client wants thinking blocks without their text."""
     stop_sequences: tuple[str, ...] = ()
+
+    def prepare_for(self, engine: Engine, headers: Mapping[bytes, bytes]) -> None:
+        self.native.betas = headers.get(b"anthropic-beta", b"")
+        self.ask = self.ask_for(engine)
+        if self.ask is not self.native:
+            self.body_bytes = size_of(self.ask.fields)
+
+    def ask_for(self, engine: Engine) -> Ask:
+        ask = self.native if MESSAGES in engine.native else self.chat or self._translated()
+        ask.filler = self.ask.filler
+        return ask
+
+    def _translated(self) -> Ask:
+        chat = read_fields(self.native.fields, self._read_chat)
+        self.chat = read_generation(b"/chat/completions", chat, 0, max_tokens_field="max_tokens", prompts=1).ask
+        return self.chat
+
+    def _read_chat(self, fields: Fields) -> Fields:
+        refuse_all_but(ONLY_AT_ANTHROPIC, fields)
+        chat = {name: value for name, value in fields.items() if name not in _TRANSLATED}
+        self.hides_thinking = _thinking(fields, chat)
+        system = read_system(fields["system"]) if given(fields, "system") else None
+        chat["messages"], unfinished = translate_messages(fields["messages"], system)
+        if unfinished:
+            chat["continue_final_message"] = msgspec.Raw(b"true")
+            chat["add_generation_prompt"] = msgspec.Raw(b"false")
+        self.stop_sequences = _stop_sequences(fields, chat)
+        _tools(fields, chat)
+        _output(fields, chat)
+        _manners(fields, chat)
+        return chat
+
+    def session(self) -> msgspec.Raw | None:
+        if self.ask is self.native:
+            return object_of(self.native.fields, "metadata").get("user_id")
+        return super().session()
 
     def own_name(self, parameter: str) -> str:
         return OWN_NAMES.get(parameter, parameter)
@@ -78,41 +115,32 @@ class MessagesRequest(ModelRequest, kw_only=True):
 
 def read_messages(body: bytes) -> MessagesRequest:
     """Take the body of POST /v1/messages apart. Raises BadRequest, which names the parameter."""
-    return read_object(body, _read_message)
+    return read_object(body, lambda fields: _read(fields, body))
 
 
 def read_count(body: bytes) -> MessagesRequest:
     """Take the body of POST /v1/messages/count_tokens apart. Raises BadRequest."""
     one_token = {"max_tokens": msgspec.Raw(b"1"), "stream": msgspec.Raw(b"false")}
-    return read_object(body, lambda fields: _read({**fields, **one_token}))
+    return read_object(body, lambda fields: _read({**fields, **one_token}, body))
 
 
-def _read_message(fields: Fields) -> MessagesRequest:
+def _read(fields: Fields, body: bytes) -> MessagesRequest:
     if not given(fields, "max_tokens"):
         raise BadRequest("'max_tokens' is missing.", hint="Send the most tokens that you want.", param="max_tokens")
-    return _read(fields)
-
-
-def _read(fields: Fields) -> MessagesRequest:
-    refuse_all_but(ONLY_AT_ANTHROPIC, fields)
     messages = fields.get("messages")
     if messages is None or not is_filled_list(messages):
         raise BadRequest("'messages' is not a list with at least one message.", param="messages")
-    integer(fields, "max_tokens", low=1, high=MAX_TOKENS_LIMIT)
-    chat = {name: value for name, value in fields.items() if name not in _TRANSLATED}
-    hides_thinking = _thinking(fields, chat)
-    system = read_system(fields["system"]) if given(fields, "system") else None
-    chat["messages"], unfinished = translate_messages(messages, system)
-    if unfinished:
-        chat["continue_final_message"] = msgspec.Raw(b"true")
-        chat["add_generation_prompt"] = msgspec.Raw(b"false")
-    stop_sequences = _stop_sequences(fields, chat)
-    _tools(fields, chat)
-    _output(fields, chat)
-    _manners(fields, chat)
-    size = size_of(chat)
-    base = read_generation(b"/chat/completions", chat, size, max_tokens_field="max_tokens", prompts=1)
-    return MessagesRequest(**msgspec.structs.asdict(base), hides_thinking=hides_thinking, stop_sequences=stop_sequences)
+    ask = Ask(
+        path=MESSAGES,
+        fields=fields,
+        stream=boolean(fields, "stream"),
+        wants_usage=False,
+        choices=1,
+        max_tokens_field="max_tokens",
+        max_tokens=integer(fields, "max_tokens", low=1, high=MAX_TOKENS_LIMIT),
+        body=body,
+    )
+    return MessagesRequest(model=string(fields, "model"), ask=ask, body_bytes=len(body), native=ask)
 
 
 def _thinking(fields: Fields, chat: Fields) -> bool:
@@ -175,8 +203,8 @@ def _tools(fields: Fields, chat: Fields) -> None:
         if not is_string(name):
             raise BadRequest("'tool_choice.name' is missing.", param="tool_choice.name")
         chat["tool_choice"] = msgspec.Raw(_encode({"type": "function", "function": {"name": name}}))
-    elif kind in _CHOICES:
-        chat["tool_choice"] = msgspec.Raw(_CHOICES[kind])
+    elif kind in TOOL_CHOICES:
+        chat["tool_choice"] = quoted(TOOL_CHOICES[kind])
     else:
         raise BadRequest(
             f"'tool_choice.type' is {kind!r}.", hint="Send 'auto', 'any', 'tool' or 'none'.", param="tool_choice.type"
@@ -228,7 +256,7 @@ def _manners(fields: Fields, chat: Fields) -> None:
         chat["service_tier"] = quoted(_TIERS.get(tier, tier))
     context = object_of(fields, "context_management")
     edits = _decode_any(context["edits"]) if given(context, "edits") else []
-    # Thinking of earlier turns is never sent on (see anthropic_messages), which is all that this edit asks for.
+    # Thinking of earlier turns is never sent on (see `content`), which is all that this edit asks for.
     if not all(isinstance(edit, dict) and edit.get("type") == "clear_thinking_20251015" for edit in edits or ()):
         raise UnsupportedParameter(
             "'context_management' is not offered here.", hint="Leave it out.", param="context_management"

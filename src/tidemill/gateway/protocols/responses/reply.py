@@ -63,6 +63,9 @@ class ResponsesReply:
 
     # replies.Reply
 
+    def form(self, *, native: bool) -> "ResponsesReply":
+        return self
+
     def events(self, events: bytes, counts: TokenCounts) -> bytes:
         return self._parts.feed(events, counts)
 

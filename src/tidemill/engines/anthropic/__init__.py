@@ -1,0 +1,1 @@
+"""Upstreams that speak Anthropic's Messages API: a Messages request passes, a chat is translated."""
