@@ -1,4 +1,4 @@
-"""The command `tidemill`: one file a noun, imported only when its command runs, so that `--help` is quick."""
+"""The command `tidemill`: one module per noun, imported lazily to keep `--help` quick."""
 
 import os
 import sys

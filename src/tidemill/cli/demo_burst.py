@@ -1,4 +1,4 @@
-"""The burst of `tidemill demo`: many requests at once, and a balance that is enough for exactly ten of them.
+"""The burst of `tidemill demo`: many concurrent requests, and a balance for exactly ten.
 
 Exactly, at any speed and in any order, as the money is reckoned from both sides:
 

@@ -1,4 +1,4 @@
-"""Finding the platform: it holds a lock on its data directory while it runs, and writes there where it listens."""
+"""Finds the running platform by the lock and the addresses in its data directory."""
 
 import fcntl
 import json

@@ -15,7 +15,7 @@ def margin(
     month: Annotated[str | None, Parameter(help="Month such as 2026-11. [default: the current one]")] = None,
     target: Target = HERE,
 ) -> None:
-    """Show the revenue of each model, by tenant, and the cost of its replicas and upstreams, idle time included."""
+    """Show each model's revenue by tenant, and its cost including idle time and upstreams."""
     found = running(target).margin(month)
     if target.json:
         print_json(found)

@@ -1,4 +1,4 @@
-"""What a command prints: tables for people, one JSON document for programs, and complaints in one line."""
+"""The output of commands: tables for people, one JSON document for programs, one-line errors."""
 
 import json
 import re

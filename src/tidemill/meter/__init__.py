@@ -1,4 +1,1 @@
-"""The meter: holds, the write-ahead usage log, settlement and recovery.
-
-Each accepted request leaves one record.
-"""
+"""The meter: holds, write-ahead usage log, settlement, recovery. One record per accepted request."""

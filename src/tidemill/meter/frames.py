@@ -137,10 +137,7 @@ SEGMENT_READ_BYTES = 256 * 1024
 
 
 def _frames_at(fd: int, number: int, offset: int) -> tuple[list[ReadFrame], bool]:
-    """Whole frames within the next READ_BYTES.
-
-    And whether the segment ends behind them and the log goes on.
-    """
+    """Whole frames in the next READ_BYTES, and whether the log continues in the next segment."""
     data = os.pread(fd, SEGMENT_READ_BYTES, offset)
     found: list[ReadFrame] = []
     at = 0

@@ -1,7 +1,4 @@
-"""A histogram for hot paths: counts in a list, found by bisection.
-
-A thousandth of a millisecond an observation.
-"""
+"""A histogram for hot paths: counts in a list, found by bisection; about 1 us per observation."""
 
 from bisect import bisect_left
 

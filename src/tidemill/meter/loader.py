@@ -52,7 +52,7 @@ class LoadResult(msgspec.Struct, frozen=True):
 
 
 class Loader:
-    """Drains the logs of all gateway processes of this machine, each in a directory of its own under `meter_dir`.
+    """Loads the logs of this machine's gateway processes, each in its directory under `meter_dir`.
 
     Not thread-safe: one thread calls `drain`. `zone` is the operator's time zone, which decides the billing month.
     """
@@ -182,9 +182,7 @@ class Loader:
 
 
 def finish_record(left: Unfinished) -> UsageRecord:
-    """The record of a request that was open when its gateway died.
-
-    Billed is what had passed, and not more.
+    """The record of a request that was open when its gateway died; bills only what had passed.
 
     Counts that no engine report confirms (no token had passed) are zero: the tenant got nothing.
     """
@@ -214,10 +212,7 @@ def _move_position(connection: Connection, worker_id: str, position: Position) -
 
 @contextlib.contextmanager
 def _owned(directory: Path) -> Iterator[bool]:
-    """True when no process holds the directory's lock: its gateway is gone.
-
-    The lock is then ours meanwhile.
-    """
+    """True if no gateway holds the directory's lock, which is then held within the context."""
     fd = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         try:
@@ -231,9 +226,7 @@ def _owned(directory: Path) -> Iterator[bool]:
 
 
 def claim_directory(meter_dir: Path, worker_id: str) -> tuple[Path, int]:
-    """Make a gateway process's directory and hold its lock for the life of the process.
-
-    Gives (path, lock's fd).
+    """Create a gateway process's directory and lock it; returns the path and the lock's descriptor.
 
     The directory appears under its name only once it is locked, so the loader never takes it for a dead one's.
     """

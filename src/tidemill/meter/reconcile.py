@@ -1,4 +1,4 @@
-"""Reconciliation: the usage records against the engines' own token counters, replica by replica, life by life.
+"""Reconciliation of usage records with the engines' token counters, per replica and life.
 
 llama.cpp and vLLM count prompt and generated tokens themselves. If the meter is right, the records of a replica's
 life add up to its counters; what differs is named. An engine may know of more than was billed: the tokens that it
@@ -107,9 +107,9 @@ class ReconcileReport(msgspec.Struct, frozen=True):
 def note_counters(
     connection: Connection, *, replica: str, life: str | None, prompt: int, completion: int, now: datetime
 ) -> None:
-    """Store a sample.
+    """Store a sample of an engine's counters.
 
-    `life` names a start of an engine of our own; None lets the counters tell: a total that falls is a new life.
+    `life` names a start of an engine that Tidemill runs; with None, a falling total begins a new life.
     """
     columns = engine_counters.c
     query = select(engine_counters).where(columns.replica == replica)

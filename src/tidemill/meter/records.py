@@ -19,7 +19,7 @@ FORMAT = 2
 
 
 class Opened(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=FORMAT):
-    """A request that was admitted: all that recovery needs to finish its record without the process that began it."""
+    """An admitted request, with all that recovery needs to finish its record."""
 
     request_id: str
     tenant_id: str

@@ -57,10 +57,7 @@ class LeasedBalance:
         self.budget += amount
 
     def take_back(self, keep: int = 0) -> int:
-        """Remove from the budget what is available beyond `keep`, to be returned to the store.
-
-        Gives the amount.
-        """
+        """Take what is available beyond `keep` off the budget, to return it to the store; the amount."""
         surplus = max(self.available - keep, 0)
         self.budget -= surplus
         return surplus

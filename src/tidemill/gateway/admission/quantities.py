@@ -12,9 +12,9 @@ from tidemill.ledger.usage import TokenUsage
 
 
 def counted(ask: Ask, price: Price) -> dict[Component, int]:
-    """What is counted before work starts.
+    """The quantities known before work starts.
 
-    A ranking's documents and searches are recorded whatever is billed; the request itself only where it has a price.
+    A ranking's documents and searches are always recorded; the request itself only if it has a price.
     """
     if not ask.documents and Component.REQUEST not in price.rates:
         return {}

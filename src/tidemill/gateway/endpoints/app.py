@@ -70,8 +70,10 @@ class GatewayApp:
         response_store: ResponseStore | None = None,
         more: Mapping[tuple[bytes, bytes], Handler] | None = None,
     ) -> None:
-        """`admission`: by default without limits and queues. `response_store`: where responses are kept; without one,
-        none is. `more`: further routes, which go before these.
+        """Build the application's routes.
+
+        `admission`: by default without limits and queues. `response_store`: None stores no responses. `more`: further
+        routes, which go before these.
         """
         self._authenticator = authenticator
         self._routes = routes

@@ -142,8 +142,9 @@ class ModelEndpoint:
 
 
 def refuse_what_is_ignored(request: ModelRequest, route: ModelRoute) -> None:
-    """Raise UnsupportedParameter for a parameter that the model's engine would leave out without a word, NoEmbeddings
-    or NoRanking where there are none to be had.
+    """Refuse a request that the model's engine does not support.
+
+    Raises UnsupportedParameter for a parameter that the engine would ignore, NoEmbeddings or NoRanking.
     """
     if request.ask.documents and not route.spec.ranks:
         raise NoRanking(

@@ -65,9 +65,9 @@ def read_rerank(body: bytes) -> ModelRequest:
 
 
 def read_rerank_v2(body: bytes) -> ModelRequest:
-    """Take the body of POST /v2/rerank apart, where documents are sent back only if that is asked for.
+    """Parse the body of POST /v2/rerank. Raises BadRequest.
 
-    Raises BadRequest.
+    Documents are returned only on request.
     """
     return read_object(body, _reader(len(body), "2"))
 
@@ -177,10 +177,7 @@ class RerankReply(OpenAIReply):
         self._request_id = request_id
 
     def whole(self, answer: bytes, counts: TokenCounts) -> bytes:
-        """The best first, as many as were asked for.
-
-        Raises BrokenStream for what is no ranking of these documents.
-        """
+        """The top results, the best first. Raises BrokenStream if the answer is not a valid ranking."""
         request = self._request
         try:
             results = _decode_ranking(answer).results
