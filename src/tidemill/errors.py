@@ -26,14 +26,14 @@ class TidemillError(Exception):
 
 
 class BadInput(TidemillError):
-    """What was sent cannot be taken as it is."""
+    """The input is not valid."""
 
     status = 400
     code = "invalid_request"
 
 
 class ConfigError(BadInput):
-    """The configuration file cannot be taken as it is. The message names the file and the key or line."""
+    """The configuration file is not valid. The message names the file and the key or line."""
 
     code = "invalid_config"
 

@@ -177,7 +177,7 @@ async def test_a_hard_budget_stops_and_says_when_it_begins_anew(start: Start) ->
     assert message.startswith(
         "The budget of 0.001 USD per day for your account does not cover this request: it may cost"
     )
-    assert "0.000982 USD is available" in message and "the next period begins at" in message
+    assert "0.000982 USD is available" in message and "The next period begins at" in message
     await plane.settled()
     assert plane.wallet.spent == 2 * 9000, "the balance and the budget hold or charge the same"
 

@@ -19,11 +19,11 @@ class BatchSchema(Answer):
     id: str
     tenant: Annotated[str, Meta(description="The tenant's name.")]
     currency: Currency
-    key_id: Annotated[str, Meta(description="The key that made it; its lines are metered under it.")]
+    key_id: Annotated[str, Meta(description="The key that created it; its lines are metered under this key.")]
     endpoint: Annotated[str, Meta(examples=["/v1/chat/completions"])]
-    model: Annotated[str | None, Meta(description="That of its lines, when they all have the same.")]
+    model: Annotated[str | None, Meta(description="The model of its lines, if it is the same for all.")]
     status: Annotated[str, Meta(description="OpenAI's states of a batch.", examples=["in_progress", "completed"])]
-    total: Annotated[int, Meta(description="Lines; 0 until it was looked through.")]
+    total: Annotated[int, Meta(description="Number of lines; 0 until the batch is validated.")]
     completed: int
     failed: int
     input_tokens: int
@@ -70,7 +70,7 @@ class BatchRef(Body):
 async def list_batches(
     platform: Running,
     tenant: FromQuery[str | None] = None,
-    unfinished: Annotated[bool, QueryParameter(description="Only those that have not ended.")] = False,
+    unfinished: Annotated[bool, QueryParameter(description="Only batches that have not ended.")] = False,
     limit: Annotated[int, QueryParameter(description=f"Batches in a page, 1 to {MAX_PAGE}.")] = PAGE,
     after: Annotated[str, QueryParameter(description="`next` of the page before.")] = "",
 ) -> Batches:

@@ -17,7 +17,7 @@ class CreditRequest(Body):
 
     tenant: TenantRef
     amount: Annotated[str, Meta(description="A decimal as a string, more than zero.", examples=["100"])]
-    memo: Annotated[str, Meta(description="Stands on the invoice; at most 512 characters.")] = ""
+    memo: Annotated[str, Meta(description="Text for the invoice; at most 512 characters.")] = ""
     idempotency_key: Annotated[
         str | None,
         Meta(
@@ -36,8 +36,8 @@ class Credit(Answer):
     currency: Currency
     memo: str
     at: Instant
-    balance: Annotated[str, Meta(description="What the tenant has now, a decimal amount.")]
-    replayed: Annotated[bool, Meta(description="True when an earlier request with this idempotency key had made it.")]
+    balance: Annotated[str, Meta(description="The tenant's balance now, a decimal amount.")]
+    replayed: Annotated[bool, Meta(description="True if an earlier request with this idempotency key made the grant.")]
 
 
 @post("/credits", responses=CONFLICT)

@@ -18,7 +18,7 @@ class NodeSchema(Answer):
 
     name: str
     up: bool
-    drained: Annotated[bool, Meta(description="The operator has taken it out.")]
+    drained: Annotated[bool, Meta(description="Drained by the operator.")]
     devices: int
     why: Annotated[str, Meta(description="Why it is not up.")]
 
@@ -31,7 +31,7 @@ class DeviceSchema(Answer):
     kind: Annotated[str, Meta(examples=["h800-sxm", "cpu"])]
     memory_bytes: int
     holder: Annotated[str, Meta(description="`replica ID`, `job ID`, `free`, `lost` or `drained`.")]
-    until: Annotated[Instant | None, Meta(description="When that is expected to change; null: nobody knows.")]
+    until: Annotated[Instant | None, Meta(description="When that is expected to change; null if unknown.")]
     why: str
     reserved_by: Annotated[str | None, Meta(description="The reservation that it belongs to.")]
 
@@ -47,7 +47,9 @@ class ReplicaSchema(Answer):
     requests: Annotated[int, Meta(description="Interactive requests in flight.")]
     lines: Annotated[int, Meta(description="Lines of batches in flight.")]
     batch_only: Annotated[bool, Meta(description="Only lines of batches go there.")]
-    beside: Annotated[bool, Meta(description="It shares its devices with another one, and gets what that leaves.")]
+    beside: Annotated[
+        bool, Meta(description="It shares its devices with another replica, and uses what that one leaves.")
+    ]
     since: Annotated[Instant, Meta(description="When it came into this phase.")]
     why: str
 
@@ -63,8 +65,8 @@ class FleetModel(Answer):
     now: Annotated[Work, Meta(description="Work that arrives.")]
     expected: Work
     high: Annotated[Work, Meta(description="What replicas are kept for: seldom is it more.")]
-    capacity: Annotated[Work, Meta(description="What one replica does within the objective; 0: not known yet.")]
-    startup_s: Annotated[float, Meta(description="What a replica needs until it is ready, measured.")]
+    capacity: Annotated[Work, Meta(description="Work of one replica within the objective; 0 if not known yet.")]
+    startup_s: Annotated[float, Meta(description="Measured start time of a replica.")]
     late: Annotated[float, Meta(description="Share of the last minutes' requests that missed the objective.")]
 
 
@@ -96,7 +98,7 @@ class DrainBody(Body):
     """What is to be taken out."""
 
     name: Annotated[str, Meta(description="A node, or a device.", examples=["local/0"])]
-    why: Annotated[str, Meta(description="For whoever asks later.")] = ""
+    why: Annotated[str, Meta(description="Reason, shown with the device.")] = ""
 
 
 class UndrainBody(Body):

@@ -36,8 +36,8 @@ class JobSchema(Answer):
     ]
     reason: Annotated[str, Meta(description="Why it is in this state, or what it waits for.")]
     devices: int
-    kinds: Annotated[list[str], Meta(description="The best first; empty: any that has a price.")]
-    gang: Annotated[bool, Meta(description="All its devices at once, or none.")]
+    kinds: Annotated[list[str], Meta(description="In order of preference; empty: any kind with a price.")]
+    gang: Annotated[bool, Meta(description="Start only when all devices are available.")]
     ranks: Annotated[str, Meta(description="One process for each `node` or `device`.")]
     preemptible: bool
     reservation: str | None
@@ -49,7 +49,7 @@ class JobSchema(Answer):
     retries: int
     attempts: int
     failures: int
-    ran_seconds: Annotated[str, Meta(description="How long its earlier attempts ran.")]
+    ran_seconds: Annotated[str, Meta(description="Run time of its earlier attempts.")]
     exit_code: int | None
     cancel_asked_at: str | None
     not_before: Annotated[str | None, Meta(description="A retry waits until then.")]
@@ -108,7 +108,7 @@ class JobRequestSchema(Body):
     ranks: Annotated[str | None, Meta(description="`node` or `device`; by `gang` when left out.")] = None
     preemptible: bool = True
     queue: Annotated[str | None, Meta(description="The tenant's own when left out.")] = None
-    reservation: Annotated[str | None, Meta(description="Run on what the tenant has reserved.")] = None
+    reservation: Annotated[str | None, Meta(description="Run on this reservation of the tenant.")] = None
     priority: int = 0
     deadline: Annotated[str | None, Meta(description="A time from now, a day or an instant.", examples=["6h"])] = None
     estimate: Annotated[str | None, Meta(description="How long it takes.", examples=["2h"])] = None

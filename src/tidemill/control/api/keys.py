@@ -18,7 +18,7 @@ class KeySchema(Answer):
     id: str
     tenant: Annotated[str, Meta(description="The tenant's name.")]
     name: str
-    hint: Annotated[str, Meta(description="The few letters of it that may be shown.", examples=["sk-tm-...9f3a"])]
+    hint: Annotated[str, Meta(description="The part of the key that may be shown.", examples=["sk-tm-...9f3a"])]
     created_at: Instant
     revoked_at: Annotated[str | None, Meta(description="ISO 8601, UTC; null while the key works.")]
     expires_at: Annotated[str | None, Meta(description="ISO 8601, UTC; null: never.")]
@@ -37,7 +37,7 @@ class KeyRequest(Body):
     """A key to be made."""
 
     tenant: TenantRef
-    name: Annotated[str, Meta(description="To tell it from the tenant's other keys.")] = "default"
+    name: Annotated[str, Meta(description="Name of the key.")] = "default"
     expires: Annotated[
         str | None,
         Meta(description="A time from now, a day (to its end), or an instant.", examples=["90d", "2027-01-31"]),
@@ -60,7 +60,9 @@ class RotateRequest(Body):
     """A key to be replaced by a new one."""
 
     key: Annotated[str, Meta(description="The key itself, or its id.")]
-    overlap: Annotated[str, Meta(description="How long both work.", examples=["24h", "7d", "0s"])] = "24h"
+    overlap: Annotated[str, Meta(description="How long the old key keeps working.", examples=["24h", "7d", "0s"])] = (
+        "24h"
+    )
 
 
 class RotatedKey(NewKey):

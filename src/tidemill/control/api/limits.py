@@ -20,7 +20,7 @@ class LimitSchema(Answer):
     key: Annotated[str | None, Meta(description="The key that it binds, with all keys rotated from it; null: all.")]
     model: Annotated[str | None, Meta(description="The model that it counts; null: all.")]
     kind: Literal["rpm", "tpm", "concurrency", "budget"]
-    text: Annotated[str, Meta(description="In words.", examples=["100 requests per minute"])]
+    text: Annotated[str, Meta(description="The limit in words.", examples=["100 requests per minute"])]
     amount: Annotated[int | None, Meta(description="Requests or tokens; null for a budget.")]
     used: Annotated[
         int | None,
@@ -47,16 +47,16 @@ class LimitRequest(Body):
     """Limits to be put in force, each in the place of one of its kind on the same tenant, key and model."""
 
     tenant: TenantRef
-    key: Annotated[str | None, Meta(description="Only what this key asks for: the key itself, or its id.")] = None
-    model: Annotated[str | None, Meta(description="Only what is asked of this model.")] = None
-    rpm: Annotated[int | None, Meta(description="Requests a minute.")] = None
-    tpm: Annotated[int | None, Meta(description="Tokens a minute, of prompts and answers.")] = None
-    concurrency: Annotated[int | None, Meta(description="Requests at a time.")] = None
+    key: Annotated[str | None, Meta(description="Limit only this key: the key itself, or its id.")] = None
+    model: Annotated[str | None, Meta(description="Limit only requests for this model.")] = None
+    rpm: Annotated[int | None, Meta(description="Requests per minute.")] = None
+    tpm: Annotated[int | None, Meta(description="Tokens per minute, of prompts and answers.")] = None
+    concurrency: Annotated[int | None, Meta(description="Concurrent requests.")] = None
     budget: Annotated[str | None, Meta(description="A decimal amount in the tenant's currency.", examples=["100"])] = (
         None
     )
-    per: Annotated[str | None, Meta(description="Of the budget: `day` or `month`, the latter when left out.")] = None
-    soft_percent: Annotated[int | None, Meta(description="Of the budget: at which share of it to warn.")] = None
+    per: Annotated[str | None, Meta(description="Period of the budget: `day` or `month` (default).")] = None
+    soft_percent: Annotated[int | None, Meta(description="Percentage of the budget at which to warn.")] = None
 
 
 class LimitRef(Body):

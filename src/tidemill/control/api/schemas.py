@@ -51,9 +51,9 @@ def _failure(description: str) -> ResponseSpec:
 
 
 FAILURES = {
-    400: _failure("The request cannot be taken as it is."),
+    400: _failure("The request is not valid."),
     401: _failure("No admin token, or a wrong one."),
-    404: _failure("What was named does not exist."),
+    404: _failure("The named resource does not exist."),
     503: _failure("A part of the platform does not answer."),
 }
-CONFLICT = {**FAILURES, 409: _failure("It exists already, or was asked for in another way before.")}
+CONFLICT = {**FAILURES, 409: _failure("It already exists, or its idempotency key was used for a different request.")}

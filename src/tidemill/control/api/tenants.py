@@ -41,7 +41,7 @@ class Tenants(Answer):
 class TenantRequest(Body):
     """A tenant to be made."""
 
-    name: Annotated[str, Meta(description="1 to 128 printable characters, unlike any other tenant's.")]
+    name: Annotated[str, Meta(description="Unique name of 1 to 128 printable characters.")]
     currency: Annotated[str | None, Meta(description="ISO 4217 code; the installation's when left out.")] = None
 
 
@@ -55,7 +55,7 @@ class WeightRequest(Body):
 class NewTenant(TenantSchema):
     """A tenant that was made."""
 
-    warning: Annotated[str | None, Meta(description="Why it cannot be served yet, if so.")]
+    warning: Annotated[str | None, Meta(description="Why the tenant cannot be served yet; null if it can.")]
 
 
 @get("/tenants", responses=FAILURES)
