@@ -3,6 +3,7 @@
 # make test-fast  those that need neither a platform nor PostgreSQL, in a minute or two
 # make check  formatting, lint, types and import rules
 # make bench-gateway
+# make bench-ledger  what the loader costs a usage record
 # make bench-routing
 # make bench-tides
 # make bench-tides-sim
@@ -22,7 +23,7 @@ PARALLEL = -n $(WORKERS) --dist loadfile
 FAST = not platform and not processes and not postgres and not slow
 FAST_PATHS = --ignore tests/e2e --ignore tests/field --ignore tests/crash
 
-.PHONY: up test test-fast check format demo bench-gateway bench-routing bench-tides bench-tides-sim soak lock clean
+.PHONY: up test test-fast check format demo bench-gateway bench-ledger bench-routing bench-tides bench-tides-sim soak lock clean
 
 up: $(STAMP)
 	@exec $(BIN)/tidemill up $(ARGS)
@@ -48,6 +49,9 @@ demo: $(STAMP)
 
 bench-gateway: $(STAMP)
 	$(BIN)/python bench/gateway.py $(ARGS)
+
+bench-ledger: $(ALL_STAMP)
+	$(BIN)/python bench/ledger.py $(ARGS)
 
 bench-routing: $(STAMP)
 	$(BIN)/python bench/routing.py $(ARGS)

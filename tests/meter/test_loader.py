@@ -29,12 +29,12 @@ from tidemill.meter.log import UsageLog
 from tidemill.meter.records import Opened, Settled, encode_settled, to_record
 from tidemill.store.balance_leases import extend_lease, leased, leasing_workers
 from tidemill.store.engine import Store
+from tidemill.store.record_rows import store_rows as store_rows_of_batch
 from tidemill.store.tables.money import transactions
 from tidemill.store.tables.tenants import tenants
 from tidemill.store.tables.usage import log_positions
 from tidemill.store.tenants import Tenant
 from tidemill.store.usage import records_between
-from tidemill.store.usage import store_records as store_usage
 
 GRANTED = 10**12
 ids = count(1)
@@ -513,13 +513,13 @@ def test_a_backlog_is_stored_in_batches_and_goes_on_where_it_broke_off(
     worker.write(*made)
     batches: list[int] = []
 
-    def store_records(connection: Any, records: Any, *, zone: str) -> Any:
-        batches.append(len(records))
+    def store_rows(connection: Any, rows: Any, charges: Any) -> None:
+        batches.append(len(rows))
         if len(batches) == 2:
             raise Unavailable("The database does not answer.")
-        return store_usage(connection, records, zone=zone)
+        store_rows_of_batch(connection, rows, charges)
 
-    monkeypatch.setattr(loader_module, "store_records", store_records)
+    monkeypatch.setattr(loader_module, "store_rows", store_rows)
     loader = world.loader()
     with pytest.raises(Unavailable):
         loader.drain()

@@ -171,11 +171,13 @@ def usage_charge(transaction_id: str, records: Iterable[UsageRecord], *, memo: s
         currency=first.currency,
         at=max(record.finished_at for record in batch),
         memo=memo,
-        entries=(
-            Entry(tenant_account(first.tenant_id), Nanos(-amount)),
-            Entry(REVENUE_USAGE, Nanos(amount)),
-        ),
+        entries=tuple(Entry(account, Nanos(part)) for account, part in usage_charge_entries(first.tenant_id, amount)),
     )
+
+
+def usage_charge_entries(tenant_id: str, amount: int) -> tuple[tuple[Account, int], ...]:
+    """The accounts and amounts of a usage charge of `amount`, which is more than zero."""
+    return (tenant_account(tenant_id), -amount), (REVENUE_USAGE, amount)
 
 
 def device_charge(

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, delete, insert, select
 
 from tidemill.errors import Unavailable
 from tidemill.ledger.usage import RequestStatus, TokenUsage, UsageRecord
@@ -29,9 +29,12 @@ from tidemill.meter.frames import (
 )
 from tidemill.meter.live import Unfinished, read_unfinished
 from tidemill.meter.records import decode_settled, settle, to_record
+from tidemill.meter.settled_rows import SettledReader
 from tidemill.store.balance_leases import leasing_workers, release_worker, return_lease
 from tidemill.store.budgets import charge_budgets
+from tidemill.store.bulk import run
 from tidemill.store.engine import Store
+from tidemill.store.record_rows import NotAllNew, return_leases, store_rows, with_budgets
 from tidemill.store.tables.usage import log_positions
 from tidemill.store.usage import store_records
 
@@ -61,6 +64,7 @@ class Loader:
         self._store = store
         self._meter_dir = meter_dir
         self._zone = zone
+        self._reader = SettledReader(zone)
         self._positions: dict[str, Position] = {}
         self.read: dict[str, int] = {}
         """Records taken from the log of each gateway process that is alive, or not finished yet."""
@@ -117,9 +121,9 @@ class Loader:
         worker_id = directory.name
         position = self._position(worker_id)
         total = 0
-        batch: list[UsageRecord] = []
+        batch: list[bytes] = []
         for each in read_frames(directory, position):
-            batch.append(to_record(decode_settled(each.payload)))
+            batch.append(each.payload)
             position = each.after
             if len(batch) >= BATCH_RECORDS:
                 total += self._store_batch(worker_id, batch, position)
@@ -143,14 +147,39 @@ class Loader:
             position = self._positions[worker_id] = (row[0], row[1]) if row else (1, 0)
         return position
 
-    def _store_batch(self, worker_id: str, batch: list[UsageRecord], position: Position) -> int:
-        with self._store.write() as connection:
-            fresh = self._store_and_charge(connection, worker_id, batch)
-            _move_position(connection, worker_id, position)
+    def _store_batch(self, worker_id: str, batch: list[bytes], position: Position) -> int:
+        fresh = self._store_new(worker_id, batch, position)
+        if fresh is None:
+            records = [to_record(decode_settled(each)) for each in batch]
+            with self._store.write() as connection:
+                fresh = self._store_and_charge(connection, worker_id, records)
+                _move_position(connection, worker_id, position)
         self._positions[worker_id] = position
         self.read[worker_id] = self.read.get(worker_id, 0) + len(batch)
         self.stored += fresh
         return fresh
+
+    def _store_new(self, worker_id: str, batch: list[bytes], position: Position) -> int | None:
+        """Store a batch of which nothing is stored yet, as it nearly always is. None, and nothing is stored, when it
+        is not so, or there is more to it than rows.
+        """
+        found = self._reader.read(batch)
+        if found is None:
+            return None
+        spent = found.spent()
+        try:
+            with self._store.write() as connection:
+                store_rows(connection, found.rows, found.charges)
+                return_leases(connection, worker_id, spent)
+                tenants = with_budgets(connection, [tenant_id for tenant_id, _ in spent]) if spent else ()
+                if tenants:
+                    records = (to_record(decode_settled(each)) for each in batch)
+                    bound = [record for record in records if record.tenant_id in tenants]
+                    charge_budgets(connection, worker_id, bound, zone=self._zone)
+                _move_position(connection, worker_id, position)
+        except NotAllNew:
+            return None
+        return len(found.rows)
 
     def _store_and_charge(self, connection: Connection, worker_id: str, batch: list[UsageRecord]) -> int:
         fresh = store_records(connection, batch, zone=self._zone)
@@ -203,8 +232,8 @@ def finish_record(left: Unfinished) -> UsageRecord:
 
 def _move_position(connection: Connection, worker_id: str, position: Position) -> None:
     segment, offset = position
-    changed = connection.execute(
-        update(log_positions).where(log_positions.c.worker_id == worker_id).values(segment=segment, offset=offset)
+    changed = run(
+        connection, 'UPDATE log_positions SET segment = ?, "offset" = ? WHERE worker_id = ?', segment, offset, worker_id
     )
     if changed.rowcount == 0:
         connection.execute(insert(log_positions).values(worker_id=worker_id, segment=segment, offset=offset))

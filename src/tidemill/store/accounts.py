@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, func, insert, select, update
+from sqlalchemy import Connection, Row, func, insert, literal_column, select, update
 
 from tidemill.clock import from_micros, to_micros
 from tidemill.ledger.money import Nanos
@@ -111,7 +111,7 @@ def credits_between(connection: Connection, tenant_id: str, start: datetime, end
         select(transactions)
         .where(
             transactions.c.tenant_id == tenant_id,
-            transactions.c.kind == TransactionKind.CREDIT_GRANT.value,
+            transactions.c.kind == literal_column(f"'{TransactionKind.CREDIT_GRANT.value}'"),  # for the index
             transactions.c.at >= to_micros(start),
             transactions.c.at < to_micros(end),
         )

@@ -328,10 +328,15 @@ def _row(record: UsageRecord, transaction_id: str | None) -> tuple[Any, ...]:
         labels.service_class or None,
         labels.mode or None,
         labels.project or None,
-        _encode_tags(labels.tags).decode() if labels.tags else None,
+        tags_text(labels.tags),
         labels.rule_id or None,
         record.list_amount,
     )
+
+
+def tags_text(tags: tuple[str, ...]) -> str | None:
+    """Tags in the form of their column; None when there are none."""
+    return _encode_tags(tags).decode() if tags else None
 
 
 _NO_LABELS = UsageLabels()

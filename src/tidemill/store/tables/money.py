@@ -1,8 +1,10 @@
 """Prices, the books (accounts, transactions, entries), and the slices of balances on lease."""
 
-from sqlalchemy import BigInteger, CheckConstraint, Column, ForeignKey, Index, Integer, String, Table
+from sqlalchemy import BigInteger, CheckConstraint, Column, ForeignKey, Index, Integer, String, Table, text
 
 from tidemill.store.tables.metadata import metadata
+
+_CREDITS = text("kind = 'credit_grant'")
 
 prices = Table(
     "prices",
@@ -55,11 +57,13 @@ transactions = Table(
     metadata,
     Column("transaction_id", String(32), primary_key=True),
     Column("kind", String(32), nullable=False),
-    Column("tenant_id", String(32), index=True),
+    Column("tenant_id", String(32)),
     Column("currency", String(3), nullable=False),
     Column("at", BigInteger, nullable=False),
     Column("memo", String(512), nullable=False),
+    Index(None, "tenant_id", sqlite_where=_CREDITS, postgresql_where=_CREDITS),
 )
+"""Only credits are looked for by tenant: an index of all charges as well would be most of what they cost to store."""
 
 entries = Table(
     "entries",

@@ -46,6 +46,11 @@ def upgrade() -> None:
     op.add_column("usage_records", sa.Column("tags", sa.String(length=1024)))
     op.add_column("usage_records", sa.Column("rule_id", sa.String(length=32)))
     op.add_column("usage_records", sa.Column("list_amount", sa.BigInteger()))
+    op.drop_index("ix_transactions_tenant_id", "transactions")
+    credits = sa.text("kind = 'credit_grant'")
+    op.create_index(
+        "ix_transactions_tenant_id", "transactions", ["tenant_id"], sqlite_where=credits, postgresql_where=credits
+    )
 
 
 def downgrade() -> None:
@@ -63,6 +68,8 @@ def downgrade() -> None:
     with op.batch_alter_table("prices") as prices:
         for name in _BASE:
             prices.alter_column(name, server_default=None)
+    op.drop_index("ix_transactions_tenant_id", "transactions")
+    op.create_index("ix_transactions_tenant_id", "transactions", ["tenant_id"])
     with op.batch_alter_table("usage_records") as records:
         for name in _ADDED:
             records.drop_column(name)
