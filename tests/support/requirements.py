@@ -40,4 +40,4 @@ def summary(reasons: Iterable[str]) -> str:
     """The line for the reasons of all skipped tests; empty when nothing was missing."""
     counts = Counter(found for found in map(missing, reasons) if found is not None)
     parts = [f"{count} that need {what} ({how})" for (what, how), count in sorted(counts.items())]
-    return "left out: " + ", ".join(parts) if parts else ""
+    return "tests left out: " + ", ".join(parts) if parts else ""
