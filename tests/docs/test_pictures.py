@@ -8,8 +8,10 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.support.chromium import document, look
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow  # a browser is started for each picture
+
 PAGES = [*sorted(ROOT.glob("README*.md")), *sorted(ROOT.glob("docs/**/*.md"))]
 KINDS = (".svg", ".png")
 SVG = "{http://www.w3.org/2000/svg}"

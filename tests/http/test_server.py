@@ -135,7 +135,7 @@ async def test_too_many_requests_ahead(serve: Serve) -> None:
     await line.send(get("/slow") * 200)
     seen = [await line.answer() for _ in range(request_parser.MAX_PIPELINED + 2)]
     assert [answer.status for answer in seen[:-1]] == [200] * (request_parser.MAX_PIPELINED + 1)
-    assert seen[-1].status == 400 and b"ahead" in seen[-1].body
+    assert seen[-1].status == 400 and b"pipelined" in seen[-1].body
     line.close()
 
 

@@ -39,14 +39,14 @@ def test_a_tenant_is_found_by_name_and_by_id(store: Store, acme: Tenant) -> None
 
 def test_a_name_is_taken_once(store: Store, acme: Tenant) -> None:
     before = revision(store)
-    with pytest.raises(Conflict, match="'acme' already"), store.write() as connection:
+    with pytest.raises(Conflict, match="already a tenant named 'acme'"), store.write() as connection:
         new_tenant(connection, "  acme ")
     assert revision(store) == before
 
 
 @pytest.mark.parametrize("name", ["", "   ", "a\nb", "a\0b", "x" * 129, "\u200b"])
 def test_an_unusable_name_is_refused(store: Store, name: str) -> None:
-    with pytest.raises(BadInput, match="is not a tenant name"), store.write() as connection:
+    with pytest.raises(BadInput, match="is not a valid tenant name"), store.write() as connection:
         new_tenant(connection, name)
 
 

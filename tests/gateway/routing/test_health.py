@@ -314,17 +314,17 @@ async def test_an_error_event_speaks_against_the_replica(fleet: Fleet) -> None:
 
 async def test_the_time_to_the_first_token_is_for_all_attempts(fleet: Fleet) -> None:
     async def slow_then_refuses(asked: Asked, caller: Caller) -> None:
-        await asyncio.sleep(0.6)
+        await asyncio.sleep(2.0)
         await caller.whole({"error": {"message": "busy"}}, 503)
 
     async def silent(asked: Asked, caller: Caller) -> None:
         await asyncio.sleep(30)
 
-    plane, engines = await of(fleet, slow_then_refuses, silent, ttft_timeout_seconds=1.0)
+    plane, engines = await of(fleet, slow_then_refuses, silent, ttft_timeout_seconds=4.0)
     began = time.monotonic()
     answer = await plane.ask()
-    assert answer.status == 502 and "silent" in answer.error["message"]
-    assert 0.9 < time.monotonic() - began < 1.8
+    assert answer.status == 502 and "stopped sending" in answer.error["message"]
+    assert 3.9 < time.monotonic() - began < 5.9, "not four seconds for each"
     assert [len(engine.asked) for engine in engines] == [1, 1]
     assert len(await plane.settled()) == 1
 
