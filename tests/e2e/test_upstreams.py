@@ -116,7 +116,7 @@ def test_a_config_that_would_lose_money_does_not_start(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tidemill", "up", "--data", str(tmp_path / "data"), "--config", str(config)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0
-    assert "models.main.fallbacks: what 'spare' costs is not known" in done.stderr + done.stdout
+    assert "models.main.fallbacks: the cost of 'spare' is not known" in done.stderr + done.stdout
 
 
 def test_two_gateway_processes_know_what_the_other_has_sent(tmp_path: Path) -> None:
